@@ -1,0 +1,49 @@
+# Two commands do everything: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+QUICKSTART := runs/quickstart-inputs
+
+.PHONY: quickstart test check format generate images e2e clean
+
+$(VENV)/installed: constraints.txt requirements-quickstart.txt crds/pyproject.toml operator/pyproject.toml edge-agent/pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	# torch first and alone: with it in place nothing pulls a second build.
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --group dev \
+		--editable ./crds --editable "./edge-agent[train]" --editable "./operator[local]"
+	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements-quickstart.txt
+	touch $@
+
+quickstart: $(VENV)/installed  ## the main job on this machine: four unequal nodes, a pretrained BERT
+	$(BIN)/python -m fedpipe_operator.local.quickstart $(QUICKSTART)
+	$(BIN)/fedpipe run crds/samples/01-quickstart.yaml --fleet $(QUICKSTART)/fleet.yaml
+
+test: $(VENV)/installed  ## every test
+	$(BIN)/pytest --numprocesses auto --dist loadfile tests
+
+check: $(VENV)/installed  ## format, lint, types, layers, generated files
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m fedpipe_api.crdgen --check crds
+	$(BIN)/python charts/generate.py --check
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+generate: $(VENV)/installed  ## rewrite the CRDs, the chart's copies, its dashboards and tables
+	$(BIN)/python -m fedpipe_api.crdgen crds
+	$(BIN)/python charts/generate.py
+
+images:  ## build the operator, probe and agent images
+	images/build.sh
+
+e2e: $(VENV)/installed  ## install the chart on the cluster that KUBECONFIG names and run a small job
+	$(BIN)/python tests/e2e/cluster.py
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,198 @@
+"""The base of every model on the wire or in the cluster, and the types they share."""
+
+import re
+from decimal import Decimal
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.alias_generators import to_camel
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+
+from .rules import Rule
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line that names the field, file or node and what to do."""
+
+
+class Model(BaseModel):
+    """A frozen camelCase model that refuses unknown fields and keeps its `rules`."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=to_camel,
+        populate_by_name=True,
+        # Field names such as `model` and `model_shape` are ours, not pydantic's.
+        protected_namespaces=(),
+    )
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+    @model_validator(mode="after")
+    def _keep_rules(self) -> Self:
+        for rule in self.rules:
+            if rule.holds is not None and not rule.holds(self):
+                context = {"field": rule.field, "message": rule.text(self)}
+                raise PydanticCustomError("rule", "{message}", context)
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Return pydantic's schema with the rules as `x-kubernetes-validations`."""
+        reference = handler(core)
+        schema = handler.resolve_ref_schema(reference)
+        if cls.rules:
+            schema["x-kubernetes-validations"] = [rule.to_schema() for rule in cls.rules]
+        return reference
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Read a document as the API server would: camelCase names only, durations as text."""
+        return super().model_validate(obj, **(_AS_DOCUMENT | options))
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """Read JSON text as `model_validate` reads a document."""
+        return super().model_validate_json(json_data, **(_AS_DOCUMENT | options))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready camelCase form; unset optional fields are left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def to_json(self) -> str:
+        """Return `to_dict` as JSON text."""
+        return self.model_dump_json(by_alias=True, exclude_none=True)
+
+
+# The context tells what comes from a manifest or the wire from what Python builds.
+_AS_DOCUMENT: dict[str, Any] = {"by_name": False, "by_alias": True, "context": {"document": True}}
+
+
+def explain(error: ValidationError, prefix: str = "") -> str:
+    """Return the first fault of a validation error as `field.path: what is wrong`."""
+    fault = error.errors(include_url=False)[0]
+    path = prefix
+    for part in fault["loc"]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not part.startswith("function-"):
+            path += f".{part}" if path else part
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "rule" and fault["ctx"]["field"]:
+        path += f".{fault['ctx']['field']}" if path else fault["ctx"]["field"]
+    elif fault["type"] == "extra_forbidden":
+        message = "unknown field; check its spelling or remove it"
+    elif fault["type"] == "missing":
+        message = "required, but not given"
+    return f"{path}: {message}" if path else message
+
+
+def keyed(*keys: str) -> dict[str, Any]:
+    """Return the schema of a list that the API server merges by the given keys."""
+    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(keys)}
+
+
+_DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+DURATION_PATTERN = r"^([0-9]+(\.[0-9]+)?(ms|s|m|h))+$"
+_DURATION_LENGTH = 32
+
+
+def parse_duration(value: object) -> float:
+    """Return the seconds in a Kubernetes duration such as `20m` or `1h30m`; numbers are seconds."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if not (
+        isinstance(value, str)
+        and len(value) <= _DURATION_LENGTH
+        and re.fullmatch(DURATION_PATTERN[1:-1], value)
+    ):
+        raise ValueError(f"{value!r} is not a duration; write it like 90s, 20m or 1h30m")
+    return sum(
+        float(number) * _DURATION_UNITS[unit]
+        for number, unit in re.findall(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)", value)
+    )
+
+
+def _duration(value: object, info: ValidationInfo) -> float:
+    if info.context == _AS_DOCUMENT["context"] and not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a duration; write it like 90s, 20m or 1h30m")
+    return parse_duration(value)
+
+
+def format_duration(seconds: float) -> str:
+    """Return the duration for the given seconds, to the millisecond, each unit at most once: `1h30m`."""
+    rest = round(seconds * 1000)
+    text = ""
+    for unit, size in (("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)):
+        count, rest = divmod(rest, size)
+        if count:
+            text += f"{count}{unit}"
+    return text or "0s"
+
+
+_QUANTITY_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+    "Ti": 2**40,
+}
+QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?(k|M|G|T|Ki|Mi|Gi|Ti)?$"
+
+
+def parse_quantity(value: object) -> int:
+    """Return the bytes in a Kubernetes quantity such as `600Mi`; integers are bytes."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 0:
+            raise ValueError(f"{value} is negative; write a number of bytes such as 600Mi")
+        return value
+    match = re.fullmatch(QUANTITY_PATTERN[1:-1], value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{value!r} is not a size; write it like 600Mi, 16Gi or 2000000")
+    unit = match.group(2) or ""
+    return int(Decimal(match.group().removesuffix(unit)) * _QUANTITY_UNITS[unit])
+
+
+Duration = Annotated[
+    float,
+    BeforeValidator(_duration),
+    PlainSerializer(format_duration, return_type=str),
+    WithJsonSchema({"type": "string", "pattern": DURATION_PATTERN, "maxLength": _DURATION_LENGTH}),
+]
+"""Seconds; written in manifests as a Kubernetes duration."""
+
+Quantity = Annotated[
+    int,
+    BeforeValidator(parse_quantity),
+    WithJsonSchema({"x-kubernetes-int-or-string": True, "pattern": QUANTITY_PATTERN}),
+]
+"""Bytes; written in manifests as a Kubernetes quantity."""
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=253)]
+ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+class Precision(StrEnum):
+    """Precision of the frozen base (METHOD §3)."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    INT8 = "int8"
+    NF4 = "nf4"

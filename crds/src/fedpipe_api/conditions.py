@@ -1,0 +1,169 @@
+"""Kubernetes conditions: their shape, types and reasons."""
+
+from collections.abc import Iterable
+from datetime import datetime
+from enum import StrEnum
+from typing import Literal, NamedTuple
+
+from pydantic import Field
+
+from .base import Model
+
+
+class Condition(Model):
+    """One metav1.Condition, keyed by `type` in its list."""
+
+    type: str = Field(max_length=316, description="What the condition is about.")
+    status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
+    reason: str = Field(
+        min_length=1,
+        max_length=1024,
+        pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$",
+        description="Why, as one CamelCase word.",
+    )
+    message: str = Field(default="", max_length=32768, description="Why, for a person.")
+    last_transition_time: datetime = Field(description="When the status last changed.")
+    observed_generation: int | None = Field(
+        default=None, ge=0, description="Generation of the spec it speaks of."
+    )
+
+
+class Reason(StrEnum):
+    """Every reason a condition or an Event of a FedPipeJob can carry."""
+
+    ACCEPTED = "Accepted"
+    INVALID = "Invalid"
+    PLANNED = "Planned"
+    PLAN_INFEASIBLE = "PlanInfeasible"
+    NO_MATCHING_NODES = "NoMatchingNodes"
+    NOT_ENOUGH_NODES = "NotEnoughNodes"
+    WAITING_FOR_AGENTS = "WaitingForAgents"
+    PROFILING = "Profiling"
+    IMPORTANCE_INVALID = "ImportanceInvalid"
+    ROUND_OPEN = "RoundOpen"
+    ROUND_DONE = "RoundDone"
+    AGGREGATING = "Aggregating"
+    QUORUM_LOST = "QuorumLost"
+    STRAGGLER = "Straggler"
+    AGENT_LOST = "AgentLost"
+    AGENT_RETURNED = "AgentReturned"
+    AGENT_FAILED = "AgentFailed"
+    UPDATE_FLAGGED = "UpdateFlagged"
+    UPDATE_REJECTED = "UpdateRejected"
+    REPLANNED = "Replanned"
+    SUSPENDED = "Suspended"
+    RESUMED = "Resumed"
+    TARGET_REACHED = "TargetReached"
+    NO_IMPROVEMENT = "NoImprovement"
+    ROUNDS_COMPLETED = "RoundsCompleted"
+    DEADLINE_EXCEEDED = "DeadlineExceeded"
+    STORE_FULL = "StoreFull"
+    OUTPUT_WRITTEN = "OutputWritten"
+    OUTPUT_FAILED = "OutputFailed"
+
+
+class Advice(NamedTuple):
+    """What a reason tells and what a person does about it; an empty action means nothing is needed."""
+
+    meaning: str
+    action: str = ""
+
+
+ADVICE: dict[Reason, Advice] = {
+    Reason.ACCEPTED: Advice("The spec is valid and the job is in the ledger."),
+    Reason.INVALID: Advice(
+        "The spec is well-formed but cannot be run, for example with an unknown architecture.",
+        "Read the message, correct the named field and apply again; immutable fields need another job.",
+    ),
+    Reason.PLANNED: Advice("Every chosen node has its precision, batch and ranks."),
+    Reason.PLAN_INFEASIBLE: Advice(
+        "No plan lets enough nodes carry the model within memory and round deadline.",
+        "Lower adapter.ranks.min, data.maxLength or rounds.localSteps, raise rounds.deadline, or add nodes; "
+        "`fedpipe plan` shows what limits each node.",
+    ),
+    Reason.NO_MATCHING_NODES: Advice(
+        "nodes.selector matches no FedPipeNode that may be used.",
+        "Compare the selector with `kubectl get nodes --show-labels` and `kubectl get fedpipenodes`; "
+        "the message says why each node was left out.",
+    ),
+    Reason.NOT_ENOUGH_NODES: Advice(
+        "Fewer nodes fit than nodes.min asks for.",
+        "Lower nodes.min, free memory on the nodes named in the message, or add nodes.",
+    ),
+    Reason.WAITING_FOR_AGENTS: Advice(
+        "Agent Pods were created and have not all registered.",
+        "If it lasts, see `kubectl describe pod -l fedpipe.io/job=JOB` for its image, volume or node.",
+    ),
+    Reason.PROFILING: Advice("Nodes measure memory, time and the importance of weight matrices."),
+    Reason.IMPORTANCE_INVALID: Advice(
+        "Importance scores are missing, equal or not finite, so the selection would be arbitrary.",
+        "Raise adapter.selection.warmupSteps, or set adapter.selection.mode to all.",
+    ),
+    Reason.ROUND_OPEN: Advice("A round is running."),
+    Reason.ROUND_DONE: Advice("A round closed and its adapter is durable."),
+    Reason.AGGREGATING: Advice("Accepted updates are being merged."),
+    Reason.QUORUM_LOST: Advice(
+        "Fewer nodes are left than rounds.minUpdates; the round waits for them.",
+        "Bring the nodes named in the message back; the job goes on by itself.",
+    ),
+    Reason.STRAGGLER: Advice(
+        "A node's update came after the round had closed; it was not counted.",
+        "Nothing: the node gets fewer steps. If it repeats, raise rounds.deadline or exclude the node.",
+    ),
+    Reason.AGENT_LOST: Advice(
+        "An agent gave no sign of life for too long.",
+        "Look at its Pod, its node and the network to the coordinator.",
+    ),
+    Reason.AGENT_RETURNED: Advice("A lost agent is back."),
+    Reason.AGENT_FAILED: Advice(
+        "An agent ended with an error; the message carries its last line.",
+        "Mend what the message names (data file, model path, memory); the Pod is restarted.",
+    ),
+    Reason.UPDATE_FLAGGED: Advice(
+        "An update's norm or direction is out of line with the others; it was counted.",
+        "Check the data and hardware of the node; aggregation.checks.mode reject keeps such updates out.",
+    ),
+    Reason.UPDATE_REJECTED: Advice(
+        "An update was refused: not finite, of the wrong shape, or caught by aggregation.checks.",
+        "Check the data and hardware of the node; loosen aggregation.checks if it is an honest outlier.",
+    ),
+    Reason.REPLANNED: Advice("What a node measured broke its plan, so it carries another share from now on."),
+    Reason.SUSPENDED: Advice(
+        "spec.suspend is true; agents are gone, all state is kept.", "Set suspend to false."
+    ),
+    Reason.RESUMED: Advice("The job goes on with the round it stopped in."),
+    Reason.TARGET_REACHED: Advice("rounds.until.reaches was met; the job ended early."),
+    Reason.NO_IMPROVEMENT: Advice(
+        "rounds.until.patience rounds passed without a better metric; the job ended early."
+    ),
+    Reason.ROUNDS_COMPLETED: Advice("All rounds are done.", "Raise rounds.count to train on."),
+    Reason.DEADLINE_EXCEEDED: Advice(
+        "The job ran longer than activeDeadlineSeconds and failed.",
+        "Raise activeDeadlineSeconds in another job; the last adapter stays available.",
+    ),
+    Reason.STORE_FULL: Advice(
+        "The operator's volume has no room for another update.",
+        "Enlarge the volume or delete finished jobs; the job goes on by itself.",
+    ),
+    Reason.OUTPUT_WRITTEN: Advice("The adapter lies at spec.output."),
+    Reason.OUTPUT_FAILED: Advice(
+        "The adapter is in the operator's store but could not be written to spec.output.",
+        "Mend the volume or the credentials named in the message; `fedpipe get adapter` works meanwhile.",
+    ),
+}
+"""What each reason tells; the troubleshooting tables are written from it."""
+
+
+def set_condition(conditions: Iterable[Condition], new: Condition) -> tuple[Condition, ...]:
+    """Return the conditions with `new` in place of its type; the transition time moves with the status."""
+    kept = []
+    placed = False
+    for old in conditions:
+        if old.type != new.type:
+            kept.append(old)
+            continue
+        placed = True
+        if old.status == new.status:
+            new = new.model_copy(update={"last_transition_time": old.last_transition_time})
+        kept.append(new)
+    return tuple(kept) if placed else (*kept, new)

@@ -1,0 +1,1 @@
+"""The FedPipe edge agent: capacity probe and trainer."""

@@ -1,0 +1,51 @@
+"""The command `fedpipe-agent`: hands its arguments to a subcommand, turns failures into exit codes."""
+
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from fedpipe_api.base import UserError
+
+from .errors import Failure, Refused, Stopped
+
+USAGE = """usage: fedpipe-agent train|probe [options]
+
+  train    work on one job: pull assignments, train, push updates
+  probe    report what this node can carry
+
+fedpipe-agent train --help and fedpipe-agent probe --help list the options."""
+
+
+_COMMANDS = {"train": ".train.command", "probe": ".probe.command", "merge": ".train.merge"}
+# `merge` is for `fedpipe export`, so USAGE does not name it.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; exit 0 when done or stopped, 2 for a mistake of the user, 1 for any other failure."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in _COMMANDS:
+        wanted = bool(arguments) and arguments[0] in ("-h", "--help")
+        (sys.stdout if wanted else sys.stderr).write(USAGE + "\n")
+        return 0 if wanted else 2
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # Each subcommand imports only what it needs: the probe's image has no torch.
+    command = importlib.import_module(_COMMANDS[arguments[0]], __package__)
+    try:
+        status: int = command.main(arguments[1:])
+    except Stopped:
+        return 0
+    except UserError as error:
+        return _complain(error, 2)
+    except (Failure, Refused) as error:
+        return _complain(error, 1)
+    return status
+
+
+def _complain(error: Exception, status: int) -> int:
+    sys.stderr.write(f"fedpipe-agent: {error}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""`fedpipe-agent probe`: the command line of the probe."""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import socket
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from fedpipe_api.base import UserError, format_duration, parse_duration
+from fedpipe_api.node import HEARTBEAT_SECONDS, READY, FedPipeNode, PrecisionSupport
+from fedpipe_api.objects import ObjectMeta
+
+from . import declared, link
+from .loop import Probe, run
+from .metrics import NodeMetrics
+from .publish import Cluster, Publisher, PublishError
+from .table import table
+from .waiting import Waiter
+
+
+def main(argv: list[str]) -> int:
+    """Run the probe; return 0, or 1 when --once finds a node that is not ready. Raises UserError."""
+    options = _parser().parse_args(argv)
+    capacity = declared.load(options.capacity) if options.capacity else None
+    if options.cache and not options.cache.is_dir():
+        raise UserError(f"--cache: {options.cache} is no directory; create or mount it")
+    if options.coordinator and not options.coordinator.startswith(("http://", "https://")):
+        raise UserError(f"--coordinator: {options.coordinator!r} is no URL; write it like https://host/path")
+    if options.verify and not options.once:
+        raise UserError("--verify goes with --once; in a cluster the agent verifies before it registers")
+    in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+    probe = Probe(options.timeout, cache=options.cache, capacity=capacity, limited=not in_pod)
+    return _once(probe, options) if options.once else _forever(probe, options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedpipe-agent probe",
+        description="Tell what this node can carry: to the cluster's FedPipeNode, or, with --once, to you.",
+    )
+    parser.add_argument("--once", action="store_true", help="make one pass, print it and write nothing")
+    parser.add_argument("--output", choices=("table", "json"), default="table", help="form of --once")
+    parser.add_argument(
+        "--verify", action="store_true", help="with --once: prove each precision by a real kernel"
+    )
+    parser.add_argument("--node", help="name of the Node (in a Pod: the one its token is bound to)")
+    parser.add_argument("--capacity", type=Path, metavar="FILE", help="report this declared capacity instead")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="directory of the model cache")
+    parser.add_argument("--coordinator", metavar="URL", help="file to download to measure the link")
+    parser.add_argument("--interval", type=_seconds, default=15.0, help="time between passes (15s)")
+    parser.add_argument(
+        "--heartbeat",
+        type=_seconds,
+        default=HEARTBEAT_SECONDS,
+        help=f"time between writes when nothing moves ({format_duration(HEARTBEAT_SECONDS)})",
+    )
+    parser.add_argument("--timeout", type=_seconds, default=10.0, help="time NVML may take in a pass (10s)")
+    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics here")
+    return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+    return seconds
+
+
+def _once(probe: Probe, options: argparse.Namespace) -> int:
+    status = probe.look(
+        verified=_verified() if options.verify else (),
+        link_rate=link.measure(options.coordinator) if options.coordinator else None,
+    )
+    node = FedPipeNode(metadata=_meta(options.node or socket.gethostname().lower()), status=status)
+    if options.output == "json":
+        # The kind is cluster-scoped and the rest of the metadata is the cluster's.
+        shown = node.to_dict() | {"metadata": {"name": node.metadata.name}}
+        print(json.dumps(shown, indent=2, ensure_ascii=False))  # noqa: T201
+    else:
+        print(table(node))  # noqa: T201
+    ready = next(condition for condition in status.conditions if condition.type == READY)
+    return 0 if ready.status == "True" else 1
+
+
+def _forever(probe: Probe, options: argparse.Namespace) -> int:
+    cluster = Cluster.of_pod()
+    try:
+        bound = cluster.identity().node
+    except PublishError:
+        # Told, and tried again, by the loop.
+        bound = None
+    if bound and options.node and options.node != bound:
+        raise UserError(f"--node: the token of this Pod is bound to {bound}, not to {options.node}")
+    metrics = NodeMetrics(bound or options.node or socket.gethostname().lower())
+    try:
+        waiter = Waiter(metrics.registry, options.metrics_port)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--metrics-port: {options.metrics_port} cannot be served: {error}") from None
+    with waiter:
+        run(
+            probe,
+            Publisher(cluster),
+            waiter,
+            metrics,
+            interval=options.interval,
+            heartbeat=options.heartbeat,
+            coordinator=options.coordinator,
+        )
+    return 0
+
+
+def _verified() -> tuple[PrecisionSupport, ...]:
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("--verify needs torch; install fedpipe-agent[train]")
+    # By name: nothing that torch comes with may be in the probe's import path.
+    kernels = importlib.import_module("fedpipe_agent.kernels")
+    return tuple(PrecisionSupport(verified=True, **dict(result)) for result in kernels.check())
+
+
+def _meta(name: str) -> ObjectMeta:
+    try:
+        return ObjectMeta(name=name)
+    except ValidationError:
+        raise UserError(
+            f"--node: {name!r} is no name of a Node; use lower-case letters, digits, - and ."
+        ) from None

@@ -1,0 +1,126 @@
+"""The conditions of a FedPipeNode: which troubles the facts amount to, each with a named reason."""
+
+from collections.abc import Iterable
+from datetime import datetime
+
+from fedpipe_api.conditions import Condition, set_condition
+from fedpipe_api.node import (
+    DEVICE_LOST,
+    DRIVER_FAULT,
+    MEMORY_PRESSURE,
+    READY,
+    Device,
+    FedPipeNodeStatus,
+    NodeReason,
+)
+
+from .nvml import Reading
+from .summary import gib
+
+ABSENT = (NodeReason.DRIVER_MISSING, NodeReason.DRIVER_NOT_LOADED)
+"""Faults that leave a node without a GPU but otherwise well."""
+
+
+PRESSURE_BELOW = 0.10
+PRESSURE_CLEARED_ABOVE = 0.15
+"""Free shares of a device's memory at which MemoryPressure rises and clears; the gap stops flapping."""
+
+
+def judge(
+    reading: Reading,
+    devices: tuple[Device, ...],
+    *,
+    declared: bool,
+    boards: int,
+    before: FedPipeNodeStatus | None,
+    now: datetime,
+) -> tuple[Condition, ...]:
+    """Return the four conditions. A transition time moves only when a status differs from the one before."""
+    conditions = before.conditions if before else ()
+    for kind, (state, reason, message) in {
+        READY: _ready(reading, devices, declared),
+        DRIVER_FAULT: _driver_fault(reading, devices, boards),
+        DEVICE_LOST: _device_lost(reading),
+        MEMORY_PRESSURE: _memory_pressure(devices, reading.processes, conditions),
+    }.items():
+        new = Condition(
+            type=kind,
+            status="True" if state else "False",
+            reason=reason,
+            message=message,
+            last_transition_time=now,
+        )
+        conditions = set_condition(conditions, new)
+    return conditions
+
+
+def usable_devices(devices: Iterable[Device]) -> tuple[Device, ...]:
+    """Return the devices a process can compute on: with MIG enabled, those that have instances."""
+    return tuple(device for device in devices if not device.mig_enabled or device.mig_instances)
+
+
+def silent(reading: Reading) -> bool:
+    """Return whether a GPU is there and none answers; then nothing can be said of what the node carries."""
+    if reading.fault is not None:
+        return reading.fault.reason not in ABSENT
+    return bool(reading.lost) and not reading.devices
+
+
+_State = tuple[bool, NodeReason, str]
+
+
+def _ready(reading: Reading, devices: tuple[Device, ...], declared: bool) -> _State:
+    if declared:
+        return True, NodeReason.DECLARED, "the capacity is declared in a file"
+    if reading.fault is not None and silent(reading):
+        return False, reading.fault.reason, reading.fault.message
+    if silent(reading):
+        return False, reading.lost[0].reason, "no GPU answers"
+    if not devices:
+        return True, NodeReason.CPU_ONLY, "jobs run on the processor"
+    if not usable_devices(devices):
+        return False, NodeReason.NO_MIG_INSTANCES, "MIG is enabled but there are no instances; create some"
+    return True, NodeReason.GPU_READY, f"{len(devices)} of {len(devices) + len(reading.lost)} GPUs answer"
+
+
+def _driver_fault(reading: Reading, devices: tuple[Device, ...], boards: int) -> _State:
+    fault = reading.fault
+    if fault is None:
+        if reading.devices or reading.lost:
+            return False, NodeReason.DRIVER_LOADED, ""
+        return False, NodeReason.NO_GPU, ""
+    if fault.reason not in ABSENT:
+        return True, fault.reason, fault.message
+    if devices:
+        return False, NodeReason.DRIVER_LOADED, "a Jetson whose GPU is told by the system, not by NVML"
+    if not boards:
+        return False, NodeReason.NO_GPU, ""
+    found = "an NVIDIA board is" if boards == 1 else f"{boards} NVIDIA boards are"
+    message = f"{found} on the PCI bus, but {fault.message}; install the driver to use it"
+    return True, fault.reason, message
+
+
+def _device_lost(reading: Reading) -> _State:
+    if not reading.lost:
+        return False, NodeReason.ALL_ANSWER, ""
+    names = "; ".join(
+        f"GPU {lost.index}{f' ({lost.uuid})' if lost.uuid else ''}: {lost.message}" for lost in reading.lost
+    )
+    return True, reading.lost[0].reason, f"{names}. Reset the GPU or reboot the node"
+
+
+def _memory_pressure(
+    devices: tuple[Device, ...], processes: tuple[int | None, ...], before: tuple[Condition, ...]
+) -> _State:
+    already = any(known.type == MEMORY_PRESSURE and known.status == "True" for known in before)
+    limit = PRESSURE_CLEARED_ABOVE if already else PRESSURE_BELOW
+    for index, device in enumerate(devices):
+        total, free = device.total_memory, device.free_memory
+        if not total or free is None or free >= limit * total:
+            continue
+        count = (processes[index] if index < len(processes) else None) or 0
+        message = f"{device.name} ({device.uuid}): {gib(free)} of {gib(total)} free"
+        if count > 1:
+            return True, NodeReason.MEMORY_SHARED, f"{message}; {count} processes compute on it"
+        return True, NodeReason.MEMORY_IN_USE, message
+    return False, NodeReason.MEMORY_FREE, ""

@@ -1,0 +1,122 @@
+"""What the system itself tells: processor, memory, cache disk, and NVIDIA hardware that NVML does not see."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedpipe_api.node import Cpu, Device
+
+TEGRA_CAPABILITY = {"33": "5.3", "24": "6.2", "25": "7.2", "35": "8.7", "38": "11.0"}
+"""CUDA compute capability by /sys/devices/soc0/soc_id: T210, T186, T194, T234 (Orin), T264 (Thor)."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """One look at the system; `tegra` is a Jetson's GPU, `boards` the count of NVIDIA GPUs on PCI."""
+
+    cpu: Cpu
+    tegra: Device | None = None
+    boards: int = 0
+
+
+def read(cache: Path | None, *, limited: bool, root: Path = Path("/")) -> Host:
+    """Return what the system tells.
+
+    cache: directory of the model cache, whose file system's free bytes are told; null when it is not given.
+    limited: keep to this process's cgroup (v2) and CPU affinity. A probe in a Pod speaks for the whole node
+    and must not: its own limits are small.
+    root: where /proc and /sys are found.
+    """
+    cores = os.cpu_count() or 1
+    total, free = _memory(root / "proc/meminfo")
+    if limited:
+        cores = min(cores, len(os.sched_getaffinity(0)))
+        for group in _cgroups(root):
+            cores = min(cores, _core_limit(group) or cores)
+            limit = _number(group / "memory.max")
+            if limit is not None and limit < total:
+                total = limit
+                free = min(free, max(0, limit - _charged(group)))
+    disk = None
+    if cache is not None:
+        # A cache that went away has no size to tell.
+        with contextlib.suppress(OSError):
+            disk = shutil.disk_usage(cache).free
+    cpu = Cpu(cores=cores, total_memory=total, free_memory=min(free, total), cache_disk_free=disk)
+    return Host(cpu=cpu, tegra=_tegra(root), boards=_boards(root))
+
+
+def _memory(meminfo: Path) -> tuple[int, int]:
+    """Return bytes in all and bytes a new process could get."""
+    values = {}
+    for line in meminfo.read_text().splitlines():
+        key, _, rest = line.partition(":")
+        values[key] = int(rest.split()[0]) * 1024
+    return values["MemTotal"], values.get("MemAvailable", values["MemFree"])
+
+
+def _cgroups(root: Path) -> Iterator[Path]:
+    """Yield this process's cgroup v2 directories from its own up to the topmost."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        if line.startswith("0::/"):
+            top = root / "sys/fs/cgroup"
+            path = line.removeprefix("0::/")
+            # A path with .. lies outside this cgroup namespace, where only the top can be seen.
+            group = top if ".." in path.split("/") else top / path
+            while group != top:
+                yield group
+                group = group.parent
+            yield top
+
+
+def _core_limit(group: Path) -> int | None:
+    quota, _, period = _text(group / "cpu.max").partition(" ")
+    if not quota.isdigit():
+        return None
+    return max(1, round(int(quota) / int(period)))
+
+
+def _charged(group: Path) -> int:
+    """Return bytes in use that the kernel could not give back."""
+    used = _number(group / "memory.current") or 0
+    for line in _text(group / "memory.stat").splitlines():
+        key, _, value = line.partition(" ")
+        if key == "inactive_file":
+            return max(0, used - int(value))
+    return used
+
+
+def _tegra(root: Path) -> Device | None:
+    soc = root / "sys/devices/soc0"
+    if _text(soc / "family") != "Tegra":
+        return None
+    return Device(
+        uuid=f"tegra-{_text(soc / 'serial_number') or _text(soc / 'soc_id')}"[:128],
+        name=(_text(soc / "machine") or "NVIDIA Jetson")[:128],
+        compute_capability=TEGRA_CAPABILITY.get(_text(soc / "soc_id")),
+        unified_memory=True,
+    )
+
+
+def _boards(root: Path) -> int:
+    """Count NVIDIA's (vendor 0x10de) display controllers (class 0x03)."""
+    count = 0
+    for device in (root / "sys/bus/pci/devices").glob("*"):
+        if _text(device / "vendor") == "0x10de" and _text(device / "class").startswith("0x03"):
+            count += 1
+    return count
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text.isdigit() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,178 @@
+"""The probe's loop: pass after pass, writing what moved. Every trouble is a state; none ends the loop."""
+
+import logging
+import random
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedpipe_api.node import Capacity, FedPipeNodeStatus, PrecisionSupport
+
+from . import host, link, nvml, status
+from .metrics import NodeMetrics
+from .publish import Publisher, PublishError
+from .waiting import Waiter
+
+LINK_INTERVAL = 3600.0
+"""Seconds between two measurements of the link; each moves up to link.SAMPLE_BYTES."""
+
+JITTER = 0.1
+"""Share by which intervals vary, so that the probes of a fleet do not keep step."""
+
+log = logging.getLogger("fedpipe.probe")
+
+
+@dataclass
+class Probe:
+    """Looks at one node. `timeout` is NVML's, in seconds; the rest as in `host.read` and `status.build`."""
+
+    timeout: float
+    cache: Path | None = None
+    capacity: Capacity | None = None
+    limited: bool = False
+    root: Path = Path("/")
+    reader: nvml.Reader = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reader = nvml.Reader(self.timeout)
+
+    def look(
+        self,
+        *,
+        wait: nvml.Wait | None = None,
+        verified: tuple[PrecisionSupport, ...] = (),
+        link_rate: int | None = None,
+        before: FedPipeNodeStatus | None = None,
+    ) -> FedPipeNodeStatus:
+        """Make one pass: init, read, shutdown."""
+        reading = None if self.capacity else self.reader.read(wait)
+        return status.build(
+            reading,
+            host.read(self.cache, limited=self.limited, root=self.root),
+            now=datetime.now(UTC).replace(microsecond=0),
+            capacity=self.capacity,
+            verified=verified,
+            link_rate=link_rate,
+            before=before,
+        )
+
+
+class Schedule:
+    """When to write: on a move past a threshold, at the heartbeat, and less and less often while writes fail.
+
+    `interval` and `heartbeat` are in seconds, as is every `now`, which is monotonic time. The heartbeat
+    counts from the last write, so a quiet node writes once per heartbeat and never more often.
+    """
+
+    def __init__(self, interval: float, heartbeat: float) -> None:
+        self._interval = interval
+        self._heartbeat = heartbeat
+        self._written: FedPipeNodeStatus | None = None
+        self._beat_due = 0.0
+        self._failures = 0
+        self._blocked_until = 0.0
+
+    def cause(self, current: FedPipeNodeStatus, now: float) -> str | None:
+        """Return why to write now, or None."""
+        if now < self._blocked_until:
+            return None
+        if self._written is None:
+            return "first"
+        return status.moved(self._written, current) or ("heartbeat" if now >= self._beat_due else None)
+
+    def wrote(self, current: FedPipeNodeStatus, now: float) -> None:
+        """Take note of a write."""
+        self._written = current
+        self._failures = 0
+        self._beat_due = now + self._heartbeat
+
+    def failed(self, now: float) -> None:
+        """Take note of a failure: wait twice as long as last time, at most a heartbeat."""
+        delay = min(self._interval * 2 ** min(self._failures, 16), self._heartbeat)
+        self._failures += 1
+        self._blocked_until = now + _vary(delay)
+
+
+def run(
+    probe: Probe,
+    publisher: Publisher,
+    waiter: Waiter,
+    metrics: NodeMetrics,
+    *,
+    interval: float,
+    heartbeat: float,
+    coordinator: str | None = None,
+) -> None:
+    """Make passes every `interval` seconds until SIGTERM; report at least about every `heartbeat` seconds."""
+    schedule = Schedule(interval, heartbeat)
+    journal = Journal()
+    before = _last_status(publisher)
+    link_rate: int | None = None
+    link_due = 0.0
+    while True:
+        started = time.monotonic()
+        if coordinator and started >= link_due:
+            link_rate = link.measure(coordinator)
+            link_due = started + _vary(LINK_INTERVAL)
+        before = probe.look(
+            wait=waiter.readable, verified=publisher.verified, link_rate=link_rate, before=before
+        )
+        if waiter.stopping:
+            # A read cut short by the signal is no fault of NVML to be told to anybody.
+            return
+        metrics.saw(before, time.monotonic() - started)
+        journal.saw(before)
+        cause = schedule.cause(before, time.monotonic())
+        if cause:
+            try:
+                publisher.write(before)
+            except PublishError as error:
+                schedule.failed(time.monotonic())
+                metrics.failed(error.reason)
+                journal.failed(error)
+            else:
+                schedule.wrote(before, time.monotonic())
+                metrics.wrote(cause)
+                journal.wrote()
+        waiter.sleep(_vary(interval) - (time.monotonic() - started))
+
+
+class Journal:
+    """Logs each state once, when it changes."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, tuple[str, str]] = {}
+        self._trouble: str | None = None
+
+    def saw(self, current: FedPipeNodeStatus) -> None:
+        """Log the conditions that changed."""
+        for condition in current.conditions:
+            state = (condition.status, condition.reason)
+            if self._states.get(condition.type) != state:
+                self._states[condition.type] = state
+                log.info("%s is %s (%s) %s", condition.type, *state, condition.message)
+
+    def failed(self, error: PublishError) -> None:
+        """Log why nothing is written."""
+        if self._trouble != error.reason:
+            self._trouble = error.reason
+            log.warning("cannot write the FedPipeNode (%s): %s", error.reason, error)
+
+    def wrote(self) -> None:
+        """Log that writing works (again)."""
+        if self._trouble != "":
+            self._trouble = ""
+            log.info("the FedPipeNode is written")
+
+
+def _last_status(publisher: Publisher) -> FedPipeNodeStatus | None:
+    """Return what an earlier probe wrote; the first write meets, and tells, whatever stands in the way."""
+    try:
+        return publisher.load()
+    except PublishError:
+        return None
+
+
+def _vary(seconds: float) -> float:
+    return seconds * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - spreads load, guards nothing

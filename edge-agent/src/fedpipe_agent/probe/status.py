@@ -1,0 +1,228 @@
+"""From facts to a FedPipeNode's status: pure functions, no clock, no file, no network."""
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Literal
+
+from fedpipe_api.base import Precision
+from fedpipe_api.node import (
+    Capacity,
+    Cpu,
+    Device,
+    FedPipeNodeStatus,
+    PrecisionSupport,
+)
+
+from . import summary
+from .conditions import judge, silent, usable_devices
+from .host import Host
+from .nvml import Reading
+
+CAPABILITY_NEEDED = {Precision.BF16: (8, 0), Precision.INT8: (7, 5), Precision.NF4: (6, 0)}
+"""CUDA compute capability from which a precision runs: bf16 tensor cores came with Ampere, the int8 ones that
+LLM.int8 needs with Turing; bitsandbytes builds its 4-bit kernels for Pascal and later."""
+
+FREE_MOVED = 0.05
+LINK_RATE_MOVED = 0.20
+"""Shares by which free bytes (of the total) and the link rate must move to be worth a write."""
+
+NO_ANSWER = "GPU (no answer)"
+
+Source = Literal["nvml", "tegra", "cpu", "declared"]
+
+
+def build(
+    reading: Reading | None,
+    host: Host,
+    *,
+    now: datetime,
+    capacity: Capacity | None = None,
+    verified: Iterable[PrecisionSupport] = (),
+    link_rate: int | None = None,
+    before: FedPipeNodeStatus | None = None,
+) -> FedPipeNodeStatus:
+    """Return what to report.
+
+    A declared capacity stands in for the hardware; `reading` is then None. `verified` precisions, proven by a
+    kernel, replace those derived from compute capability. `before` is the last status; it keeps transition
+    times, and a memory pressure until it has clearly gone.
+    """
+    if capacity is not None:
+        devices, cpu = _declared_devices(capacity), _declared_cpu(capacity, host.cpu)
+        derived = [PrecisionSupport(precision=precision) for precision in capacity.precisions]
+        found = Reading()
+    else:
+        found = reading or Reading()
+        cpu = host.cpu
+        devices = tuple(_with_shared_memory(device, cpu) for device in found.devices)
+        if not devices and host.tegra is not None and not silent(found):
+            devices = (_with_shared_memory(host.tegra, cpu),)
+        derived = [] if silent(found) else _derived_precisions(devices)
+    precisions = _merge(derived, verified)
+    return FedPipeNodeStatus(
+        source=_source(capacity, found, devices),
+        driver_version=found.driver_version,
+        cuda_version=found.cuda_version,
+        devices=devices,
+        cpu=cpu,
+        precisions=precisions,
+        link_rate=link_rate,
+        observed_at=now,
+        device_summary=NO_ANSWER if silent(found) else summary.devices(devices, capacity),
+        memory_summary=summary.memory(devices),
+        free_summary=summary.NOTHING if silent(found) else summary.free(devices, cpu),
+        precision_summary=",".join(support.precision for support in precisions if support.usable),
+        conditions=judge(
+            found, devices, declared=capacity is not None, boards=host.boards, before=before, now=now
+        ),
+    )
+
+
+def moved(written: FedPipeNodeStatus, current: FedPipeNodeStatus) -> str | None:
+    """Return what moved far enough since `written` to be worth a write, or None."""
+    facts = {
+        "conditions": (_states(written), _states(current)),
+        "devices": (_static(written), _static(current)),
+        "precisions": (_precision_facts(written), _precision_facts(current)),
+    }
+    for name, (old, new) in facts.items():
+        if old != new:
+            return name
+    free = zip(_free(written), _free(current), strict=True)
+    if any(abs(new - old) > FREE_MOVED * total for (old, total), (new, _) in free):
+        return "free memory"
+    if _apart(_disk(written), _disk(current), FREE_MOVED):
+        return "cache disk"
+    if _apart(written.link_rate, current.link_rate, LINK_RATE_MOVED):
+        return "link rate"
+    return None
+
+
+def _declared_devices(capacity: Capacity) -> tuple[Device, ...]:
+    if capacity.device == "cpu":
+        return ()
+    return (
+        Device(
+            uuid="declared",
+            name=capacity.device,
+            total_memory=capacity.memory,
+            free_memory=capacity.memory,
+        ),
+    )
+
+
+def _declared_cpu(capacity: Capacity, cpu: Cpu) -> Cpu:
+    changes: dict[str, int] = {}
+    if capacity.threads is not None:
+        changes["cores"] = capacity.threads
+    if capacity.memory is not None and capacity.device == "cpu":
+        changes["total_memory"] = changes["free_memory"] = capacity.memory
+    return cpu.model_copy(update=changes)
+
+
+def _with_shared_memory(device: Device, cpu: Cpu) -> Device:
+    """Fill in the system's memory where the board has none of its own."""
+    if device.total_memory is not None:
+        return device
+    return device.model_copy(
+        update={
+            "unified_memory": True,
+            "total_memory": cpu.total_memory,
+            "free_memory": cpu.free_memory,
+        }
+    )
+
+
+def _derived_precisions(devices: tuple[Device, ...]) -> list[PrecisionSupport]:
+    if not devices:
+        return [PrecisionSupport(precision=precision) for precision in Precision]
+    usable = usable_devices(devices)
+    if not usable:
+        return []
+    return [_derived(precision, usable) for precision in Precision]
+
+
+def _derived(precision: Precision, devices: tuple[Device, ...]) -> PrecisionSupport:
+    """Return whether every device has the precision: an agent may land on any of them."""
+    needed = CAPABILITY_NEEDED.get(precision)
+    if needed is None:
+        return PrecisionSupport(precision=precision)
+    for device in devices:
+        if device.compute_capability is None:
+            message = f"{device.name} does not tell its compute capability; the kernel check will decide"
+        elif _capability(device.compute_capability) < needed:
+            message = (
+                f"{device.name} has compute capability {device.compute_capability}; "
+                f"{precision} needs {needed[0]}.{needed[1]}"
+            )
+        else:
+            continue
+        return PrecisionSupport(precision=precision, usable=False, message=message)
+    return PrecisionSupport(precision=precision)
+
+
+def _capability(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(".")
+    return int(major), int(minor)
+
+
+def _merge(
+    derived: Iterable[PrecisionSupport], verified: Iterable[PrecisionSupport]
+) -> tuple[PrecisionSupport, ...]:
+    known = {support.precision: support for support in derived}
+    known |= {support.precision: support for support in verified}
+    return tuple(known[precision] for precision in Precision if precision in known)
+
+
+def _source(capacity: Capacity | None, reading: Reading, devices: tuple[Device, ...]) -> Source:
+    if capacity is not None:
+        return "declared"
+    if reading.devices or silent(reading):
+        return "nvml"
+    return "tegra" if devices else "cpu"
+
+
+def _states(status: FedPipeNodeStatus) -> dict[str, tuple[str, str]]:
+    return {condition.type: (condition.status, condition.reason) for condition in status.conditions}
+
+
+def _static(status: FedPipeNodeStatus) -> tuple[object, ...]:
+    devices = tuple(
+        device.model_copy(
+            update={
+                "free_memory": None,
+                "utilization": None,
+                "mig_instances": tuple(
+                    instance.model_copy(update={"free_memory": None}) for instance in device.mig_instances
+                ),
+            }
+        )
+        for device in status.devices
+    )
+    cpu = status.cpu and (status.cpu.cores, status.cpu.total_memory)
+    return status.source, status.driver_version, status.cuda_version, devices, cpu
+
+
+def _precision_facts(status: FedPipeNodeStatus) -> list[tuple[str, bool, bool]]:
+    return [(support.precision, support.usable, support.verified) for support in status.precisions]
+
+
+def _free(status: FedPipeNodeStatus) -> list[tuple[int, int]]:
+    """Return (free, total) bytes of every device, instance and the system, in a fixed order."""
+    pairs = []
+    for device in status.devices:
+        pairs.append((device.free_memory or 0, device.total_memory or 0))
+        pairs += [(instance.free_memory or 0, instance.total_memory) for instance in device.mig_instances]
+    if status.cpu:
+        pairs.append((status.cpu.free_memory, status.cpu.total_memory))
+    return pairs
+
+
+def _disk(status: FedPipeNodeStatus) -> int | None:
+    return status.cpu.cache_disk_free if status.cpu else None
+
+
+def _apart(old: int | None, new: int | None, share: float) -> bool:
+    if old is None or new is None:
+        return old is not new
+    return abs(new - old) > share * max(old, new)

@@ -1,0 +1,1 @@
+"""The trainer: data, base model, adapters, training loop, importance (torch lives here)."""

@@ -1,0 +1,319 @@
+"""One agent's life in one job: register, then profile, train and evaluate as assigned until told to stop."""
+
+import hashlib
+import logging
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedpipe_api import wire
+from fedpipe_api.job import Precision
+from fedpipe_api.wire import AssignmentKind
+
+from ..errors import Aborted, Failure
+from ..heartbeat import Work
+from ..kernels import Check
+from ..transport import Transport
+from . import data, importance, loop
+from . import model as base
+from .adapters import Adapters, GlobalAdapter, save
+from .device import Device
+
+log = logging.getLogger(__name__)
+
+ABORTED_PAUSE = 0.2
+"""Seconds before asking for work again when the last was not wanted any more."""
+UPLOAD_RESERVE = 1.0
+"""Seconds kept free before a round's deadline beside the expected upload."""
+
+
+class Agent:
+    """The trainer of one node: one base model, loaded once per precision."""
+
+    def __init__(
+        self, job: wire.Registered, source: base.Source, transport: Transport, device: Device, work: Path
+    ):
+        """Keep what does not change; nothing heavy is done yet."""
+        self._job = job
+        self._source = source
+        self._transport = transport
+        self._device = device
+        self._work = work
+        self._link_rate = device.link_rate
+        self._task = job.model.task
+        self._precision: Precision | None = None
+        self._model: Any = None
+        self._adapters: Any = None
+        self._upload_seconds = 0.0
+        self.current: wire.Assignment | None = None
+
+    def prepare(self, directory: Path) -> None:
+        """Read the model's configuration and the node's data.
+
+        Raises:
+            UserError: a mistake in the model directory or the data.
+        """
+        job = self._job
+        tokenizer = base.read_tokenizer(self._source)
+        self._config = base.read_config(self._source, job.model, tokenizer.pad_token_id)
+        self._shape = base.read_shape(self._config, self._task, job.adapter.modules)
+        self._samples, self._held_out = data.load(
+            directory,
+            job.data,
+            job.model,
+            tokenizer,
+            seed=job.seed,
+            longest=base.longest_input(self._config),
+        )
+        log.info("%s: %d samples, %d held out", job.node, len(self._samples), len(self._held_out))
+
+    def run(self, check: Check) -> None:
+        """Register with the verified precisions, then work until the job stops."""
+        registration = wire.Registration(
+            version=version("fedpipe-agent"),
+            device=self._device.facts(check.results()),
+            model=self._shape,
+            samples=len(self._samples),
+            evaluation_samples=len(self._held_out),
+        )
+        self._transport.register(registration)
+        while True:
+            assignment = self._transport.assignment()
+            if assignment is None:
+                continue
+            if assignment.kind is AssignmentKind.STOP:
+                log.info("%s: stopped: %s", self._job.node, assignment.reason or "the job is over")
+                return
+            self._do(assignment)
+
+    def _do(self, assignment: wire.Assignment) -> None:
+        begin = time.monotonic()
+        self.current = assignment
+        try:
+            with Work(self._transport, assignment.kind, assignment.round) as work:
+                if assignment.plan is None:
+                    raise Failure(f"assignment: {assignment.kind} needs a plan")
+                if assignment.kind is AssignmentKind.PROFILE:
+                    self._profile(assignment, assignment.plan, work)
+                elif assignment.kind is AssignmentKind.EVALUATE:
+                    self._evaluate_only(assignment, assignment.plan, work)
+                else:
+                    self._train(assignment, assignment.plan, work, begin)
+        except Aborted:
+            log.info("%s of round %d is no longer wanted", assignment.kind, assignment.round)
+            time.sleep(ABORTED_PAUSE)
+
+    def _profile(self, assignment: wire.Assignment, plan: wire.NodePlan, work: Work) -> None:
+        """Measure a few steps of the plan, and the importance of every candidate matrix when asked."""
+        self._load(plan.precision)
+        scores: dict[str, float] = {}
+        if assignment.importance:
+            steps = self._job.adapter.selection.warmup_steps
+            work.report(state="profiling", steps=steps)
+            self._install(None, {}, wire.Start.FRESH, 0)
+            self._adapters.remove()
+            scores = importance.measure(
+                self._model,
+                matrices=self._shape.matrices,
+                samples=self._samples,
+                order=self._order(plan, 0),
+                settings=self._settings(plan, steps, self._job.optimizer.learning_rate),
+                device=self._device,
+                seed=self._job.seed,
+                after=lambda step: _tell(work, step=step),
+            )
+        steps = max(1, assignment.profile_steps)
+        work.report(state="profiling", step=0, steps=steps)
+        self._install(None, plan.ranks, wire.Start.FRESH, 0)
+        outcome = loop.train(
+            self._model,
+            self._samples,
+            self._order(plan, 0),
+            self._settings(plan, steps, self._job.optimizer.learning_rate),
+            self._device,
+            after=lambda step: _tell(work, step=step.number),
+        )
+        self._transport.profile(
+            wire.ProfileReport(
+                step_seconds=outcome.step_seconds,
+                peak_bytes=outcome.peak_bytes,
+                micro_batch=outcome.micro_batch,
+                scores=scores,
+            )
+        )
+        log.info("profiled: %.3f s per step, peak %.0f MiB", outcome.step_seconds, outcome.peak_bytes / 2**20)
+
+    def _evaluate_only(self, assignment: wire.Assignment, plan: wire.NodePlan, work: Work) -> None:
+        path = self._transport.blob(assignment.adapter) if assignment.adapter else None
+        self._load(plan.precision)
+        with _opened(path, self._shape) as adapter:
+            self._install(adapter, {}, wire.Start.SPLIT, assignment.round)
+        self._evaluate(assignment.round, plan, work)
+
+    def _train(self, assignment: wire.Assignment, plan: wire.NodePlan, work: Work, begin: float) -> None:
+        """One round: download, evaluate the global adapter when asked, train, upload."""
+        number = assignment.round
+        path = self._transport.blob(assignment.adapter) if assignment.adapter else None
+        downloaded = time.monotonic() - begin
+        self._load(plan.precision)
+        evaluated = 0.0
+        with _opened(path, self._shape) as adapter:
+            # These two rules start with exactly the global adapter; the others drop a part of it.
+            exact = assignment.start in (wire.Start.SPLIT, wire.Start.FRESH)
+            if assignment.evaluate:
+                self._install(adapter, plan.ranks if exact else {}, assignment.start, number)
+                evaluate_begin = time.monotonic()
+                self._evaluate(number - 1, plan, work)
+                evaluated = time.monotonic() - evaluate_begin
+            if not (assignment.evaluate and exact):
+                self._install(adapter, plan.ranks, assignment.start, number)
+        work.report(state="training", step=0, steps=plan.local_steps)
+        deadline = math.inf
+        if assignment.remaining_seconds is not None:
+            deadline = begin + assignment.remaining_seconds - UPLOAD_RESERVE - 1.2 * self._upload_time(plan)
+
+        def after(step: loop.Step) -> bool:
+            _tell(
+                work,
+                step=step.number,
+                loss=step.loss,
+                memory=self._device.used(),
+                tokens_per_second=step.tokens_per_second,
+            )
+            return time.monotonic() + step.seconds > deadline
+
+        settings = self._settings(plan, plan.local_steps, assignment.learning_rate)
+        order = self._order(plan, number)
+        outcome = loop.train(self._model, self._samples, order, settings, self._device, after=after)
+        work.report(state="uploading")
+        self._upload(number, plan, outcome, downloaded, evaluated)
+
+    def _upload(
+        self, number: int, plan: wire.NodePlan, outcome: loop.Outcome, downloaded: float, evaluated: float
+    ) -> None:
+        head = {
+            name: parameter.detach().cpu().numpy()
+            for name, parameter in base.head_parameters(self._model, self._task)
+        }
+        tensors = self._adapters.tensors()
+        if not all(np.isfinite(value).all() for value in (*tensors.values(), *head.values())):
+            raise Failure(f"round {number}: the update is not finite; lower spec.optimizer.learningRate")
+        path = self._work / "update.safetensors"
+        save(path, tensors, head)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        manifest = wire.UpdateManifest(
+            digest=digest,
+            size=path.stat().st_size,
+            samples=len(self._samples),
+            steps=outcome.steps,
+            planned_steps=plan.local_steps,
+            micro_batch=outcome.micro_batch,
+            train_loss=outcome.loss,
+            step_seconds=outcome.step_seconds,
+            peak_bytes=outcome.peak_bytes,
+            tokens=outcome.tokens,
+            download_seconds=downloaded,
+            evaluate_seconds=evaluated,
+            train_seconds=outcome.seconds,
+        )
+        begin = time.monotonic()
+        taken = self._transport.update(number, path, manifest)
+        self._upload_seconds = time.monotonic() - begin
+        if taken:
+            log.info(
+                "round %d: %d of %d steps, loss %.4f, %.3f s per step, %.1f kB up",
+                *(number, outcome.steps, plan.local_steps, outcome.loss, outcome.step_seconds),
+                manifest.size / 1000,
+            )
+
+    def _upload_time(self, plan: wire.NodePlan) -> float:
+        """Return the seconds the upload will take: as last time, or by the declared link."""
+        if self._upload_seconds or self._link_rate is None:
+            return self._upload_seconds
+        sides = {matrix.name: matrix.rows + matrix.columns for matrix in self._shape.matrices}
+        values = sum(rank * sides.get(name, 0) for name, rank in plan.ranks.items())
+        return 4 * (values + sum(math.prod(tensor.shape) for tensor in self._shape.head)) / self._link_rate
+
+    def _evaluate(self, number: int, plan: wire.NodePlan, work: Work) -> None:
+        """Evaluate the model as it is and report it as round `number`."""
+        if not len(self._held_out):
+            return
+        work.report(state="evaluating", step=0, steps=len(self._held_out))
+        sums = loop.evaluate(
+            self._model,
+            self._held_out,
+            plan.micro_batch,
+            self._device,
+            after=lambda done: _tell(work, step=done),
+        )
+        self._transport.evaluation(
+            wire.Evaluation(
+                round=number,
+                samples=sums.samples,
+                tokens=sums.targets,
+                loss_sum=sums.loss,
+                correct=sums.correct,
+                precision=plan.precision,
+            )
+        )
+
+    def _load(self, precision: Precision) -> None:
+        """Have the base model at a precision, loading it unless it is the present one."""
+        if precision is self._precision:
+            return
+        self._model = self._adapters = None
+        self._device.reset_peak()
+        self._model = base.load(self._source, self._config, self._task, precision, self._device.torch)
+        self._precision = precision
+        pristine = None
+        if precision is Precision.FP32:
+            pristine = self._work / "base"
+            pristine.mkdir(exist_ok=True)
+        self._adapters = Adapters(
+            self._model,
+            self._shape,
+            alpha=self._job.adapter.alpha,
+            rs_lora=self._job.adapter.rs_lora,
+            names=(self._job.seed, self._job.node),
+            pristine=pristine,
+        )
+
+    def _install(
+        self, adapter: GlobalAdapter | None, ranks: dict[str, int], rule: wire.Start, number: int
+    ) -> None:
+        self._adapters.install(adapter, ranks, rule, number)
+        head = base.fresh_head(self._shape.head, self._job.seed)
+        base.set_head(self._model, {**head, **(adapter.head() if adapter else {})})
+
+    def _order(self, plan: wire.NodePlan, number: int) -> Any:
+        size = plan.micro_batch * plan.accumulation
+        return data.step_order(self._samples, size, self._job.seed, number, self._job.node)
+
+    def _settings(self, plan: wire.NodePlan, steps: int, learning_rate: float) -> loop.Settings:
+        optimizer = self._job.optimizer
+        return loop.Settings(
+            steps=steps,
+            micro_batch=plan.micro_batch,
+            accumulation=plan.accumulation,
+            learning_rate=learning_rate,
+            weight_decay=optimizer.weight_decay,
+            max_grad_norm=optimizer.max_grad_norm,
+            proximal=optimizer.proximal,
+            checkpointing=plan.checkpointing,
+        )
+
+
+def _tell(work: Work, **fields: Any) -> None:
+    """Report progress; raises Aborted when the work is not wanted any more."""
+    work.report(**fields)
+    work.check()
+
+
+def _opened(path: Path | None, shape: wire.ModelShape) -> AbstractContextManager[GlobalAdapter | None]:
+    return GlobalAdapter(path, shape) if path else nullcontext()

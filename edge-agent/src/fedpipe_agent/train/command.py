@@ -1,0 +1,125 @@
+"""`fedpipe-agent train`: arguments, signals, and the order in which the agent starts."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import tempfile
+import urllib.parse
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from pydantic import ValidationError
+
+from fedpipe_api.base import UserError, explain
+from fedpipe_api.node import Capacity
+
+from ..errors import Stopped
+from ..heartbeat import report_failure
+from ..kernels import Check
+from ..transport import Transport
+from .rows import locate
+
+
+def main(argv: Sequence[str]) -> int:
+    """Work on one job until it stops; torch is imported only once the arguments and the data files are good.
+
+    Raises:
+        UserError: a mistake in the arguments, the model directory or the data.
+        Stopped: SIGTERM or SIGINT arrived.
+    """
+    options = _parser().parse_args(argv)
+    capacity = _capacity(options.capacity)
+    for field in ("token_file", "ca_file"):
+        path = getattr(options, field)
+        if path is not None and not path.is_file():
+            raise UserError(f"--{field.replace('_', '-')} {path}: no such file; give a readable one")
+    url = urllib.parse.urlsplit(options.coordinator)
+    if url.scheme not in ("http", "https") or not url.netloc:
+        raise UserError(f"--coordinator {options.coordinator}: not a URL; write http(s)://host:port")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    _environment(capacity)
+    with tempfile.TemporaryDirectory(prefix="fedpipe-agent-") as work:
+        _work(options, capacity, Path(work))
+    return 0
+
+
+def _work(options: argparse.Namespace, capacity: Capacity, work: Path) -> None:
+    blobs = work / "blobs"
+    blobs.mkdir()
+    transport = Transport(
+        options.coordinator,
+        options.token_file,
+        blobs,
+        ca_file=options.ca_file,
+        link_rate=capacity.link_rate,
+        give_up=options.give_up,
+    )
+    job = transport.job()
+    check = Check(capacity.precisions)
+    agent = None
+    try:
+        locate(options.data, job.data)
+        from .agent import Agent
+        from .device import Device
+        from .model import Source
+
+        agent = Agent(job, Source(options.model), transport, Device(capacity), work)
+        agent.prepare(options.data)
+        agent.run(check)
+    except Exception as error:
+        report_failure(transport, error, agent.current if agent else None)
+        raise
+    finally:
+        check.stop()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedpipe-agent train", description="Work on one job of a coordinator."
+    )
+    parser.add_argument("--coordinator", required=True, help="http(s)://host:port")
+    parser.add_argument(
+        "--model", required=True, help="model directory, or repository as owner/name@revision"
+    )
+    parser.add_argument("--data", required=True, type=Path, help="directory of this node's data")
+    parser.add_argument("--token-file", required=True, type=Path, help="file with the bearer token")
+    parser.add_argument("--ca-file", type=Path, help="certificate authority of the coordinator (PEM)")
+    parser.add_argument("--capacity", type=Path, help="JSON file with a declared capacity to keep to")
+    parser.add_argument(
+        "--give-up", type=float, default=600.0, metavar="SECONDS", help="of an unreachable coordinator (600)"
+    )
+    return parser
+
+
+def _capacity(path: Path | None) -> Capacity:
+    if path is None:
+        return Capacity()
+    try:
+        return Capacity.model_validate(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise UserError(f"--capacity {path}: {error.strerror}; give a readable file") from None
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+
+
+def _environment(capacity: Capacity) -> None:
+    """Set what libraries read once, at import."""
+    # Threads that wait by spinning take the cores of the other agents of a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if capacity.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(capacity.threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped

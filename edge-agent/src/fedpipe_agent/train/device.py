@@ -1,0 +1,147 @@
+"""The device the agent trains on, as it really is and as its declared capacity has it.
+
+Memory is counted for the whole process, runtime included: resident bytes on CPU, allocator and context on
+CUDA.
+"""
+
+import ctypes
+import gc
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from fedpipe_api import wire
+from fedpipe_api.node import Capacity
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad alloc")
+
+
+class Device:
+    """A CPU or the first visible CUDA device, kept to a declared capacity."""
+
+    def __init__(self, capacity: Capacity):
+        """Open the device; on CUDA this creates the context, whose size is part of `overhead`."""
+        self._capacity = capacity
+        self.threads = capacity.threads or len(os.sched_getaffinity(0))
+        torch.set_num_threads(self.threads)
+        self.torch = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self._context = _create_context(self.torch) if self.cuda else 0
+        self.budget = capacity.memory
+        self.link_rate = capacity.link_rate
+        if self.cuda and self.budget is not None:
+            total = torch.cuda.get_device_properties(self.torch).total_memory
+            share = min(1.0, max(self.budget - self._context, 1) / total)
+            torch.cuda.set_per_process_memory_fraction(share, self.torch)
+
+    @property
+    def cuda(self) -> bool:
+        """Whether this is a CUDA device."""
+        return self.torch.type == "cuda"
+
+    def facts(self, kernels: tuple[wire.KernelResult, ...]) -> wire.DeviceFacts:
+        """Return what the planner is told."""
+        overhead = self.used()
+        free = overhead + (torch.cuda.mem_get_info(self.torch)[0] if self.cuda else _available())
+        name, uuid, capability = self._capacity.device, None, None
+        if self.cuda:
+            properties = torch.cuda.get_device_properties(self.torch)
+            uuid, capability = f"GPU-{properties.uuid}", f"{properties.major}.{properties.minor}"
+            name = properties.name if name == "cpu" else name
+        elif name == "cpu":
+            name = platform.processor() or "cpu"
+        return wire.DeviceFacts(
+            kind=self.torch.type,
+            name=name[:128],
+            uuid=uuid,
+            compute_capability=capability,
+            free_memory=free if self.budget is None else min(free, self.budget),
+            overhead=overhead,
+            threads=self.threads,
+            speed=self._capacity.speed,
+            link_rate=self.link_rate,
+            kernels=kernels,
+        )
+
+    def used(self) -> int:
+        """Return the bytes in use now."""
+        return self._context + torch.cuda.memory_allocated(self.torch) if self.cuda else _status("VmRSS")
+
+    def peak(self) -> int:
+        """Return the most bytes in use since `reset_peak`."""
+        if self.cuda:
+            return self._context + torch.cuda.max_memory_allocated(self.torch)
+        return _status("VmHWM")
+
+    def reset_peak(self) -> None:
+        """Give unused memory back and measure the peak anew."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.torch)
+            return
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+        if trim is not None:
+            trim(0)
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            return  # a sandbox without it: the peak is that of the process's whole life
+
+    def over_budget(self) -> bool:
+        """Whether the peak has passed the declared memory; CUDA's allocator refuses before that."""
+        return not self.cuda and self.budget is not None and self.peak() > self.budget
+
+    def stretch(self, seconds: float) -> None:
+        """Sleep so that work of `seconds` takes 1/speed of its time."""
+        if self._capacity.speed < 1:
+            time.sleep(seconds * (1 / self._capacity.speed - 1))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell an allocation failure of any allocator from other errors."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
+
+
+def _create_context(device: torch.device) -> int:
+    """Create the CUDA context and return its bytes as NVML sees free memory fall; 0 where NVML is missing."""
+    import pynvml
+
+    def free() -> int:
+        uuid = torch.cuda.get_device_properties(device).uuid
+        try:
+            pynvml.nvmlInit()
+            return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")).free)
+        except pynvml.NVMLError:
+            return 0
+
+    before = free()
+    torch.zeros(1, device=device)
+    torch.cuda.synchronize(device)
+    return max(0, before - free())
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _available() -> int:
+    """Return the bytes this process could still take: the machine's, within its control group's limit."""
+    available = 0
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no control group, or no limit ("max")
+        return available
+    return min(available, max(0, limit - used))

@@ -1,0 +1,1 @@
+"""The FedPipe engine, its Kubernetes operator and the command line."""

@@ -1,0 +1,162 @@
+"""Averages of plain tensors, entry by entry, streamed from many files in float64."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedpipe_api.job import ServerOptimizer
+
+from . import server as optimizer
+from .checks import Comparison, NotFiniteError
+from .factors import Float64
+from .files import Float32, TensorFile
+
+# Entries of one block: 4 MiB in float64 over all nodes, so that the passes over it stay in cache.
+_BLOCK = 512 * 1024
+
+
+@dataclass(frozen=True)
+class Source:
+    """One node's tensor, the upper left `rows` × `width` of the average; its values count times `scale`."""
+
+    node: int
+    file: TensorFile
+    name: str
+    rows: int
+    width: int
+    scale: float
+    weight: float
+    clip: float
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """The mean (rows, width) and what the server optimizer made of it, with its state's tensors by suffix."""
+
+    mean: Float32
+    new: Float32
+    state: dict[str, Float32]
+
+
+def average(
+    sources: Sequence[Source],
+    *,
+    previous: Float32 | None,
+    shape: tuple[int, int],
+    server: ServerOptimizer,
+    state: dict[str, Float32],
+    comparison: Comparison | None,
+) -> Averaged:
+    """Average tensors of different sizes, padded with zeros, and let the server optimizer take its step.
+
+    Args:
+        sources: at least one; their weights sum to 1.
+        previous: the tensor the nodes started from (rows, width). None before the first average; then there
+            is nothing to change yet, and the optimizer does not step.
+        shape: rows and width of the average.
+        server: the server optimizer.
+        state: its tensors of the last step by suffix; empty at first.
+        comparison: where norms and cosines of the changes are gathered; None leaves them out.
+
+    Raises:
+        NotFiniteError: a source holds NaN or infinity.
+    """
+    steps = int(state[optimizer.STEPS][0]) if state else 0
+    momentum, second = (
+        state.get(kind, np.zeros(shape, np.float32)) for kind in (optimizer.MOMENTUM, optimizer.SECOND_MOMENT)
+    )
+    stateful = optimizer.has_momentum(server) and previous is not None
+    mean = np.empty(shape, np.float32)
+    moves = previous is not None and not optimizer.adds_the_mean(server)
+    new = np.empty(shape, np.float32) if moves else mean
+    moved = np.empty(shape, np.float32) if stateful else momentum
+    moved_second = np.empty(shape, np.float32) if optimizer.has_second_moment(server) else second
+    for rows, change in _changes(sources, previous, shape, comparison):
+        before = 0.0 if previous is None else previous[rows].astype(np.float64)
+        mean[rows] = before + change
+        if not moves:
+            continue
+        step = optimizer.advance(server, steps, second[rows].astype(np.float64), change * change)
+        velocity = step.keep * momentum[rows] + step.new * change
+        new[rows] = before + step.gain * velocity
+        if stateful:
+            moved[rows] = velocity
+            moved_second[rows] = step.second_moment
+    if not stateful:
+        return Averaged(mean, new, state)
+    kept = {optimizer.MOMENTUM: moved, optimizer.STEPS: np.array([steps + 1], np.float32)}
+    if optimizer.has_second_moment(server):
+        kept[optimizer.SECOND_MOMENT] = moved_second
+    return Averaged(mean, new, kept)
+
+
+def _changes(
+    sources: Sequence[Source],
+    previous: Float32 | None,
+    shape: tuple[int, int],
+    comparison: Comparison | None,
+) -> Iterator[tuple[slice, Float64]]:
+    """Yield the mean's change from `previous` (from zero without one), block of rows by block of rows."""
+    height, width = shape
+    weights = np.array([source.weight for source in sources])
+    clipped = weights * [source.clip for source in sources]
+    squares, dots, total = np.zeros(len(sources)), np.zeros(len(sources)), 0.0
+    step = max(1, _BLOCK // (len(sources) * width))
+    buffer = np.empty((len(sources), min(step, height), width))
+    scratch = np.empty(buffer[0].size, np.float32)
+    for first in range(0, height, step):
+        rows = slice(first, min(first + step, height))
+        count = rows.stop - first
+        block = buffer[:, :count]
+        for index, source in enumerate(sources):
+            _load(source, first, block[index], previous, scratch)
+        flat = block.reshape(len(sources), -1)
+        applied = clipped @ flat
+        for index, source in enumerate(sources):
+            square = float(flat[index] @ flat[index])
+            if not np.isfinite(square):
+                raise NotFiniteError(source.node)
+            squares[index] += square
+        if comparison is not None:
+            dots += flat @ applied
+            total += float(applied @ applied)
+        change = applied.reshape(count, width)
+        if previous is not None:
+            change -= _uncovered(sources, weights, rows, width) * previous[rows]
+        yield rows, change
+    if comparison is not None:
+        comparison.add(
+            nodes=[source.node for source in sources],
+            weights=weights,
+            clipped=clipped,
+            squares=squares,
+            dots=dots,
+            total=total,
+        )
+
+
+def _load(source: Source, first: int, block: Float64, previous: Float32 | None, scratch: Float32) -> None:
+    """Fill a block (rows, width) with the node's change, zero where it has no entries."""
+    count = max(0, min(len(block), source.rows - first))
+    if count < len(block) or source.width < block.shape[1]:
+        block[:] = 0
+    read = scratch[: count * source.width]
+    source.file.read_into(source.name, first * source.width, read)
+    inner = block[:count, : source.width]
+    np.multiply(read.reshape(count, source.width), source.scale, out=inner, dtype=np.float64)
+    if previous is not None:
+        inner -= previous[first : first + count, : source.width]
+
+
+def _uncovered(sources: Sequence[Source], weights: Float64, rows: slice, width: int) -> Float64:
+    """Return the share of weight, entry by entry (or row by row), whose nodes do not hold that entry."""
+    tall = np.array([source.rows for source in sources])
+    wide = np.array([source.width for source in sources])
+    if (wide < width).any():
+        found: Float64 = weights @ (np.arange(width) >= wide[:, None])
+        return found
+    if (tall < rows.stop).any():
+        found = weights @ (np.arange(rows.start, rows.stop) >= tall[:, None])
+        return found[:, None]
+    return np.zeros(1)

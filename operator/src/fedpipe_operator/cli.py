@@ -1,0 +1,132 @@
+"""The command `fedpipe`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fedpipe_api.base import UserError
+
+from .kube.get import get
+
+app = typer.Typer(
+    name="fedpipe",
+    help="Fine-tune one language model over many unequal machines whose data stays where it is.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(name="data", help="Prepare data.", no_args_is_help=True)
+app.add_typer(data)
+app.add_typer(get)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="A FedPipeJob.")]
+FleetFile = Annotated[
+    Path, typer.Option("--fleet", metavar="FLEET.yaml", help="The nodes, their capacity and data.")
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The --out of a run.")]
+
+
+def main() -> int:
+    """Run the command line; exit 2 with one line for a mistake of the user, 130 when interrupted."""
+    try:
+        return app(standalone_mode=False) or 0
+    except UserError as error:
+        return _complain(str(error), 2)
+    except typer.TyperException as error:
+        return _complain(error.format_message(), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("interrupted", 130)
+
+
+def _complain(message: str, status: int) -> int:
+    sys.stderr.write(f"{message}\n")
+    return status
+
+
+@app.command()
+def run(
+    job: JobFile,
+    fleet: FleetFile,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: runs/JOB-NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stopped.")] = False,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Loopback port of the coordinator; 0: any.")
+    ] = 0,
+) -> int:
+    """Run a job on this machine, one process for each node of the fleet."""
+    from .local.manifest import read
+
+    local = read(job, fleet)
+    # Only now what takes long to import: a mistake in the manifests is told at once.
+    from .local.run import run as run_job
+
+    return run_job(local, out, resume, port)
+
+
+@app.command()
+def plan(job: JobFile, fleet: FleetFile) -> int:
+    """Print what each node of the fleet would carry, and why; nothing is started."""
+    from .local.manifest import read
+    from .local.plan import plan_job
+
+    return plan_job(read(job, fleet))
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write; must not exist.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the whole model with the adapter merged in.")
+    ] = False,
+) -> int:
+    """Write a run's latest adapter as a PEFT directory, or merged into its base model."""
+    from .local.conclude import export_run
+
+    export_run(run_dir, out, merge)
+    return _say(str(out))
+
+
+@app.command()
+def report(run_dir: RunDir) -> int:
+    """Write a run's report, plots and metrics anew and print its summary."""
+    from .local.conclude import report_run
+
+    report_run(run_dir)
+    return 0
+
+
+@data.command()
+def split(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL, CSV or Parquet.")],
+    *,
+    nodes: Annotated[int, typer.Option(min=1, max=5000, help="Into how many shares.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Gets node-1/train.SUFFIX and so on.")],
+    by: Annotated[
+        Literal["iid", "dirichlet", "size"], typer.Option(help="What differs between shares.")
+    ] = "iid",
+    alpha: Annotated[float, typer.Option(help="Dirichlet concentration; smaller is more unequal.")] = 0.5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    label: Annotated[str, typer.Option(help="Field of the label.")] = "label",
+) -> int:
+    """Cut one dataset into node shares; every row goes to exactly one."""
+    from .local import split as shares
+
+    dataset = shares.read(file, label)
+    drawn = shares.split(dataset.labels, nodes, by, alpha, seed)
+    names = [f"node-{number}" for number in range(1, nodes + 1)]
+    shares.write_shares(dataset, drawn, names, out / f"train{file.suffix}")
+    sizes = ", ".join(f"{name} {len(share)}" for name, share in zip(names, drawn, strict=True))
+    return _say(f"{out}: {sizes}")
+
+
+def _say(message: str) -> int:
+    sys.stdout.write(f"{message}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+"""The HTTP face of the engine that agents talk to."""
+
+from .http import application
+from .identity import Identify, Identity, Tokens
+
+__all__ = ["Identify", "Identity", "Tokens", "application"]

@@ -1,0 +1,255 @@
+"""Routes of the round protocol (see fedpipe_api.wire). Every call is idempotent."""
+
+import asyncio
+import logging
+import re
+from typing import TypeVar
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+from pydantic import ValidationError
+
+from fedpipe_api.base import Model, explain
+from fedpipe_api.wire import (
+    CONTROL_LIMIT,
+    HEADER_LIMIT,
+    MANIFEST_HEADER,
+    REGISTRATION_LIMIT,
+    Answer,
+    Evaluation,
+    ProfileReport,
+    Progress,
+    Refusal,
+    Registration,
+    UpdateManifest,
+)
+
+from ..aggregate import Refused as BadUpdate
+from ..aggregate import check_update_file
+from ..engine import Engine, Refused, accept
+from ..engine.accept import Verdict
+from ..engine.state import blobs_in_use
+from ..store import Incoming
+from .identity import Identify, Identity
+
+log = logging.getLogger(__name__)
+M = TypeVar("M", bound=Model)
+
+LONGEST_WAIT = 60.0
+"""Seconds that a long poll may ask for."""
+
+_CHUNK = 1 << 20
+"""Bytes handed to the writing thread at a time."""
+
+_SAFETENSORS_HEADER = 1 << 20
+"""Bytes that an update may hold beside its tensors."""
+
+LINK_PATH = "/v1/link"
+"""Zeros for anyone who wants to know the rate of its link; a probe has no identity here."""
+
+_LINK_BYTES = 1 << 18
+
+_IDENTITY = web.RequestKey("identity", Identity)
+
+
+def application(engine: Engine, identify: Identify) -> web.Application:
+    """Return the coordinator's aiohttp application; the caller owns server, socket and TLS."""
+    routes = _Routes(engine)
+    app = web.Application(
+        middlewares=[_refusals, _authentication(identify)],
+        handler_args={"max_field_size": HEADER_LIMIT, "max_line_size": 8190},
+    )
+    app.add_routes(
+        [
+            web.get(LINK_PATH, _link),
+            web.get("/v1/job", routes.job),
+            web.post("/v1/agents", routes.register),
+            web.get("/v1/assignment", routes.assignment),
+            web.post("/v1/profile", routes.profile),
+            web.get("/v1/blobs/{digest}", routes.blob),
+            web.post("/v1/rounds/{round}/evaluation", routes.evaluation),
+            web.put("/v1/rounds/{round}/update", routes.update),
+            web.post("/v1/progress", routes.progress),
+        ]
+    )
+    return app
+
+
+@web.middleware
+async def _refusals(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except Refused as refused:
+        log.warning("%s %s: %d %s: %s", request.method, request.path, refused.status, refused.reason, refused)
+        return _refuse(refused)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        return _refuse(Refused(error.status, type(error).__name__.removeprefix("HTTP"), error.reason))
+
+
+def _refuse(refused: Refused) -> web.Response:
+    body = Refusal(reason=refused.reason, error=refused.message[:1024])
+    response = web.json_response(text=body.to_json(), status=refused.status)
+    if refused.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def _authentication(identify: Identify) -> Middleware:
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path == LINK_PATH:
+            return await handler(request)
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        identity = await identify(token) if scheme == "Bearer" and token else None
+        if identity is None:
+            raise Refused(401, "Unauthenticated", "no valid bearer token")
+        request[_IDENTITY] = identity
+        return await handler(request)
+
+    return check
+
+
+async def _link(request: web.Request) -> web.Response:
+    return web.Response(body=bytes(_LINK_BYTES))
+
+
+class _Routes:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def job(self, request: web.Request) -> web.Response:
+        who = request[_IDENTITY]
+        return _json(self._engine.facts(who.job, who.node))
+
+    async def register(self, request: web.Request) -> web.Response:
+        who = request[_IDENTITY]
+        message = await _body(request, Registration, REGISTRATION_LIMIT)
+        return _json(await self._engine.register(who.job, who.node, message))
+
+    async def assignment(self, request: web.Request) -> web.Response:
+        who = request[_IDENTITY]
+        try:
+            seconds = min(max(0.0, float(request.query.get("wait", "0"))), LONGEST_WAIT)
+        except ValueError:
+            raise Refused(400, "BadRequest", "wait: a number of seconds is wanted") from None
+        work = await self._engine.next_assignment(who.job, who.node, seconds)
+        return web.Response(status=204) if work is None else _json(work)
+
+    async def profile(self, request: web.Request) -> web.Response:
+        who = request[_IDENTITY]
+        report = await _body(request, ProfileReport, REGISTRATION_LIMIT)
+        await self._engine.profile(who.job, who.node, report)
+        return web.Response(status=204)
+
+    async def evaluation(self, request: web.Request) -> web.Response:
+        who = request[_IDENTITY]
+        message = await _body(request, Evaluation, CONTROL_LIMIT)
+        if message.round != _round(request):
+            raise Refused(400, "BadRequest", "round: the path and the body differ")
+        await self._engine.evaluation(who.job, who.node, message)
+        return web.Response(status=204)
+
+    async def progress(self, request: web.Request) -> web.Response:
+        who = request[_IDENTITY]
+        message = await _body(request, Progress, CONTROL_LIMIT)
+        return _json(Answer(wanted=await self._engine.progress(who.job, who.node, message)))
+
+    async def blob(self, request: web.Request) -> web.StreamResponse:
+        who, digest = request[_IDENTITY], request.match_info["digest"]
+        # Only what the job uses now: a name cannot lead to another job's files, nor out of the store.
+        if digest not in blobs_in_use(self._engine.job(who.job).state):
+            raise Refused(404, "BlobUnknown", "the job has no such blob")
+        path = self._engine.blobs.path(digest)
+        size = path.stat().st_size
+        wanted = request.http_range
+        self._engine.sent(who.job, max(0, size - (wanted.start or 0)))
+        return web.FileResponse(path, chunk_size=_CHUNK)
+
+    async def update(self, request: web.Request) -> web.Response:
+        who, number = request[_IDENTITY], _round(request)
+        manifest = _manifest(request)
+        state = self._engine.job(who.job).state
+        if accept.update(state, who.node, number, manifest) is Verdict.KNOWN:
+            return web.Response(status=204)
+        shapes = accept.update_shapes(state, who.node)
+        limit = sum(4 * _count(shape) for shape in shapes.values()) + _SAFETENSORS_HEADER
+        if request.content_length is None:
+            raise Refused(411, "LengthRequired", "an update needs a Content-Length")
+        if max(request.content_length, manifest.size) > limit:
+            raise Refused(413, "TooLarge", f"the update of {who.node} may have at most {limit} bytes")
+        if request.content_length != manifest.size:
+            raise Refused(400, "SizeDiffers", "Content-Length is not the manifest's size")
+        incoming = self._engine.blobs.incoming()
+        try:
+            await _receive(request, incoming, manifest)
+            try:
+                await asyncio.to_thread(check_update_file, incoming.path, shapes, limit)
+            except BadUpdate as error:
+                raise Refused(422, error.reason, f"update of {who.node}: {error}") from None
+            await self._engine.update(who.job, who.node, number, manifest, incoming)
+        finally:
+            incoming.discard()
+        return web.Response(status=204)
+
+
+def _json(message: Model) -> web.Response:
+    return web.json_response(text=message.to_json())
+
+
+def _round(request: web.Request) -> int:
+    text = request.match_info["round"]
+    if not re.fullmatch(r"[0-9]{1,6}", text):
+        raise Refused(404, "RoundUnknown", "a round is a number")
+    return int(text)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+async def _body(request: web.Request, kind: type[M], limit: int) -> M:
+    if (request.content_length or 0) > limit:
+        raise Refused(413, "TooLarge", f"a {kind.__name__} may have at most {limit} bytes")
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            raise Refused(413, "TooLarge", f"a {kind.__name__} may have at most {limit} bytes")
+    try:
+        return kind.model_validate_json(bytes(body))
+    except ValidationError as error:
+        raise Refused(422, "Invalid", explain(error)) from None
+
+
+def _manifest(request: web.Request) -> UpdateManifest:
+    text = request.headers.get(MANIFEST_HEADER)
+    if text is None:
+        raise Refused(400, "BadRequest", f"header {MANIFEST_HEADER} is missing")
+    try:
+        return UpdateManifest.model_validate_json(text)
+    except ValidationError as error:
+        raise Refused(422, "Invalid", f"{MANIFEST_HEADER}: {explain(error)}") from None
+
+
+async def _receive(request: web.Request, incoming: Incoming, manifest: UpdateManifest) -> None:
+    """Stream the body to disk off the event loop, then make it durable and check its digest."""
+    buffer = bytearray()
+    try:
+        async for chunk in request.content.iter_any():
+            buffer += chunk
+            if len(buffer) >= _CHUNK:
+                await asyncio.to_thread(incoming.write, buffer)
+                buffer = bytearray()
+    except (web.HTTPException, ConnectionError, asyncio.IncompleteReadError) as error:
+        raise Refused(400, "Truncated", f"the body broke off ({error})") from None
+    await asyncio.to_thread(incoming.write, buffer)
+    digest = await asyncio.to_thread(incoming.finish)
+    if incoming.size != manifest.size:
+        raise Refused(400, "Truncated", f"{incoming.size} of {manifest.size} bytes arrived")
+    if digest != manifest.digest:
+        raise Refused(422, "DigestDiffers", "the body's sha256 is not the manifest's digest")

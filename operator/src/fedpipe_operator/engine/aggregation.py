@@ -1,0 +1,70 @@
+"""From a closed round to its global adapter: what the worker is asked, and what of its answer is recorded."""
+
+import time
+from pathlib import Path
+
+from fedpipe_api.wire import Blob
+
+from ..aggregate import AggregationRequest, NodeUpdate, StoredFile, aggregate_round
+from ..store import Blobs
+from .records import MatrixReport, NodeCheck, RoundAggregated
+from .state import JobState
+from .worker import Worker
+
+NORM_HISTORY = 200
+"""Update norms that the running median of the checks sees."""
+
+
+async def aggregate(
+    worker: Worker, blobs: Blobs, state: JobState
+) -> tuple[RoundAggregated, list[tuple[Path, str]]]:
+    """Return the record of the closed round and its new files as (temporary path, digest)."""
+    started = time.monotonic()
+    report = await worker.run(aggregate_round, request_of(blobs, state))
+    assert state.current is not None
+    files = [file for file in (report.adapter, report.server_state) if file is not None]
+    record = RoundAggregated(
+        round=state.current.opened.round,
+        adapter=_blob(report.adapter),
+        server_state=_blob(report.server_state) if report.server_state else None,
+        matrices={name: MatrixReport(**vars(found)) for name, found in report.matrices.items()},
+        checks={node: NodeCheck(**vars(found)) for node, found in report.nodes.items()},
+        relative_error=report.relative_error,
+        discarded_energy=report.discarded_energy,
+        effective_rank=report.effective_rank,
+        seconds=time.monotonic() - started,
+    )
+    return record, [(file.path, file.digest) for file in files]
+
+
+def _blob(file: StoredFile) -> Blob:
+    return Blob(digest=file.digest, size=file.size)
+
+
+def request_of(blobs: Blobs, state: JobState) -> AggregationRequest:
+    """Return what the closed round asks of the worker; from the ledger alone, so a retry is the same."""
+    current, plan, spec = state.current, state.plan, state.spec
+    assert current is not None
+    assert plan is not None
+    before = state.rounds.get(current.opened.round - 1)
+    result = before.result if before else None
+    norms = [
+        check.norm
+        for number in sorted(state.rounds, reverse=True)
+        if (known := state.rounds[number].result) is not None
+        for _, check in sorted(known.checks.items())
+        if check.verdict == "ok"
+    ]
+    return AggregationRequest(
+        aggregation=spec.aggregation,
+        alpha=spec.adapter.alpha,
+        rs_lora=spec.adapter.rs_lora,
+        updates=tuple(
+            NodeUpdate(node, blobs.path(manifest.digest), manifest.samples, plan.nodes[node].ranks)
+            for node, manifest in sorted(current.updates.items())
+        ),
+        directory=blobs.temporary,
+        adapter=blobs.path(result.adapter.digest) if result else None,
+        server_state=blobs.path(result.server_state.digest) if result and result.server_state else None,
+        norms=tuple(norms[:NORM_HISTORY]),
+    )

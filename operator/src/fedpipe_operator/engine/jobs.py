@@ -1,0 +1,50 @@
+"""A job in memory: its state, who waits for it, and what dies with the process."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from fedpipe_api.wire import Progress
+
+from .decide import Wait
+from .state import JobState
+
+
+@dataclass
+class Live:
+    """What is known of an agent only while this process lives."""
+
+    seen: float
+    progress: Progress | None = None
+
+
+class Signal:
+    """Wakes all who wait for its next firing."""
+
+    def __init__(self) -> None:
+        self.next = asyncio.Event()
+
+    def fire(self) -> None:
+        """Wake the waiters of now; later ones wait for the next time."""
+        fired, self.next = self.next, asyncio.Event()
+        fired.set()
+
+
+@dataclass
+class Job:
+    """One job in memory. `lock` is held from a check of the state to the commit that rests on it."""
+
+    state: JobState
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    committed: Signal = field(default_factory=Signal)  # the state changed: the driver looks again
+    turned: Signal = field(default_factory=Signal)  # agents may have new work
+    shown: Signal = field(default_factory=Signal)  # there is something new to show
+    live: dict[str, Live] = field(default_factory=dict)
+    wait: Wait | None = None
+    bytes_down: int = 0
+    task: asyncio.Task[None] | None = None
+
+    def stand(self, wait: Wait) -> None:
+        """Show why nothing happens."""
+        if self.wait != wait:
+            self.wait = wait
+            self.shown.fire()

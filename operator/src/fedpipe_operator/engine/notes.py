@@ -1,0 +1,91 @@
+"""What a person would want to know of a record: the text of Events and log lines."""
+
+from dataclasses import dataclass
+
+from fedpipe_api.conditions import Reason
+from fedpipe_api.status import Phase
+
+from .records import (
+    AgentLost,
+    Finished,
+    PlanMade,
+    Record,
+    RoundAggregated,
+    RoundClosed,
+    SpecChanged,
+)
+from .state import JobState, evaluation_of
+
+
+@dataclass(frozen=True)
+class Note:
+    """One Event."""
+
+    warning: bool
+    reason: Reason
+    message: str
+
+
+def megabytes(size: float) -> str:
+    """Return bytes as people read them (1 MB = 10⁶ bytes)."""
+    return f"{size / 1e6:.1f} MB"
+
+
+def note_of(state: JobState, record: Record) -> Note | None:
+    """Return the Event for a record that was just applied to the state, or None."""
+    match record:
+        case PlanMade():
+            return _planned(state, record)
+        case AgentLost():
+            return Note(True, Reason.AGENT_LOST, f"{record.node}: {record.reason}")
+        case RoundClosed() if record.stragglers:
+            node, steps = min(record.stragglers.items())
+            more = f" and {len(record.stragglers) - 1} more" if len(record.stragglers) > 1 else ""
+            text = f"{node}{more} missed round {record.round} (last heard of at step {steps})"
+            return Note(True, Reason.STRAGGLER, text)
+        case RoundAggregated():
+            return _round_done(state, record)
+        case SpecChanged():
+            text = "suspended" if record.spec.suspend else f"spec changed to generation {record.generation}"
+            return Note(False, Reason.SUSPENDED if record.spec.suspend else Reason.RESUMED, text)
+        case Finished():
+            return Note(record.phase is Phase.FAILED, Reason(record.reason), record.message)
+        case _:
+            return None
+
+
+def _round_done(state: JobState, record: RoundAggregated) -> Note:
+    bad = {node: check for node, check in record.checks.items() if check.verdict in ("flagged", "rejected")}
+    if bad:
+        node, check = min(bad.items())
+        reason = Reason.UPDATE_REJECTED if check.verdict == "rejected" else Reason.UPDATE_FLAGGED
+        return Note(True, reason, f"round {record.round}: update of {node} {check.verdict}: {check.reason}")
+    known = state.rounds[record.round]
+    up = sum(manifest.size for manifest in known.updates.values())
+    took = (known.result_at or 0) - known.opened_at
+    text = f"round {record.round}: {len(known.updates)} updates, {megabytes(up)} up, {took:.1f} s"
+    before = evaluation_of(state, record.round - 1)
+    if before is not None:
+        text += f"; before it loss {before.loss:.4f}"
+        if before.accuracy is not None:
+            text += f", accuracy {before.accuracy:.3f}"
+    return Note(False, Reason.ROUND_DONE, text)
+
+
+def _planned(state: JobState, record: PlanMade) -> Note | None:
+    before = state.plans.get(record.version - 1)
+    if before and before.left_out == record.left_out and _work(before) == _work(record):
+        return None  # only its predictions moved
+    text = f"{len(record.nodes)} of {len(record.considered)} nodes fit"
+    if record.left_out:
+        node, why = min(record.left_out.items())
+        text += f"; {node} left out: {why}"
+    reason = Reason.PLANNED if record.version == 1 else Reason.REPLANNED
+    return Note(False, reason, f"{text} ({record.reason})")
+
+
+def _work(plan: PlanMade) -> dict[str, tuple[object, ...]]:
+    return {
+        node: (made.precision, made.micro_batch, made.accumulation, made.ranks, made.local_steps)
+        for node, made in plan.nodes.items()
+    }

@@ -1,0 +1,223 @@
+"""The state of a job: a pure fold over its records."""
+
+from dataclasses import dataclass, field
+
+from fedpipe_api.job import FedPipeJobSpec
+from fedpipe_api.wire import Blob, Evaluation, ModelShape, UpdateManifest
+
+from .records import (
+    AgentLost,
+    AgentRegistered,
+    Evaluated,
+    Finished,
+    Offered,
+    PlanMade,
+    Profiled,
+    Record,
+    RoundAggregated,
+    RoundClosed,
+    RoundOpened,
+    SpecChanged,
+    Submitted,
+    UpdateAccepted,
+)
+
+
+@dataclass
+class Round:
+    """One round: open until `closed`, done once `result` is there. Times are seconds since the epoch."""
+
+    opened: RoundOpened
+    opened_at: float
+    deadline: float
+    updates: dict[str, UpdateManifest] = field(default_factory=dict)
+    closed: RoundClosed | None = None
+    closed_at: float | None = None
+    result: RoundAggregated | None = None
+    result_at: float | None = None
+
+
+@dataclass
+class JobState:
+    """Everything that is known of a job. Only `apply` changes it."""
+
+    uid: str
+    namespace: str
+    name: str
+    spec: FedPipeJobSpec
+    generation: int
+    submitted_at: float
+    active_since: float
+    suspended_at: float | None = None
+    offered: tuple[str, ...] = ()
+    excluded: dict[str, str] = field(default_factory=dict)
+    model: ModelShape | None = None
+    agents: dict[str, AgentRegistered] = field(default_factory=dict)
+    registered_at: dict[str, float] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    plans: dict[int, PlanMade] = field(default_factory=dict)
+    plan_at: float | None = None
+    profiles: dict[str, Profiled] = field(default_factory=dict)
+    rounds: dict[int, Round] = field(default_factory=dict)
+    evaluations: dict[int, dict[str, Evaluation]] = field(default_factory=dict)
+    finished: Finished | None = None
+    finished_at: float | None = None
+    sequence: int = 0
+
+    @property
+    def plan(self) -> PlanMade | None:
+        """The plan in force."""
+        return self.plans[max(self.plans)] if self.plans else None
+
+    @property
+    def current(self) -> Round | None:
+        """The latest round, done or not."""
+        return self.rounds[max(self.rounds)] if self.rounds else None
+
+    @property
+    def done(self) -> int:
+        """Rounds aggregated."""
+        current = self.current
+        if current is None:
+            return 0
+        return current.opened.round if current.result else current.opened.round - 1
+
+    @property
+    def adapter(self) -> Blob | None:
+        """The global adapter after the last aggregated round."""
+        return self.adapter_of(self.done)
+
+    def adapter_of(self, round_number: int) -> Blob | None:
+        """Return the global adapter a round ended with; None for round 0, which has only the base."""
+        known = self.rounds.get(round_number)
+        return known.result.adapter if known and known.result else None
+
+    @property
+    def live(self) -> tuple[str, ...]:
+        """Offered nodes whose agent registered and is not lost, in order of name."""
+        return tuple(n for n in sorted(self.agents) if n in self.offered and n not in self.lost)
+
+    @property
+    def planned(self) -> tuple[str, ...]:
+        """Live nodes that the plan gives work."""
+        return tuple(n for n in self.live if self.plan and n in self.plan.nodes)
+
+    @property
+    def desired(self) -> tuple[str, ...]:
+        """Nodes that should have a running agent."""
+        if self.finished or self.spec.suspend:
+            return ()
+        left_out = self.plan.left_out if self.plan else {}
+        return tuple(n for n in self.offered if n not in left_out)
+
+    @property
+    def profiling_done(self) -> bool:
+        """Whether the plan rests on measurements: it is not the first one."""
+        return self.plan is not None and self.plan.version > 1
+
+
+def submitted(uid: str, record: Submitted, at: float) -> JobState:
+    """Return the state of a job that was just submitted."""
+    return JobState(uid, record.namespace, record.name, record.spec, record.generation, at, at)
+
+
+def apply(state: JobState, record: Record, at: float) -> None:
+    """Change the state by one record; `at` is when it was committed."""
+    match record:
+        case Submitted():
+            raise ValueError("a job is submitted once")
+        case SpecChanged():
+            _change_spec(state, record, at)
+        case Offered():
+            state.offered, state.excluded = record.nodes, record.excluded
+            state.sequence = record.sequence
+        case AgentRegistered():
+            state.agents[record.node] = record
+            state.registered_at[record.node] = at
+            state.lost.pop(record.node, None)
+            state.model = state.model or record.model
+            state.sequence = record.sequence
+        case AgentLost():
+            state.lost[record.node] = record.reason
+            state.sequence = record.sequence
+        case PlanMade():
+            state.plans[record.version], state.plan_at = record, at
+        case Profiled():
+            state.profiles[record.node] = record
+        case RoundOpened():
+            state.rounds[record.round] = Round(record, at, record.deadline)
+        case UpdateAccepted():
+            state.rounds[record.round].updates[record.node] = record.manifest
+        case Evaluated():
+            state.evaluations.setdefault(record.evaluation.round, {})[record.node] = record.evaluation
+        case RoundClosed():
+            state.rounds[record.round].closed = record
+            state.rounds[record.round].closed_at = at
+        case RoundAggregated():
+            state.rounds[record.round].result = record
+            state.rounds[record.round].result_at = at
+        case Finished():
+            state.finished, state.finished_at = record, at
+
+
+def _change_spec(state: JobState, record: SpecChanged, at: float) -> None:
+    if record.spec.suspend and not state.spec.suspend:
+        state.suspended_at = at
+    elif state.spec.suspend and not record.spec.suspend:
+        # Agents were stopped with the suspension; their registrations say nothing of what runs now.
+        state.agents.clear()
+        state.lost.clear()
+        _shift_deadlines(state, at - (state.suspended_at or state.submitted_at))
+        state.active_since, state.suspended_at = at, None
+    state.spec, state.generation = record.spec, record.generation
+
+
+def _shift_deadlines(state: JobState, seconds: float) -> None:
+    """Move what was running out by the time that the job stood still."""
+    if state.plan_at is not None:
+        state.plan_at += seconds
+    current = state.current
+    if current is not None:
+        current.deadline += seconds
+        if current.result_at is not None:
+            current.result_at += seconds
+
+
+def blobs_in_use(state: JobState) -> set[str]:
+    """Return the digests that going on, or reading the result, still needs."""
+    keep: set[str] = set()
+    for number in (state.done, state.done - 1):
+        known = state.rounds.get(number)
+        if known and known.result:
+            keep.add(known.result.adapter.digest)
+            if known.result.server_state:
+                keep.add(known.result.server_state.digest)
+    current = state.current
+    if current and current.result is None:
+        keep |= {manifest.digest for manifest in current.updates.values()}
+    return keep
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """The evaluations of one round added over its nodes."""
+
+    loss: float
+    accuracy: float | None
+    perplexity: float
+    samples: int
+    nodes: int
+
+
+def evaluation_of(state: JobState, round_number: int) -> Evaluations | None:
+    """Return the loss per predicted token (natural log) and accuracy over all held-out samples of a round."""
+    found = state.evaluations.get(round_number)
+    if not found:
+        return None
+    tokens = sum(e.tokens for e in found.values())
+    samples = sum(e.samples for e in found.values())
+    loss = sum(e.loss_sum for _, e in sorted(found.items())) / tokens
+    counted = [e.correct for e in found.values() if e.correct is not None]
+    accuracy = sum(counted) / samples if len(counted) == len(found) else None
+    # exp of 700 is the largest that a float holds.
+    return Evaluations(loss, accuracy, 2.718281828459045 ** min(loss, 700.0), samples, len(found))

@@ -1,0 +1,64 @@
+"""One worker process for what would block the event loop: planning and aggregation."""
+
+import asyncio
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    # A killed operator must not leave a worker that holds its memory and files.
+    threading.Thread(target=wait, daemon=True, name="die-with-parent").start()
+
+
+def _warm() -> None:
+    from .. import aggregate, planner  # noqa: F401
+
+
+class Worker:
+    """A process that is started anew when it dies; its caller gets BrokenProcessPool and may try again."""
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def start(self) -> None:
+        """Start the process and its imports, without waiting for them."""
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, context, _die_with_parent)
+        self._pool.submit(_warm)
+
+    def stop(self) -> None:
+        """End the process; running work is lost."""
+        if self._pool is None:
+            return
+        pool, self._pool = self._pool, None
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+            process.join()
+
+    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return what the call returns there; arguments and result are pickled."""
+        if self._pool is None:
+            self.start()
+        assert self._pool is not None
+        try:
+            return await asyncio.wrap_future(self._pool.submit(call, *args, **kwargs))
+        except BrokenProcessPool:
+            self._pool = None
+            raise

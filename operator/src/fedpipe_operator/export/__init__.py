@@ -1,0 +1,5 @@
+"""Turns the global adapter into what other software reads."""
+
+from .peft import write_adapter
+
+__all__ = ["write_adapter"]

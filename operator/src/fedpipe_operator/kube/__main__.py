@@ -1,0 +1,7 @@
+"""`python -m fedpipe_operator.kube` is `fedpipe-operator`."""
+
+import sys
+
+from .command import main
+
+sys.exit(main())

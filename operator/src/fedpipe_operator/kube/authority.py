@@ -1,0 +1,91 @@
+"""Keeps the coordinator's certificate current and makes its CA known in the namespaces of jobs."""
+
+import asyncio
+import logging
+import ssl
+from typing import Any
+from urllib.parse import urlsplit
+
+from fedpipe_api.base import UserError
+
+from .api import Api, ApiError
+from .pods import CA_CONFIGMAP, CA_KEY
+from .settings import Settings
+from .tls import Material, load_certificate, now_utc, renew
+
+log = logging.getLogger(__name__)
+
+TLS_NAME = "fedpipe-tls"
+"""Secret of the operator's own authority; its rights name it."""
+
+CHECK_SECONDS = 300.0
+"""Pause between two looks at the certificate."""
+
+
+class Authority:
+    """The coordinator's TLS. Call `load` before `context` is used, and keep `watch` running."""
+
+    def __init__(self, api: Api, settings: Settings) -> None:
+        self._api = api
+        self._settings = settings
+        self._material: Material | None = None
+        self._published: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+
+    @property
+    def _hosts(self) -> list[str]:
+        service, namespace = self._settings.service, self._settings.namespace
+        hosts = {service, f"{service}.{namespace}", f"{service}.{namespace}.svc"}
+        named = urlsplit(self._settings.coordinator).hostname
+        return sorted(hosts | ({named} if named else set()))
+
+    @property
+    def _secret(self) -> str:
+        return self._settings.tls_secret or TLS_NAME
+
+    async def load(self) -> None:
+        """Read the Secret, renew what is due, and use the certificate."""
+        found = await self._api.get_secret(self._settings.namespace, self._secret)
+        data = (found or {}).get("data") or {}
+        material = Material.from_secret(self._secret, data) if data else None
+        if self._settings.tls_secret:
+            if material is None:
+                raise UserError(f"Secret {self._secret}: not found or empty; create it or leave its name out")
+        else:
+            current = renew(material, self._hosts, now_utc())
+            if current is not material:
+                await self._api.apply_secret(self._settings.namespace, self._secret, current.to_secret())
+                log.info("the coordinator's certificate was made anew (Secret %s)", self._secret)
+            material = current
+        if material != self._material:
+            await asyncio.to_thread(load_certificate, self.context, material)
+            self._material = material
+            self._published.clear()
+
+    async def watch(self) -> None:
+        """Look again and again until cancelled, and tell namespaces of a new CA."""
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            known = dict(self._published)
+            try:
+                await self.load()
+                if self._material is not None and not self._published:
+                    for namespace, (_, owners) in known.items():
+                        await self._apply(namespace, owners)
+            except (ApiError, UserError) as error:
+                log.warning("the coordinator's certificate: %s; trying again", error)
+
+    async def publish(self, namespace: str, owners: list[dict[str, Any]]) -> None:
+        """Make the CA known in a namespace, for as long as any of the owners lives."""
+        assert self._material is not None
+        owners = sorted(owners, key=lambda owner: str(owner["uid"]))
+        if self._published.get(namespace) == (self._material.bundle, owners):
+            return
+        await self._apply(namespace, owners)
+
+    async def _apply(self, namespace: str, owners: list[dict[str, Any]]) -> None:
+        assert self._material is not None
+        data = {CA_KEY: self._material.bundle}
+        await self._api.apply_config_map(namespace, CA_CONFIGMAP, data, owners)
+        self._published[namespace] = (self._material.bundle, owners)

@@ -1,0 +1,132 @@
+"""The command `fedpipe-operator`."""
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedpipe_api.base import UserError
+
+from .api import own_namespace
+from .settings import Settings
+
+app = typer.Typer(
+    name="fedpipe-operator",
+    help="The Kubernetes operator of FedPipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> int:
+    """Run the command line; exit 2 with one line for a mistake of the user."""
+    try:
+        return app(standalone_mode=False) or 0
+    except UserError as error:
+        return _complain(str(error))
+    except typer.TyperException as error:
+        return _complain(error.format_message())
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+
+
+def _complain(message: str) -> int:
+    sys.stderr.write(f"fedpipe-operator: {message}\n")
+    return 2
+
+
+@app.command()
+def run(
+    *,
+    store: Annotated[Path, typer.Option(envvar="FEDPIPE_STORE", help="Directory of ledger and blobs.")],
+    agent_image: Annotated[str, typer.Option(envvar="FEDPIPE_AGENT_IMAGE", help="Image of agent Pods.")],
+    operator_image: Annotated[
+        str, typer.Option(envvar="FEDPIPE_OPERATOR_IMAGE", help="Image of Pods that write an output volume.")
+    ],
+    namespace: Annotated[
+        str | None, typer.Option(envvar="FEDPIPE_NAMESPACE", help="The operator's own; default: its Pod's.")
+    ] = None,
+    service: Annotated[
+        str, typer.Option(envvar="FEDPIPE_SERVICE", help="Service in front of the coordinator.")
+    ] = "fedpipe",
+    watch: Annotated[
+        list[str] | None,
+        typer.Option("--watch", metavar="NAMESPACE", help="Namespace of jobs, repeatable; default: all."),
+    ] = None,
+    coordinator_url: Annotated[
+        str | None,
+        typer.Option(envvar="FEDPIPE_COORDINATOR_URL", help="Where agents call, if not at the Service."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",  # noqa: S104
+    coordinator_port: Annotated[int, typer.Option(min=1, max=65535, help="For agents, HTTPS.")] = 8443,
+    http_port: Annotated[int, typer.Option(min=1, max=65535, help="Probes, metrics, adapters.")] = 8080,
+    tls_secret: Annotated[
+        str | None, typer.Option(help="Secret with the coordinator's certificate; default: an own CA.")
+    ] = None,
+    model_cache: Annotated[
+        str | None, typer.Option(help="Directory of every node for downloaded models; default: none.")
+    ] = None,
+    runtime_class: Annotated[
+        str | None, typer.Option(help="RuntimeClass for GPUs that are no resource of their node.")
+    ] = None,
+    image_pull_secret: Annotated[
+        list[str] | None, typer.Option(help="For agent Pods, repeatable; in the job's namespace.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log kopf's details too.")] = False,
+) -> int:
+    """Run operator, coordinator and metrics."""
+    own = namespace or own_namespace()
+    if own is None:
+        raise UserError("--namespace: required outside a cluster")
+    settings = Settings(
+        namespace=own,
+        service=service,
+        store=store,
+        agent_image=agent_image,
+        operator_image=operator_image,
+        namespaces=tuple(watch or ()),
+        coordinator_url=coordinator_url,
+        host=host,
+        coordinator_port=coordinator_port,
+        http_port=http_port,
+        tls_secret=tls_secret,
+        model_cache=model_cache,
+        runtime_class=runtime_class,
+        image_pull_secrets=tuple(image_pull_secret or ()),
+    )
+    _log(verbose)
+    from .run import serve
+
+    asyncio.run(serve(settings))
+    return 0
+
+
+@app.command()
+def deliver(
+    *,
+    coordinator: Annotated[str, typer.Option(help="The coordinator's URL.")],
+    token_file: Annotated[Path, typer.Option(help="The Pod's token.")],
+    ca_file: Annotated[Path, typer.Option(help="The coordinator's CA.")],
+    output: Annotated[Path, typer.Option(help="Directory to write.")],
+) -> int:
+    """Write a job's adapter into a mounted volume; the operator's own Pods run this."""
+    from .deliver import deliver as write
+
+    write(coordinator, token_file, ca_file, output)
+    return 0
+
+
+def _log(verbose: bool) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    # kopf tells every patch it makes; the Events tell people what matters.
+    logging.getLogger("kopf").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)

@@ -1,0 +1,406 @@
+"""Performs what `reconcile` says: one task per job looks, acts, and looks again when something changed."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedpipe_api.base import UserError, explain
+from fedpipe_api.conditions import Reason
+from fedpipe_api.job import FedPipeJob
+from fedpipe_api.names import child_name
+from fedpipe_api.status import FedPipeJobStatus, Phase
+
+from ..engine import Engine, Note
+from ..engine.state import JobState
+from .api import Api, ApiError
+from .events import Events
+from .fleet import Choice
+from .inventory import Inventory
+from .observed import Output, WriteBudget, invalid_status, observed_status
+from .pods import build_agent_pod, owner_reference, template_digest
+from .reconcile import Actions, reconcile
+from .settings import Settings
+from .views import Body
+
+log = logging.getLogger(__name__)
+
+PACE_SECONDS = 0.5
+"""Pause between a change and the look at it, so that many changes at once cost one look."""
+
+LONGEST_PAUSE = 10.0
+"""Every job is looked at at least so often, whatever happens."""
+
+EXPECTED_SECONDS = 30.0
+"""How long a Pod that was created may take to be seen before it is created again."""
+
+REFUSED_SECONDS = 60.0
+"""Pause before Pods that the API server refused are tried again."""
+
+
+@dataclass
+class Tended:
+    """One job as the API server has it, and what was made of it."""
+
+    uid: str
+    namespace: str
+    name: str
+    generation: int
+    job: FedPipeJob | None
+    invalid: str | None
+    budget: WriteBudget
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+    choice: Choice | None = None
+    refused: str | None = None
+    refused_until: float = 0.0
+    output: Output | None = None
+    output_task: asyncio.Task[None] | None = None
+    expected: dict[str, float] = field(default_factory=dict)
+    failures: int = 0
+
+    @property
+    def title(self) -> str:
+        """namespace/name."""
+        return f"{self.namespace}/{self.name}"
+
+
+class Controller:
+    """All jobs.
+
+    `publish_ca` makes the coordinator's CA known in a namespace, `write_output` delivers an adapter and
+    returns where it lies, `observe` is told the seconds of every look at a job.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        api: Api,
+        settings: Settings,
+        events: Events,
+        *,
+        publish_ca: Callable[[str, list[dict[str, Any]]], Awaitable[None]],
+        write_output: Callable[[FedPipeJob, JobState], Awaitable[str]],
+        observe: Callable[[float], None] = lambda seconds: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.engine = engine
+        self.jobs: dict[str, Tended] = {}
+        self.inventory = Inventory(self.wake_all, self.wake)
+        self.last_look = time.monotonic()
+        self._api = api
+        self._settings = settings
+        self._events = events
+        self._publish_ca = publish_ca
+        self._write_output = write_output
+        self._observe = observe
+        self._clock = clock
+        self._proven: dict[str, object] = {}
+
+    # What kopf's handlers say
+
+    def see_job(self, body: Body) -> None:
+        """Take in a job as the API server has it now."""
+        meta = body["metadata"]
+        if "deletionTimestamp" in meta:
+            return
+        uid, generation = str(meta["uid"]), int(meta["generation"])
+        known = self.jobs.get(uid)
+        if known is None:
+            written = _read_status(body.get("status"))
+            names = str(meta["namespace"]), str(meta["name"])
+            known = Tended(uid, *names, generation, None, None, WriteBudget(written))
+            known.output = _read_output(written)
+            self.jobs[uid] = known
+        elif known.generation == generation:
+            known.changed.set()
+            return
+        known.generation, known.refused = generation, None
+        try:
+            known.job = FedPipeJob.model_validate(
+                {k: body[k] for k in ("apiVersion", "kind", "metadata", "spec") if k in body}
+            )
+            known.invalid = None
+        except ValidationError as error:
+            known.invalid = explain(error)
+        known.changed.set()
+        if known.task is None:
+            known.task = asyncio.create_task(self._tend(known), name=f"tend {known.title}")
+
+    async def forget_job(self, uid: str) -> None:
+        """Remove what belongs to a job that is being deleted: Pods, then its rows and blobs. Idempotent."""
+        known = self.jobs.pop(uid, None)
+        if known is not None:
+            await _cancel(known.task, known.output_task)
+        for pod in self.inventory.pods_of(uid):
+            await self._api.delete_pod(pod.namespace, pod.name, pod.uid, force=False)
+        await self.engine.delete(uid)
+        if self.inventory.hold(uid, ()):
+            self.wake_all()
+
+    def wake(self, uid: str) -> None:
+        """Have a job looked at."""
+        if uid in self.jobs:
+            self.jobs[uid].changed.set()
+
+    def wake_all(self) -> None:
+        """Have every job looked at, in the order they were submitted."""
+        for known in self.jobs.values():
+            known.changed.set()
+
+    def note(self, uid: str, note: Note) -> None:
+        """Make an engine's note an Event."""
+        if uid in self.jobs:
+            known = self.jobs[uid]
+            self._events.tell(known.namespace, known.name, uid, note)
+
+    def job_name(self, uid: str) -> str | None:
+        """Return a job's name by its uid."""
+        return self.jobs[uid].name if uid in self.jobs else None
+
+    async def stop(self) -> None:
+        """Stop looking."""
+        tasks = [task for known in self.jobs.values() for task in (known.task, known.output_task)]
+        await _cancel(*tasks)
+
+    # One job
+
+    async def _tend(self, known: Tended) -> None:
+        while True:
+            known.changed.clear()
+            events = [known.changed]
+            if known.uid in self.engine.jobs:
+                # Records, not every sign of life of every agent.
+                events.append(self.engine.jobs[known.uid].committed.next)
+            started = time.perf_counter()
+            try:
+                again = await self._look(known)
+                known.failures = 0
+            except ApiError as error:
+                log.warning("job %s: %s; trying again", known.title, error)
+                known.failures += 1
+                again = min(2.0**known.failures, 30.0)
+            except Exception:
+                log.exception("job %s: will be looked at again", known.title)
+                known.failures += 1
+                again = min(2.0**known.failures, 30.0)
+            self._observe(time.perf_counter() - started)
+            self.last_look = time.monotonic()
+            await _any_of(events, LONGEST_PAUSE if again is None else min(again, LONGEST_PAUSE))
+            await asyncio.sleep(PACE_SECONDS)
+
+    async def _look(self, known: Tended) -> float | None:
+        """Take the steps that are due and write the status; return the seconds until the next look is due."""
+        job = known.job
+        if job is None or known.invalid is not None:
+            text = known.invalid or ""
+            status = invalid_status(text, known.generation, known.budget.written, self._clock())
+            return await self._write(known, status)
+        actions = self._decide(known, job)
+        log.debug("job %s: %s", known.title, actions)
+        if await self._tell_engine(known, job, actions):
+            known.changed.set()
+            return 0.0
+        await self._prove(known)
+        for removal in actions.remove:
+            pod = removal.pod
+            log.info("job %s: Pod %s is deleted: %s", known.title, pod.name, removal.reason)
+            await self._api.delete_pod(pod.namespace, pod.name, pod.uid, removal.force)
+        again = await self._create(known, job, actions.create)
+        if actions.delete_job:
+            log.info("job %s is deleted: ttlSecondsAfterFinished has passed", known.title)
+            await self._api.delete_job(known.namespace, known.name, known.uid)
+        self._deliver(known, job)
+        return _soonest(actions.again, again, await self._write_observed(known, job))
+
+    def _decide(self, known: Tended, job: FedPipeJob) -> Actions:
+        """Decide and take hold of GPU nodes with nothing in between, so that no two jobs take the same."""
+        engine_job = self.engine.jobs.get(known.uid)
+        names = {uid: other.title for uid, other in self.jobs.items()}
+        actions = reconcile(
+            job,
+            self.inventory.fleet_for(known.uid, names),
+            self.inventory.agents_of(known.uid),
+            engine_job.state if engine_job else None,
+            seen={node: live.seen for node, live in engine_job.live.items()} if engine_job else {},
+            template=template_digest(job, self._settings),
+            now=self._clock(),
+        )
+        if actions.choice is not None:
+            known.choice = actions.choice
+        if actions.hold is not None and self.inventory.hold(known.uid, actions.hold):
+            self.wake_all()
+        return actions
+
+    async def _tell_engine(self, known: Tended, job: FedPipeJob, actions: Actions) -> bool:
+        """Return whether the engine's state changed, so that everything must be decided anew."""
+        if actions.submit:
+            await self.engine.submit(job)
+        for node, reason in actions.lose.items():
+            await self.engine.lose(known.uid, node, reason)
+        if actions.offer is not None:
+            await self.engine.offer(known.uid, actions.offer.nodes, dict(actions.offer.excluded))
+        return bool(actions.submit or actions.lose or actions.offer)
+
+    async def _create(self, known: Tended, job: FedPipeJob, nodes: tuple[str, ...]) -> float | None:
+        now = self._clock()
+        if known.refused is not None and now < known.refused_until:
+            return known.refused_until - now
+        for node in known.expected.keys() - set(nodes):
+            del known.expected[node]
+        due = [node for node in nodes if known.expected.get(node, 0.0) <= now]
+        if not due:
+            return EXPECTED_SECONDS if nodes else None
+        owners = [
+            owner_reference(other.job) | {"controller": False, "blockOwnerDeletion": False}
+            for other in self.jobs.values()
+            if other.namespace == known.namespace and other.job is not None
+        ]
+        await self._publish_ca(known.namespace, owners)
+        try:
+            for node in due:
+                await self._create_one(known, job, node)
+        except UserError as error:
+            self._refuse(known, str(error))
+        except ApiError as error:
+            if not error.permanent:
+                raise
+            self._refuse(known, f"the API server refuses the Pods of the job: {error}")
+        else:
+            known.refused = None
+        return EXPECTED_SECONDS
+
+    async def _create_one(self, known: Tended, job: FedPipeJob, node: str) -> None:
+        # Both were there when reconcile chose the node, but creating its neighbours takes time.
+        view, capacity = self.inventory.nodes.get(node), self.inventory.capacities.get(node)
+        if view is None or capacity is None:
+            return
+        manifest = build_agent_pod(job, view, capacity, self._settings)
+        if await self._api.create_pod(manifest):
+            known.expected[node] = self._clock() + EXPECTED_SECONDS
+            return
+        found = await self._api.get_pod(known.namespace, child_name(known.name, node))
+        if found is not None:
+            self.inventory.see_pod(found)
+            owners = found["metadata"].get("ownerReferences") or ()
+            if not any(owner["uid"] == known.uid for owner in owners):
+                name = found["metadata"]["name"]
+                raise UserError(f"Pod {name} is in the way and is not of this job; delete it")
+
+    def _refuse(self, known: Tended, text: str) -> None:
+        known.refused, known.refused_until = text, self._clock() + REFUSED_SECONDS
+        self._events.tell(known.namespace, known.name, known.uid, Note(True, Reason.INVALID, text))
+
+    async def _prove(self, known: Tended) -> None:
+        """Record the kernels that ran on each node in its FedPipeNode, for planners to come."""
+        engine_job = self.engine.jobs.get(known.uid)
+        for node, agent in list(engine_job.state.agents.items() if engine_job else ()):
+            kernels = agent.device.kernels
+            if node in self.inventory.capacities and kernels and self._proven.get(node) != kernels:
+                facts = [k.to_dict() | {"verified": True} for k in kernels]
+                try:
+                    await self._api.apply_precisions(node, facts)
+                except ApiError as error:
+                    log.warning("FedPipeNode %s: %s; trying again", node, error)
+                else:
+                    self._proven[node] = kernels
+
+    # Output and status
+
+    def _deliver(self, known: Tended, job: FedPipeJob) -> None:
+        """Write the finished adapter to spec.output, once."""
+        engine_job = self.engine.jobs.get(known.uid)
+        state = engine_job.state if engine_job else None
+        if job.spec.output is None or state is None or known.output_task is not None:
+            return
+        done = known.output is not None and known.output.written
+        if not done and state.finished and state.finished.phase is Phase.SUCCEEDED and state.adapter:
+            known.output_task = asyncio.create_task(self._deliver_until_done(known, job, state))
+
+    async def _deliver_until_done(self, known: Tended, job: FedPipeJob, state: JobState) -> None:
+        pause = 5.0
+        while True:
+            try:
+                where = await self._write_output(job, state)
+            except (UserError, ApiError) as error:
+                known.output = Output(False, str(error)[:1024])
+                self._tell_output(known, Reason.OUTPUT_FAILED)
+            else:
+                known.output = Output(True, where)
+                self._tell_output(known, Reason.OUTPUT_WRITTEN)
+                return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 600.0)
+
+    def _tell_output(self, known: Tended, reason: Reason) -> None:
+        assert known.output is not None
+        note = Note(reason is Reason.OUTPUT_FAILED, reason, known.output.message)
+        self._events.tell(known.namespace, known.name, known.uid, note)
+        known.changed.set()
+
+    async def _write_observed(self, known: Tended, job: FedPipeJob) -> float | None:
+        engine_job = self.engine.jobs.get(known.uid)
+        if engine_job is None:
+            return None
+        status = observed_status(
+            job,
+            engine_job,
+            pods=self.inventory.agents_of(known.uid),
+            choice=known.choice,
+            refused=known.refused,
+            output=known.output,
+            previous=known.budget.written,
+            now=self._clock(),
+        )
+        return await self._write(known, status)
+
+    async def _write(self, known: Tended, status: FedPipeJobStatus) -> float | None:
+        delay = known.budget.delay(status, self._clock())
+        if delay is None or delay > 0:
+            return delay
+        try:
+            await self._api.apply_status(known.namespace, known.name, known.uid, status.to_dict())
+        except ApiError as error:
+            if error.status not in (404, 409):
+                raise
+            # Deleted, or another job of that name: kopf will say so.
+            return None
+        known.budget.wrote(status, self._clock())
+        return None
+
+
+def _read_status(document: Mapping[str, Any] | None) -> FedPipeJobStatus | None:
+    try:
+        return FedPipeJobStatus.model_validate(dict(document)) if document else None
+    except ValidationError:
+        return None  # of another version; it is written anew
+
+
+def _read_output(status: FedPipeJobStatus | None) -> Output | None:
+    found = next((c for c in (status.conditions if status else ()) if c.type == "Output"), None)
+    return Output(found.status == "True", found.message) if found else None
+
+
+def _soonest(*delays: float | None) -> float | None:
+    return min((delay for delay in delays if delay is not None), default=None)
+
+
+async def _cancel(*tasks: asyncio.Task[None] | None) -> None:
+    running = [task for task in tasks if task is not None]
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+async def _any_of(events: list[asyncio.Event], seconds: float) -> None:
+    """Return when one of the events is set, or after the given seconds."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()

@@ -1,0 +1,88 @@
+"""kopf's handlers: each hands what it saw to the controller. All decisions are in `reconcile`."""
+
+from typing import Any
+
+import kopf
+
+from fedpipe_api.names import FINALIZER, GROUP, JOB_LABEL, JOBS, NODES
+
+from .api import ApiError
+from .controller import Controller
+
+TIMER_SECONDS = 60.0
+
+
+def kopf_settings() -> kopf.OperatorSettings:
+    """Return kopf's settings."""
+    found = kopf.OperatorSettings()
+    found.posting.enabled = False  # Events are written by kube/events.py, which bounds and counts them
+    found.posting.loggers = False
+    # A watch on which nothing came for this long is taken for dead and opened anew.
+    found.watching.inactivity_timeout = 70
+    found.watching.server_timeout = 300
+    found.watching.client_timeout = 310
+    found.watching.connect_timeout = 30
+    found.watching.label_selectors["", "v1", "pods"] = JOB_LABEL
+    found.networking.request_timeout = 30
+    found.execution.default_backoff = 15
+    # Changing these makes every handler run anew for every job.
+    found.persistence.finalizer = FINALIZER
+    found.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP, v1=False)
+    found.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=GROUP, v1=False)
+    found.scanning.disabled = True  # CRDs and namespaces are there before the operator
+    return found
+
+
+def register(controller: Controller) -> kopf.OperatorRegistry:
+    """Return the handlers, bound to the controller."""
+    registry = kopf.OperatorRegistry()
+    inventory = controller.inventory
+
+    @kopf.on.login(registry=registry)
+    async def login(**kwargs: Any) -> Any:
+        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+
+    # An index is filled from the initial list before any other handler runs; what it would keep is in the
+    # inventory instead.
+    @kopf.index("", "v1", "nodes", registry=registry)
+    async def nodes(body: kopf.Body, **_: Any) -> None:
+        inventory.see_node(body)
+
+    @kopf.index(GROUP, NODES, registry=registry)
+    async def capacities(body: kopf.Body, **_: Any) -> None:
+        inventory.see_capacity(body)
+
+    @kopf.index("", "v1", "pods", labels={JOB_LABEL: kopf.PRESENT}, registry=registry)
+    async def pods(body: kopf.Body, **_: Any) -> None:
+        inventory.see_pod(body)
+
+    @kopf.on.event("", "v1", "nodes", registry=registry)
+    async def node_event(event: Any, name: str, **_: Any) -> None:
+        if event["type"] == "DELETED":
+            inventory.lose_node(name)
+
+    @kopf.on.event(GROUP, NODES, registry=registry)
+    async def capacity_event(event: Any, name: str, **_: Any) -> None:
+        if event["type"] == "DELETED":
+            inventory.lose_capacity(name)
+
+    @kopf.on.event("", "v1", "pods", labels={JOB_LABEL: kopf.PRESENT}, registry=registry)
+    async def pod_event(event: Any, namespace: str | None, name: str, uid: str, **_: Any) -> None:
+        if event["type"] == "DELETED":
+            inventory.lose_pod(namespace or "", name, uid)
+
+    @kopf.on.resume(GROUP, JOBS, registry=registry)
+    @kopf.on.create(GROUP, JOBS, registry=registry)
+    @kopf.on.update(GROUP, JOBS, field="spec", registry=registry)
+    @kopf.timer(GROUP, JOBS, interval=TIMER_SECONDS, registry=registry)
+    async def job_seen(body: kopf.Body, **_: Any) -> None:
+        controller.see_job(body)
+
+    @kopf.on.delete(GROUP, JOBS, registry=registry)
+    async def job_deleted(uid: str, **_: Any) -> None:
+        try:
+            await controller.forget_job(uid)
+        except ApiError as error:
+            raise kopf.TemporaryError(str(error), delay=5) from None
+
+    return registry

@@ -1,0 +1,105 @@
+"""What the watches have shown: nodes, capacities, Pods, and who holds which GPU node."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from .fleet import Fleet
+from .views import CapacityView, NodeView, PodView, capacity_view, node_view, pod_view
+
+Body = Mapping[str, Any]
+
+
+class Inventory:
+    """Kept by kopf's handlers, read by the controller; `on_fleet` and `on_pod` hear of what matters."""
+
+    def __init__(self, on_fleet: Callable[[], None], on_pod: Callable[[str], None]) -> None:
+        self.nodes: dict[str, NodeView] = {}
+        self.capacities: dict[str, CapacityView] = {}
+        self._pods: dict[str, dict[str, PodView]] = {}
+        self._by_name: dict[tuple[str, str], PodView] = {}
+        self._holders: dict[str, str] = {}
+        self._on_fleet = on_fleet
+        self._on_pod = on_pod
+
+    def see_node(self, body: Body) -> None:
+        """Take in a Node."""
+        view = node_view(body)
+        if self.nodes.get(view.name) != view:
+            self.nodes[view.name] = view
+            self._on_fleet()
+
+    def see_capacity(self, body: Body) -> None:
+        """Take in a FedPipeNode; a mere heartbeat concerns nobody unless its node had been given up."""
+        view = capacity_view(body)
+        before = self.capacities.get(view.name)
+        self.capacities[view.name] = view
+        if before is None or not view.same_but_time(before) or before.stale(view.observed_at):
+            self._on_fleet()
+
+    def see_pod(self, body: Body) -> None:
+        """Take in a Pod."""
+        view = pod_view(body)
+        if view is not None and self._by_name.get((view.namespace, view.name)) != view:
+            replaced = self._by_name.get((view.namespace, view.name))
+            if replaced is not None and replaced.uid != view.uid:
+                self._forget(replaced)
+            self._by_name[view.namespace, view.name] = view
+            self._pods.setdefault(view.job, {})[view.name] = view
+            self._on_pod(view.job)
+
+    def lose_node(self, name: str) -> None:
+        """Forget a Node."""
+        if self.nodes.pop(name, None):
+            self._on_fleet()
+
+    def lose_capacity(self, name: str) -> None:
+        """Forget a FedPipeNode."""
+        if self.capacities.pop(name, None):
+            self._on_fleet()
+
+    def lose_pod(self, namespace: str, name: str, uid: str) -> None:
+        """Forget a Pod, unless another one has taken its name."""
+        view = self._by_name.get((namespace, name))
+        if view is not None and view.uid == uid:
+            self._forget(view)
+            self._on_pod(view.job)
+
+    def _forget(self, view: PodView) -> None:
+        self._by_name.pop((view.namespace, view.name), None)
+        mine = self._pods.get(view.job, {})
+        mine.pop(view.name, None)
+        if not mine:
+            self._pods.pop(view.job, None)
+
+    def pod(self, namespace: str, name: str) -> PodView | None:
+        """Return a Pod by its name."""
+        return self._by_name.get((namespace, name))
+
+    def agents_of(self, uid: str) -> list[PodView]:
+        """Return the agent Pods of a job."""
+        return [view for view in self.pods_of(uid) if not view.writer]
+
+    def pods_of(self, uid: str) -> list[PodView]:
+        """Return all Pods of a job."""
+        return list(self._pods.get(uid, {}).values())
+
+    def pod_uids(self) -> dict[str, tuple[str, str]]:
+        """Return (namespace, name) of every Pod by its uid."""
+        return {view.uid: key for key, view in self._by_name.items()}
+
+    # GPU nodes are held by one job at a time: first come, first served.
+
+    def hold(self, uid: str, nodes: Iterable[str]) -> bool:
+        """Let a job hold exactly these GPU nodes; return whether it let go of one."""
+        wanted = set(nodes)
+        freed = [node for node, holder in self._holders.items() if holder == uid and node not in wanted]
+        for node in freed:
+            del self._holders[node]
+        for node in wanted:
+            self._holders.setdefault(node, uid)
+        return bool(freed)
+
+    def fleet_for(self, uid: str, names: Mapping[str, str]) -> Fleet:
+        """Return the fleet as a job sees it; `names` gives other jobs' names by uid."""
+        held = {node: names[who] for node, who in self._holders.items() if who != uid and who in names}
+        return Fleet(self.nodes, self.capacities, held)

@@ -1,0 +1,268 @@
+"""Builds the agent Pod of a job on a node: a pure function of job, node and the operator's settings."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fedpipe_api.base import UserError
+from fedpipe_api.job import FedPipeJob
+from fedpipe_api.names import (
+    AUDIENCE,
+    COMPONENT_LABEL,
+    GROUP,
+    JOB_LABEL,
+    NODE_LABEL,
+    VERSION,
+    child_name,
+)
+from fedpipe_api.objects import Claim, HostPath
+
+from .merge import strategic_merge
+from .settings import Settings
+from .views import AGENT, TEMPLATE_ANNOTATION, WRITER, CapacityView, NodeView
+
+CA_CONFIGMAP = "fedpipe-ca"
+"""ConfigMap with the coordinator's certificate authorities, in every namespace that has jobs."""
+
+CA_KEY = "ca.crt"
+TOKEN_SECONDS = 3600
+USER = 65532
+GRACE_SECONDS = 60
+"""An agent that is asked to end may finish the upload it is in."""
+
+IDENTITY_DIRECTORY = "/var/run/fedpipe"
+MODEL_DIRECTORY, DATA_DIRECTORY, CACHE_DIRECTORY = "/model", "/data", "/cache"
+OUTPUT_DIRECTORY = "/output"
+
+Document = dict[str, Any]
+
+
+def owner_reference(job: FedPipeJob) -> Document:
+    """Return the reference by which Kubernetes collects what belongs to the job."""
+    return {
+        "apiVersion": f"{GROUP}/{VERSION}",
+        "kind": "FedPipeJob",
+        "name": job.metadata.name,
+        "uid": job.metadata.uid,
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
+
+
+def template_digest(job: FedPipeJob, settings: Settings) -> str:
+    """Return a digest of what agent Pods are built from besides their node; a new one means a new Pod."""
+    spec = job.spec
+    parts = [spec.pod_template, spec.model.to_dict(), spec.data.to_dict()]
+    installed = [settings.agent_image, settings.coordinator, settings.model_cache]
+    text = json.dumps([*parts, *installed], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def build_agent_pod(job: FedPipeJob, node: NodeView, capacity: CapacityView, settings: Settings) -> Document:
+    """Return the manifest of the Pod; UserError names the field of podTemplate that does not fit."""
+    base = {
+        "metadata": _metadata(job, node.name, AGENT, settings),
+        "spec": _spec(job, node, capacity, settings),
+    }
+    pod = strategic_merge(base, job.spec.pod_template or {}, "spec.podTemplate")
+    # What ties the Pod to its job and node is not the template's to change.
+    ours = base["metadata"]
+    for field in ("labels", "annotations"):
+        pod["metadata"][field] = pod["metadata"].get(field, {}) | ours[field]
+    for field in ("name", "namespace", "ownerReferences"):
+        pod["metadata"][field] = ours[field]
+    _pin(pod["spec"], node.name)
+    return {"apiVersion": "v1", "kind": "Pod"} | pod
+
+
+def build_writer_pod(job: FedPipeJob, node: str, settings: Settings) -> Document:
+    """Return the manifest of the Pod that writes the adapter to spec.output.volume.
+
+    A hostPath is one of `node`; a claim decides by itself where the Pod may run.
+    """
+    assert job.spec.output is not None
+    volume = job.spec.output.volume
+    assert volume is not None
+    kind: Document
+    if volume.persistent_volume_claim is not None:
+        claim = volume.persistent_volume_claim
+        kind = {"persistentVolumeClaim": {"claimName": claim.claim_name.replace("{node}", node)}}
+        directory = "/".join(filter(None, (OUTPUT_DIRECTORY, claim.path.strip("/"), job.metadata.name)))
+    else:
+        assert volume.host_path is not None
+        kind = {"hostPath": {"path": volume.host_path.path, "type": "Directory"}}
+        directory = f"{OUTPUT_DIRECTORY}/{job.metadata.name}"
+    container: Document = {
+        "name": WRITER,
+        "image": settings.operator_image,
+        "command": ["fedpipe-operator", "deliver"],
+        "args": [
+            *("--coordinator", settings.coordinator),
+            *("--token-file", f"{IDENTITY_DIRECTORY}/token"),
+            *("--ca-file", f"{IDENTITY_DIRECTORY}/{CA_KEY}"),
+            *("--output", directory),
+        ],
+        "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}},
+        "securityContext": container_security(),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            {"name": "identity", "mountPath": IDENTITY_DIRECTORY, "readOnly": True},
+            {"name": "output", "mountPath": OUTPUT_DIRECTORY},
+        ],
+    }
+    spec: Document = {
+        "restartPolicy": "OnFailure",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": pod_security(),
+        "containers": [container],
+        "volumes": [identity_volume(), {"name": "output"} | kind],
+    }
+    if settings.image_pull_secrets:
+        spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
+    if volume.host_path is not None:
+        _pin(spec, node)
+    metadata = _metadata(job, "", WRITER, settings)
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+
+
+def _metadata(job: FedPipeJob, node: str, component: str, settings: Settings) -> Document:
+    name, namespace = job.metadata.name, job.metadata.namespace
+    return {
+        "name": child_name(name, node),
+        "namespace": namespace,
+        "labels": {
+            JOB_LABEL: name,
+            # The whole name is in the annotation; a label value has at most 63 characters.
+            NODE_LABEL: node[:63].rstrip("-."),
+            COMPONENT_LABEL: component,
+            "app.kubernetes.io/name": "fedpipe",
+            "app.kubernetes.io/managed-by": "fedpipe-operator",
+        },
+        "annotations": {NODE_LABEL: node, TEMPLATE_ANNOTATION: template_digest(job, settings)},
+        "ownerReferences": [owner_reference(job)],
+    }
+
+
+def _spec(job: FedPipeJob, node: NodeView, capacity: CapacityView, settings: Settings) -> Document:
+    model, model_volumes, model_mounts, environment = _model(job, node.name, settings)
+    data = job.spec.data.volume
+    data_volume, data_mount = _source(
+        "data", DATA_DIRECTORY, data.persistent_volume_claim or data.host_path, node.name
+    )
+    container: Document = {
+        "name": AGENT,
+        "image": settings.agent_image,
+        "command": ["fedpipe-agent", "train"],
+        "args": [
+            *("--coordinator", settings.coordinator),
+            *("--model", model),
+            *("--data", DATA_DIRECTORY),
+            *("--token-file", f"{IDENTITY_DIRECTORY}/token"),
+            *("--ca-file", f"{IDENTITY_DIRECTORY}/{CA_KEY}"),
+        ],
+        "env": environment,
+        "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}},
+        "securityContext": container_security(),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            {"name": "identity", "mountPath": IDENTITY_DIRECTORY, "readOnly": True},
+            data_mount,
+            *model_mounts,
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - a mount in the Pod
+        ],
+    }
+    spec: Document = {
+        "restartPolicy": "OnFailure",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "securityContext": pod_security(),
+        "containers": [container],
+        "volumes": [identity_volume(), data_volume, *model_volumes, {"name": "tmp", "emptyDir": {}}],
+    }
+    if settings.image_pull_secrets:
+        spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
+    if node.accelerator is not None and capacity.devices:
+        container["resources"]["limits"] = {node.accelerator: "1"}
+        spec["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    elif capacity.devices:
+        container["env"].append({"name": "NVIDIA_VISIBLE_DEVICES", "value": "all"})
+        if settings.runtime_class:
+            spec["runtimeClassName"] = settings.runtime_class
+    return spec
+
+
+def container_security() -> Document:
+    """Return the container's securityContext for Pod Security "restricted"."""
+    return {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": True,
+    }
+
+
+def pod_security() -> Document:
+    """Return the Pod's securityContext for Pod Security "restricted"."""
+    return {
+        "runAsNonRoot": True,
+        "runAsUser": USER,
+        "runAsGroup": USER,
+        "fsGroup": USER,
+        # A large data volume is not walked through at every start.
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def identity_volume() -> Document:
+    """Return the volume with a token for the coordinator, bound to the Pod, and the CA to trust."""
+    token = {"audience": AUDIENCE, "expirationSeconds": TOKEN_SECONDS, "path": "token"}
+    authorities = {"name": CA_CONFIGMAP, "items": [{"key": CA_KEY, "path": CA_KEY}]}
+    sources = [{"serviceAccountToken": token}, {"configMap": authorities}]
+    return {"name": "identity", "projected": {"sources": sources, "defaultMode": 0o440}}
+
+
+def _source(name: str, path: str, source: Claim | HostPath | None, node: str) -> tuple[Document, Document]:
+    """Return a read-only volume and its mount."""
+    mount: Document = {"name": name, "mountPath": path, "readOnly": True}
+    if isinstance(source, Claim):
+        if source.path:
+            mount["subPath"] = source.path
+        claim = {"claimName": source.claim_name.replace("{node}", node), "readOnly": True}
+        return {"name": name, "persistentVolumeClaim": claim}, mount
+    assert source is not None
+    return {"name": name, "hostPath": {"path": source.path, "type": "Directory"}}, mount
+
+
+def _model(
+    job: FedPipeJob, node: str, settings: Settings
+) -> tuple[str, list[Document], list[Document], list[Document]]:
+    """Return the model's argument, volumes, mounts and environment."""
+    source, environment = job.spec.model, [{"name": "HOME", "value": "/tmp"}]  # noqa: S108 - in the Pod
+    if source.hugging_face is None:
+        volume, mount = _source(
+            "model", MODEL_DIRECTORY, source.persistent_volume_claim or source.host_path, node
+        )
+        return MODEL_DIRECTORY, [volume], [mount], environment
+    kind: Document = {"emptyDir": {}}
+    if settings.model_cache:
+        kind = {"hostPath": {"path": settings.model_cache, "type": "Directory"}}
+    environment.append({"name": "HF_HOME", "value": CACHE_DIRECTORY})
+    mount = {"name": "cache", "mountPath": CACHE_DIRECTORY}
+    name = f"{source.hugging_face.repo}@{source.hugging_face.revision}"
+    return name, [{"name": "cache"} | kind], [mount], environment
+
+
+def _pin(spec: Document, node: str) -> None:
+    """Bind the Pod to its node, by affinity so that the scheduler still counts resources and taints."""
+    field = {"key": "metadata.name", "operator": "In", "values": [node]}
+    affinity = spec.get("affinity", {})
+    if not isinstance(affinity, Mapping) or not isinstance(affinity.get("nodeAffinity", {}), Mapping):
+        raise UserError("spec.podTemplate.spec.affinity: must be an object")
+    required = "requiredDuringSchedulingIgnoredDuringExecution"
+    given = dict(affinity.get("nodeAffinity", {}))
+    terms = (given.get(required) or {}).get("nodeSelectorTerms") or [{}]
+    pinned = [term | {"matchFields": [*term.get("matchFields", ()), field]} for term in terms]
+    spec["affinity"] = dict(affinity) | {"nodeAffinity": given | {required: {"nodeSelectorTerms": pinned}}}

@@ -1,0 +1,210 @@
+"""What Kubernetes should have for a job: a pure function of the job, its nodes, Pods and engine state.
+
+It says one step; performing it changes what it reads, and it is asked again until nothing is left to do.
+So it does not matter what was missed, done twice, or done by an operator that died half way.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedpipe_api.job import FedPipeJob
+
+from ..engine.state import JobState
+from .fleet import Choice, Fleet, choose
+from .views import PodView
+
+REPLACE_SECONDS = 10.0
+"""Pause before a Pod that ended takes the place of itself, so that a broken node is not hammered."""
+
+STARTING_SECONDS = 120.0
+"""A Pod that has not started after so long is a problem, whatever its status says."""
+
+LINGER_SECONDS = 30.0
+"""After the end of a job its agents get this long to end by themselves, which keeps their logs readable."""
+
+REGISTERED_SECONDS = 15.0
+"""An agent may call before its Pod is seen here; only after so long a missing Pod means that it is gone."""
+
+HUNG_SECONDS = 300.0
+"""A Pod that runs while its agent has not called for so long is replaced."""
+
+ROLL_SECONDS = 10.0
+"""A new template may interrupt a round that is no older than this."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A Pod to delete; `force` without waiting for a kubelet that is gone."""
+
+    pod: PodView
+    reason: str
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What to do now. Empty when all is as it should be."""
+
+    submit: bool = False
+    lose: Mapping[str, str] = field(default_factory=dict)
+    choice: Choice | None = None
+    """Who may take part; None when that is not asked now."""
+    offer: Choice | None = None
+    """The choice, when the engine has another one."""
+    hold: frozenset[str] | None = None
+    """GPU nodes that the job holds from now on; None leaves it as it is."""
+    create: tuple[str, ...] = ()
+    remove: tuple[Removal, ...] = ()
+    delete_job: bool = False
+    again: float | None = None
+    """Seconds until it must be looked at again even if nothing changes."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left to do."""
+        return not (self.submit or self.lose or self.offer or self.create or self.remove or self.delete_job)
+
+
+def reconcile(
+    job: FedPipeJob,
+    fleet: Fleet,
+    pods: Sequence[PodView],
+    state: JobState | None,
+    *,
+    seen: Mapping[str, float],
+    template: str,
+    now: float,
+) -> Actions:
+    """Return what is to be done for the job.
+
+    Args:
+        job: as the API server has it, with uid and generation.
+        fleet: all nodes, and the GPU nodes that other jobs hold.
+        pods: the job's own Pods.
+        state: the engine's, None before the job was submitted.
+        seen: when each agent last called, seconds since the epoch.
+        template: digest of what agent Pods are built from now.
+        now: seconds since the epoch.
+    """
+    if state is None or (state.spec != job.spec and not state.finished):
+        return Actions(submit=True)
+    if state.finished:
+        return _after(job, pods, state, now)
+    if job.spec.suspend:
+        gone = tuple(Removal(pod, "the job is suspended") for pod in pods if not pod.deleting)
+        return Actions(remove=gone, hold=frozenset())
+    by_node = {pod.node: pod for pod in pods}
+    choice = choose(job.spec, state, by_node, fleet, now)
+    enough = len(choice.nodes) >= job.spec.nodes.min or state.plan is not None
+    gpus = frozenset(n for n in choice.nodes if fleet.capacities[n].devices and n not in _left_out(state))
+    lose = _losses(state, by_node, fleet, choice, now)
+    offered = (state.offered, state.excluded)
+    fresh = (choice.nodes, choice.excluded) != offered
+    wanted = frozenset(choice.nodes) & frozenset(state.desired) if enough else frozenset()
+    remove, again = _removals(state, pods, wanted=wanted, fleet=fleet, seen=seen, template=template, now=now)
+    return Actions(
+        lose=lose,
+        choice=choice,
+        offer=choice if fresh else None,
+        # A job that cannot start yet keeps no GPU from those that can.
+        hold=gpus if enough else frozenset(),
+        create=tuple(sorted(wanted - by_node.keys())),
+        remove=remove,
+        again=again,
+    )
+
+
+def _left_out(state: JobState) -> Mapping[str, str]:
+    return state.plan.left_out if state.plan else {}
+
+
+def _losses(
+    state: JobState, pods: Mapping[str, PodView], fleet: Fleet, choice: Choice, now: float
+) -> dict[str, str]:
+    """Return the offered nodes whose agent is certainly not at work, and why."""
+    lose = {}
+    for name in state.offered:
+        if name in state.lost:
+            continue
+        pod, registered = pods.get(name), state.registered_at.get(name)
+        if name not in fleet.capacities or name not in fleet.nodes:
+            lose[name] = "the Node is gone"
+        elif name not in choice.nodes:
+            lose[name] = choice.excluded.get(name, "not chosen any more")
+        elif pod is None:
+            if name in state.agents and registered is not None and now - registered > REGISTERED_SECONDS:
+                lose[name] = "its Pod is gone"
+        elif pod.trouble:
+            lose[name] = pod.trouble
+        elif name not in state.agents and pod.phase == "Pending" and now - pod.created > STARTING_SECONDS:
+            lose[name] = (
+                f"its Pod has not started after {STARTING_SECONDS:.0f} s; see kubectl describe pod {pod.name}"
+            )
+    return lose
+
+
+def _removals(
+    state: JobState,
+    pods: Sequence[PodView],
+    *,
+    wanted: frozenset[str],
+    fleet: Fleet,
+    seen: Mapping[str, float],
+    template: str,
+    now: float,
+) -> tuple[tuple[Removal, ...], float | None]:
+    remove: list[Removal] = []
+    waits: list[float] = []
+    for pod in pods:
+        if pod.node not in fleet.nodes:
+            remove.append(Removal(pod, "the Node is gone", force=True))
+        elif pod.deleting:
+            continue
+        elif pod.node not in wanted:
+            remove.append(Removal(pod, _left_out(state).get(pod.node, "not wanted any more")))
+        elif not pod.running:
+            left = (pod.ended or pod.created) + REPLACE_SECONDS - now
+            if left <= 0:
+                remove.append(Removal(pod, f"it has ended ({pod.phase}) and is replaced"))
+            else:
+                waits.append(left)
+        elif pod.template != template:
+            if _busy(state, pod.node, now):
+                waits.append(ROLL_SECONDS)
+            else:
+                remove.append(Removal(pod, "its template changed"))
+        elif pod.phase == "Running" and pod.node in state.lost and not pod.trouble:
+            left = max(seen.get(pod.node, 0.0), pod.created) + HUNG_SECONDS - now
+            if left <= 0:
+                remove.append(Removal(pod, f"its agent has not called for {HUNG_SECONDS:.0f} s"))
+            else:
+                waits.append(left)
+        elif pod.phase == "Pending" and pod.node not in state.lost and pod.node not in state.agents:
+            waits.append(max(1.0, pod.created + STARTING_SECONDS - now))
+    return tuple(remove), min(waits, default=None)
+
+
+def _busy(state: JobState, node: str, now: float) -> bool:
+    """Whether a restart would throw away much work of the open round."""
+    current = state.current
+    if current is None or current.closed or node not in current.opened.participants or node not in state.live:
+        return False
+    return node not in current.updates and now - current.opened_at > ROLL_SECONDS
+
+
+def _after(job: FedPipeJob, pods: Sequence[PodView], state: JobState, now: float) -> Actions:
+    """Clean up after the end: agents leave by themselves or are ended; the job goes when its time is up."""
+    passed = now - (state.finished_at or now)
+    waits: list[float] = []
+    remove: list[Removal] = []
+    running = [pod for pod in pods if pod.running and not pod.deleting]
+    if running and passed >= LINGER_SECONDS:
+        remove = [Removal(pod, "the job has ended") for pod in running]
+    elif running:
+        waits.append(LINGER_SECONDS - passed)
+    ttl, expired = job.spec.ttl_seconds_after_finished, False
+    if ttl is not None:
+        expired = passed >= ttl
+        waits.append(ttl - passed)
+    again = None if expired else min((w for w in waits if w > 0), default=None)
+    return Actions(remove=tuple(remove), hold=frozenset(), delete_job=expired, again=again)

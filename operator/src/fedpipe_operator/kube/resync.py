@@ -1,0 +1,84 @@
+"""Finds what was deleted while a watch was broken: such a deletion is never told by the next one."""
+
+import asyncio
+import logging
+from typing import Any
+
+from fedpipe_api.names import GROUP, JOB_LABEL, JOBS, NODES, VERSION
+
+from ..engine import Engine
+from .api import Api, ApiError
+from .controller import Controller
+from .settings import Settings
+
+log = logging.getLogger(__name__)
+
+RESYNC_SECONDS = 120.0
+PAGE = 500
+"""Objects asked for at once: reading more would hold up the event loop."""
+
+_METADATA = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+_CUSTOM = f"/apis/{GROUP}/{VERSION}"
+
+
+class Resync:
+    """Compares what is known with what there is, by metadata alone."""
+
+    def __init__(self, api: Api, engine: Engine, controller: Controller, settings: Settings) -> None:
+        self._api = api
+        self._engine = engine
+        self._controller = controller
+        self._scopes = [f"/namespaces/{name}" for name in settings.namespaces] or [""]
+
+    async def watch(self) -> None:
+        """Compare again and again until cancelled."""
+        while True:
+            await asyncio.sleep(RESYNC_SECONDS)
+            try:
+                await self.compare()
+            except ApiError as error:
+                log.warning("resync: %s; trying again", error)
+
+    async def drop_jobs(self) -> None:
+        """Forget jobs of the ledger that the API server has no more."""
+        known = set(self._engine.jobs)
+        there = await self._uids(_CUSTOM, JOBS, self._scopes)
+        for uid in known - there:
+            log.info("job %s was deleted while nobody watched", self._engine.jobs[uid].state.name)
+            await self._controller.forget_job(uid)
+
+    async def compare(self) -> None:
+        """Forget whatever is gone. What is known is noted first, so that nothing new is taken for gone."""
+        inventory = self._controller.inventory
+        pods, nodes = inventory.pod_uids(), set(inventory.nodes)
+        capacities = set(inventory.capacities)
+        await self.drop_jobs()
+        there = await self._uids("/api/v1", "pods", self._scopes, {"labelSelector": JOB_LABEL})
+        for uid in pods.keys() - there:
+            inventory.lose_pod(*pods[uid], uid)
+        for name in nodes - await self._names("/api/v1", "nodes"):
+            inventory.lose_node(name)
+        for name in capacities - await self._names(_CUSTOM, NODES):
+            inventory.lose_capacity(name)
+
+    async def _uids(
+        self, group: str, plural: str, scopes: list[str], query: dict[str, str] | None = None
+    ) -> set[str]:
+        found = [
+            meta for scope in scopes for meta in await self._list(f"{group}{scope}/{plural}", query or {})
+        ]
+        return {str(meta["uid"]) for meta in found}
+
+    async def _names(self, group: str, plural: str) -> set[str]:
+        return {str(meta["name"]) for meta in await self._list(f"{group}/{plural}", {})}
+
+    async def _list(self, path: str, query: dict[str, str]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        page = {"limit": str(PAGE)} | query
+        while True:
+            answer = await self._api.request("list", "GET", path, query=page, accept=_METADATA)
+            found += [item["metadata"] for item in answer["items"] or ()]
+            more = answer["metadata"].get("continue")
+            if not more:
+                return found
+            page["continue"] = more

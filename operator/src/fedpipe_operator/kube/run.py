@@ -1,0 +1,151 @@
+"""`fedpipe-operator run`: engine, coordinator, metrics and kopf in one process and one event loop."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Awaitable, Callable
+
+import kopf
+from aiohttp import web
+
+from fedpipe_api.base import UserError
+
+from ..coordinator import application
+from ..engine import Engine, Note
+from ..metrics import Figures
+from .api import Api, ApiError, connect
+from .authority import Authority
+from .controller import Controller
+from .events import Events
+from .handlers import kopf_settings, register
+from .http import http_application, own_adapter
+from .identity import PodIdentities
+from .output import OutputWriter
+from .resync import Resync
+from .settings import Settings
+
+log = logging.getLogger(__name__)
+
+UPLOAD_SECONDS = 5.0
+"""How long requests in progress are given at the end."""
+
+START_SECONDS = 5.0
+"""Pause between attempts to reach the API server at the start."""
+
+
+class Operator:
+    """All parts, wired."""
+
+    def __init__(self, settings: Settings, api: Api) -> None:
+        self.settings = settings
+        self.api = api
+        self.engine = Engine(settings.store, notify=self._note)
+        self.authority = Authority(api, settings)
+        self.events = Events(api, "fedpipe-operator")
+        self.figures = Figures(self.engine, settings.store, lambda: api.requests, self._age)
+        output = OutputWriter(self.engine, api, settings)
+        self.controller = Controller(
+            self.engine,
+            api,
+            settings,
+            self.events,
+            publish_ca=self.authority.publish,
+            write_output=output,
+            observe=self.figures.observe_reconcile,
+        )
+        output.inventory = self.controller.inventory
+        self.resync = Resync(api, self.engine, self.controller, settings)
+        self._watching = asyncio.Event()
+        self._serving = False
+
+    def _note(self, uid: str, note: Note) -> None:
+        self.controller.note(uid, note)
+
+    def _age(self) -> float:
+        # Every job is looked at every few seconds; without jobs there is nothing to be late for.
+        return time.monotonic() - self.controller.last_look if self.controller.jobs else 0.0
+
+    def _unready(self) -> str | None:
+        if not self._serving:
+            return "the coordinator is not listening yet"
+        return None if self._watching.is_set() else "the watches are not open yet"
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until told to stop."""
+        await self.engine.start()
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self.engine.stop)
+            stack.push_async_callback(self.controller.stop)
+            plain = http_application(self.engine, self.figures, self._unready)
+            await self._serve(stack, plain, self.settings.http_port, tls=False)
+            await self._patiently(self.authority.load, stop)
+            await self._patiently(self.resync.drop_jobs, stop)
+            if stop.is_set():
+                return
+            identify = PodIdentities(self.api, self.controller.inventory.pod, self.controller.job_name)
+            coordinator = application(self.engine, identify)
+            coordinator.router.add_get("/v1/adapter", own_adapter(self.engine, identify))
+            await self._serve(stack, coordinator, self.settings.coordinator_port, tls=True)
+            self._serving = True
+            log.info("ready: %s", self.settings.coordinator)
+            background = [
+                self.authority.watch(),
+                self.events.post(),
+                self.resync.watch(),
+                self.figures.watch_lag(),
+                self.figures.watch_store(),
+            ]
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(work) for work in background]
+                await self._kopf(stop)
+                for task in tasks:
+                    task.cancel()
+
+    async def _kopf(self, stop: asyncio.Event) -> None:
+        namespaces = self.settings.namespaces
+        await kopf.operator(
+            registry=register(self.controller),
+            settings=kopf_settings(),
+            standalone=True,
+            clusterwide=not namespaces,
+            namespaces=namespaces,
+            stop_flag=stop,
+            ready_flag=self._watching,
+        )
+
+    async def _serve(
+        self, stack: contextlib.AsyncExitStack, app: web.Application, port: int, tls: bool
+    ) -> None:
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=UPLOAD_SECONDS)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        context = self.authority.context if tls else None
+        try:
+            await web.TCPSite(runner, self.settings.host, port, ssl_context=context).start()
+        except OSError as error:
+            raise UserError(f"port {port}: {error.strerror}; choose another or end what uses it") from None
+
+    async def _patiently(self, call: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
+        """Repeat until the API server answers: an operator that starts first just waits."""
+        while not stop.is_set():
+            try:
+                return await call()
+            except ApiError as error:
+                log.warning("%s; trying again", error)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), START_SECONDS)
+
+
+async def serve(settings: Settings) -> None:
+    """Run the operator until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    api = Api(await connect())
+    try:
+        await Operator(settings, api).run(stop)
+    finally:
+        await api.close()

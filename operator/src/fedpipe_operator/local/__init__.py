@@ -1,0 +1,1 @@
+"""The fleet as processes of this machine: `fedpipe run` and what it shows and leaves."""

@@ -1,0 +1,181 @@
+"""The fleet's agents as processes of this machine: started, watched, started again, ended."""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedpipe_api.base import UserError
+from fedpipe_api.node import Capacity
+
+from ..coordinator import Identity, Tokens
+from ..engine import Engine
+from .manifest import Member
+
+RESTARTS = 3
+"""An agent that fails more often in a row, without an update between, is not started again."""
+
+USER_MISTAKE = 2
+"""Exit status of an agent that a person has to help."""
+
+GRACE_SECONDS = 5.0
+"""How long an agent may take to end before it is killed."""
+
+_MESSAGE_PREFIX = "fedpipe-agent: "
+_TAIL = 4096
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+def _die_with_parent() -> None:
+    # Even a SIGKILL of this process must not leave agents behind.
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Agents:
+    """One agent for each member that the job desires.
+
+    `failed` are those that will not be started again, and why; `mistakes` are those of them that a person
+    has to help.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        uid: str,
+        members: tuple[Member, ...],
+        model: str,
+        directory: Path,
+        tokens: Tokens,
+        url: str,
+    ) -> None:
+        self.failed: dict[str, str] = {}
+        self.mistakes: dict[str, str] = {}
+        self._engine = engine
+        self._uid = uid
+        self._model = model
+        self._directory = directory
+        self._tokens = tokens
+        self._url = url
+        self._offline = Path(model).is_dir()
+        self._command = agent_command()
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._ending = False
+        self._tasks = [asyncio.create_task(self._tend(member)) for member in members]
+
+    async def end(self, grace: float) -> None:
+        """End every agent: by itself within the grace (seconds), then by SIGTERM, then by SIGKILL."""
+        self._ending = True
+        await self._exited(grace)
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            for process in self._processes.values():
+                if process.returncode is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, sign)
+            await self._exited(GRACE_SECONDS)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for token in self._directory.glob("*/token"):
+            token.unlink()
+
+    async def _exited(self, seconds: float) -> None:
+        waits = [asyncio.ensure_future(p.wait()) for p in self._processes.values() if p.returncode is None]
+        if waits and seconds > 0:
+            await asyncio.wait(waits, timeout=seconds)
+        for wait in waits:
+            wait.cancel()
+
+    async def _tend(self, member: Member) -> None:
+        """Keep the member's agent running while it is desired and does not fail for good."""
+        node, failures = member.node.name, 0
+        while not self._ending:
+            counted = self._counted(node)
+            status, message = await self._run_once(member)
+            if self._ending:
+                return
+            if status == 0:
+                await self._until_desired(node)
+                continue
+            await self._engine.lose(self._uid, node, message)
+            failures = 1 if self._counted(node) > counted else failures + 1
+            if status == USER_MISTAKE:
+                self.mistakes[node] = message
+            if status == USER_MISTAKE or failures > RESTARTS:
+                self.failed[node] = message
+                self._engine.jobs[self._uid].shown.fire()
+                return
+            await asyncio.sleep(2.0 ** (failures - 1))
+
+    def _counted(self, node: str) -> int:
+        rounds = self._engine.jobs[self._uid].state.rounds.values()
+        return sum(node in known.updates for known in rounds)
+
+    async def _until_desired(self, node: str) -> None:
+        # An agent that ended as it was told may be wanted again after another plan.
+        while not self._ending and node not in self._engine.jobs[self._uid].state.desired:
+            await self._engine.moved(self._uid, 60.0)
+
+    async def _run_once(self, member: Member) -> tuple[int, str]:
+        """Run an agent to its end; return its exit status and its last line."""
+        directory = self._directory / member.node.name
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        token, capacity, log = (directory / name for name in ("token", "capacity.json", "log"))
+        _write_secret(token, self._tokens.issue(Identity(self._uid, member.node.name)))
+        capacity.write_text(_capacity_of(member).to_json(), encoding="utf-8")
+        with log.open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                *self._command, "train",
+                "--coordinator", self._url, "--model", self._model, "--data", str(member.data),
+                "--token-file", str(token), "--capacity", str(capacity),
+                stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
+                env=_environment(member, offline=self._offline),
+                start_new_session=True, preexec_fn=_die_with_parent,
+            )  # fmt: skip
+            self._processes[member.node.name] = process
+            status = await process.wait()
+        if status < 0:
+            return status, f"killed by {signal.Signals(-status).name}"
+        return status, _last_line(log) or f"ended with status {status}"
+
+
+def agent_command() -> list[str]:
+    """Return how to start an agent; UserError when it is not installed."""
+    beside = Path(sys.executable).with_name("fedpipe-agent")
+    found = str(beside) if beside.exists() else shutil.which("fedpipe-agent")
+    if found is None:
+        raise UserError("fedpipe-agent is not installed; pip install 'fedpipe-operator[local]'")
+    return [found]
+
+
+def _capacity_of(member: Member) -> Capacity:
+    return Capacity(**{field: getattr(member.node, field) for field in Capacity.model_fields})
+
+
+def _environment(member: Member, offline: bool) -> Mapping[str, str]:
+    given = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if member.node.threads is not None:
+        given["OMP_NUM_THREADS"] = given["MKL_NUM_THREADS"] = str(member.node.threads)
+    if offline:
+        given["HF_HUB_OFFLINE"] = "1"
+    return os.environ | given
+
+
+def _write_secret(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+
+
+def _last_line(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    last = next((line for line in reversed(lines) if line), "")
+    return last.removeprefix(_MESSAGE_PREFIX)

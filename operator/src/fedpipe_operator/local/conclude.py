@@ -1,0 +1,141 @@
+"""What a finished run leaves: adapter, metrics and report, and the summary on the screen."""
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedpipe_api.base import UserError
+from fedpipe_api.job import Phase
+
+from ..engine.state import JobState
+from ..engine.status import status
+from ..export import write_adapter
+from . import measures
+from .agents import agent_command
+from .directory import History, RunDirectory, write_atomically
+from .progress import facts
+from .report import write_report
+
+
+def conclude(directory: RunDirectory) -> int:
+    """Write whatever of the finished run's results is missing, print the summary, return the exit status."""
+    history = read(directory)
+    state = history.state
+    if state.adapter is not None and not directory.adapter.exists():
+        export(directory, state, directory.adapter)
+    if not directory.report.exists():
+        write_results(directory, history)
+    print_summary(directory, history)
+    return 0 if state.finished and state.finished.phase is Phase.SUCCEEDED else 1
+
+
+def read(directory: RunDirectory) -> History:
+    """Return the run's history; UserError when there is none."""
+    directory.read_record()
+    history = directory.history()
+    if history is None:
+        raise UserError(f"{directory.root}: the run stopped before it began; there is nothing to show")
+    return history
+
+
+def export(directory: RunDirectory, state: JobState, target: Path) -> None:
+    """Write the latest global adapter as a PEFT directory."""
+    source = directory.global_adapter(state)
+    assert state.model is not None
+    write_adapter(source, state.spec, state.model, target, _card_facts(state))
+
+
+def write_results(directory: RunDirectory, history: History) -> None:
+    """Write `metrics.jsonl`, the plots and `report.html` from the ledger."""
+    rows = measures.rounds(history)
+    write_atomically(directory.metrics, measures.to_jsonl(rows))
+    write_report(directory, history, rows)
+
+
+def report_run(root: Path) -> None:
+    """Write a run's metrics, plots and report anew, finished or not, and print its summary."""
+    directory = RunDirectory(root)
+    history = read(directory)
+    write_results(directory, history)
+    print_summary(directory, history)
+
+
+def export_run(root: Path, out: Path, merge: bool) -> None:
+    """Write a run's latest adapter, or its base model with the adapter merged in, into a new directory."""
+    directory = RunDirectory(root)
+    state = read(directory).state
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: {out} exists and is not empty; choose another")
+    directory.global_adapter(state)
+    if not merge:
+        export(directory, state, out)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        adapter = Path(temporary) / "adapter"
+        export(directory, state, adapter)
+        # Merging needs torch, which only the agent has.
+        command = [
+            *agent_command(),
+            "merge",
+            "--model",
+            directory.read_record().model,
+            "--adapter",
+            str(adapter),
+        ]
+        command += ["--task", state.spec.model.task, "--out", str(out)]
+        labels = json.dumps(state.spec.model.labels)
+        done = subprocess.run(command, input=labels, text=True, stderr=subprocess.PIPE, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"fedpipe-agent merge ended with {done.returncode}"]
+        raise UserError(lines[-1])
+
+
+def _card_facts(state: JobState) -> str:
+    found = status(state, None, {})
+    text = f"Job `{state.name}`: {state.done} rounds over {len(state.planned) or len(state.agents)} nodes"
+    if found.metric is not None:
+        text += f", {found.metric.name} {found.metric.value:.4g} on the nodes' held-out data"
+    precisions = sorted({str(node.precision) for node in state.plan.nodes.values()}) if state.plan else []
+    return f"{text}. Trained and evaluated on a base held in {', '.join(precisions)}, node by node."
+
+
+def print_summary(directory: RunDirectory, history: History) -> None:
+    """Print the nodes' table, the result, and where adapter and report lie."""
+    console = Console(highlight=False)
+    rows, state = measures.rounds(history), history.state
+    if state.plan is not None:
+        console.print(_node_table(state, rows))
+    if state.finished and state.finished.phase is Phase.FAILED:
+        console.print(Text(f"failed: {state.finished.message}", "red"), soft_wrap=True)
+    elif state.finished and state.finished.reason != "RoundsCompleted":
+        console.print(Text(state.finished.message), soft_wrap=True)
+    console.print(Text(measures.outcome(history, rows), "bold"), soft_wrap=True)
+    if directory.adapter.exists():
+        text = f'adapter  {directory.adapter}  (peft: PeftModel.from_pretrained(base, "{directory.adapter}"))'
+        console.print(Text(text), soft_wrap=True)
+    if directory.report.exists():
+        console.print(Text(f"report   {directory.report}"), soft_wrap=True)
+
+
+def _node_table(state: JobState, rows: list[measures.Row]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("node", "precision", "ranks", "batch", "weights", "memory", "planned", "loss", "rounds"):
+        table.add_column(
+            name, justify="left" if name in ("node", "precision", "ranks", "batch") else "right", no_wrap=True
+        )
+    for node in status(state, None, {}).node_table:
+        precision, ranks, batch = facts(node)
+        counted = sum(row.get("nodes", {}).get(node.name, {}).get("counted", False) for row in rows)
+        table.add_row(
+            node.name, precision or node.state, ranks, batch,
+            "" if node.matrices is None else str(node.matrices),
+            measures.memory(node.measured_bytes), measures.memory(node.predicted_bytes),
+            "" if node.train_loss is None else f"{node.train_loss:.3f}",
+            f"{counted}/{state.done}",
+        )  # fmt: skip
+    return table

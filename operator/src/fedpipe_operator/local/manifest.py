@@ -1,0 +1,195 @@
+"""Reads a job and a fleet and checks, before anything starts, that the one can run on the other."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+from pydantic.alias_generators import to_snake
+
+from fedpipe_api.base import Model, UserError, explain
+from fedpipe_api.job import FedPipeJob, FedPipeJobSpec, LabelSelector, LabelSelectorRequirement
+from fedpipe_api.node import Fleet, FleetNode
+
+M = TypeVar("M", bound=Model)
+
+FILE_LIMIT = 1024 * 1024
+"""Bytes of the largest manifest, as the API server limits them."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A node that takes part in a local run, and the directory of its data."""
+
+    node: FleetNode
+    data: Path
+
+
+@dataclass(frozen=True)
+class LocalJob:
+    """A job on a fleet. `model` is a directory, or a hub repository with @revision."""
+
+    job_file: Path
+    fleet_file: Path
+    job: FedPipeJob
+    fleet: Fleet
+    members: tuple[Member, ...]
+    excluded: dict[str, str]
+    model: str
+
+
+def read(job_file: Path, fleet_file: Path) -> LocalJob:
+    """Read a job and its fleet; UserError in one line for whatever would keep the job from running there."""
+    job, fleet = load(job_file, FedPipeJob), load(fleet_file, Fleet)
+    if job.spec.suspend:
+        raise UserError(f"{job_file}: spec.suspend: a suspended job does not start; remove it")
+    chosen, excluded = choose(job.spec, fleet)
+    _check_numbers(job.spec, len(chosen), job_file, fleet_file)
+    members = tuple(Member(node, _data(job.spec, node, job_file, fleet_file)) for node in chosen)
+    model = model_of(job.spec, fleet, job_file, fleet_file)
+    return LocalJob(job_file, fleet_file, job, fleet, members, excluded, model)
+
+
+def load(path: Path, kind: type[M]) -> M:
+    """Return the one YAML document of a file, validated; UserError names the file and the line or field."""
+    try:
+        return kind.model_validate(_document(path))
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error)}") from None
+
+
+def _document(path: Path) -> Mapping[str, Any]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(FILE_LIMIT + 1)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if len(data) > FILE_LIMIT:
+        raise UserError(f"{path}: larger than {FILE_LIMIT >> 20} MiB; this is no manifest")
+    try:
+        documents = list(yaml.safe_load_all(data))
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: not YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if len(documents) != 1:
+        raise UserError(f"{path}: {len(documents)} YAML documents; give exactly one")
+    if not isinstance(documents[0], dict):
+        raise UserError(f"{path}: not a YAML mapping; a manifest has apiVersion, kind, metadata and spec")
+    return documents[0]
+
+
+def choose(spec: FedPipeJobSpec, fleet: Fleet) -> tuple[tuple[FleetNode, ...], dict[str, str]]:
+    """Return the nodes that take part, the first `nodes.max` that match, and why others do not."""
+    matching = [node for node in fleet.nodes if selects(spec.nodes.selector, node.labels)]
+    excluded = {node.name: "its labels do not match spec.nodes.selector" for node in fleet.nodes}
+    excluded |= {node.name: f"spec.nodes.max is {spec.nodes.max}" for node in matching}
+    chosen = tuple(matching[: spec.nodes.max])
+    for node in chosen:
+        del excluded[node.name]
+    return chosen, excluded
+
+
+def selects(selector: LabelSelector, labels: Mapping[str, str]) -> bool:
+    """Return whether a Kubernetes label selector matches the labels."""
+    equal = all(labels.get(key) == value for key, value in selector.match_labels.items())
+    return equal and all(_meets(expression, labels) for expression in selector.match_expressions)
+
+
+def _meets(expression: LabelSelectorRequirement, labels: Mapping[str, str]) -> bool:
+    value = labels.get(expression.key)
+    match expression.operator:
+        case "In":
+            return value in expression.values
+        case "NotIn":
+            return value not in expression.values
+        case "Exists":
+            return value is not None
+        case "DoesNotExist":
+            return value is None
+
+
+def _check_numbers(spec: FedPipeJobSpec, matching: int, job_file: Path, fleet_file: Path) -> None:
+    least, quorum = spec.nodes.min, spec.rounds.min_updates
+    if matching == 0:
+        raise UserError(
+            f"{job_file}: spec.nodes.selector: matches no node of {fleet_file}; compare their labels"
+        )
+    if matching < least:
+        raise UserError(
+            f"{job_file}: spec.nodes.min: {least} nodes are required but {matching} of {fleet_file} match. "
+            "Lower min or add nodes."
+        )
+    if matching < quorum:
+        raise UserError(
+            f"{job_file}: spec.rounds.minUpdates: {quorum} updates are required but {matching} nodes of "
+            f"{fleet_file} match. Lower minUpdates or add nodes."
+        )
+
+
+def _data(spec: FedPipeJobSpec, node: FleetNode, job_file: Path, fleet_file: Path) -> Path:
+    """Return the directory of a node's data: of the fleet file, else the job's hostPath."""
+    if node.data is not None:
+        directory, named = fleet_file.parent / node.data, f"{fleet_file}: node {node.name}: data"
+    elif spec.data.volume.host_path is not None:
+        directory, named = Path(spec.data.volume.host_path.path), f"{job_file}: spec.data.volume.hostPath"
+    else:
+        raise UserError(f"{fleet_file}: node {node.name}: data: required, because the job's data is a claim")
+    if not directory.is_dir():
+        raise UserError(f"{named}: no directory {directory}")
+    for name in filter(None, (spec.data.train, spec.data.evaluation)):
+        file = directory / name
+        if not file.is_file():
+            raise UserError(f"{named}: no file {file} (named by spec.data of {job_file})")
+        if file.stat().st_size == 0:
+            raise UserError(f"{named}: {file} is empty")
+    return directory
+
+
+def model_of(spec: FedPipeJobSpec, fleet: Fleet, job_file: Path, fleet_file: Path) -> str:
+    """Return the model to load: the fleet's local copy, else what the job names."""
+    source = spec.model
+    if fleet.model is not None:
+        return str(_model_directory(fleet_file.parent / fleet.model, f"{fleet_file}: model"))
+    if source.host_path is not None:
+        return str(_model_directory(Path(source.host_path.path), f"{job_file}: spec.model.hostPath"))
+    if source.hugging_face is not None:
+        return f"{source.hugging_face.repo}@{source.hugging_face.revision}"
+    raise UserError(f"{fleet_file}: model: required, because the job's model lies in a claim")
+
+
+def _model_directory(directory: Path, named: str) -> Path:
+    if not directory.is_dir():
+        raise UserError(f"{named}: no directory {directory}")
+    config = directory / "config.json"
+    try:
+        if config.stat().st_size > FILE_LIMIT or "model_type" not in json.loads(config.read_bytes()):
+            raise UserError(f"{named}: {config} is not the configuration of a transformers model")
+    except FileNotFoundError:
+        raise UserError(f"{named}: {directory} is not a model: it has no config.json") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{named}: {config} is not JSON") from None
+    if not any(directory.glob("*.safetensors")):
+        raise UserError(f"{named}: {directory} has no weights (*.safetensors)")
+    return directory.resolve()
+
+
+def forbidden_change(old: Model, new: Model, path: str = "spec") -> str | None:
+    """Return the first field that may not change so, with the contract's own words, or None."""
+    for rule in old.rules:
+        if rule.holds is not None:
+            continue
+        before, after = (getattr(model, to_snake(rule.field)) for model in (old, new))
+        if before != after and not (rule.field == "count" and after > before):
+            return f"{path}.{rule.field}: {rule.message}"
+    for field, info in type(old).model_fields.items():
+        before, after = getattr(old, field), getattr(new, field)
+        if isinstance(before, Model) and isinstance(after, Model):
+            found = forbidden_change(before, after, f"{path}.{info.alias}")
+            if found:
+                return found
+    return None

@@ -1,0 +1,137 @@
+"""What a run measured, round by round: the rows of `metrics.jsonl`, on which report and plots rest."""
+
+import json
+from typing import Any
+
+from fedpipe_api.base import format_duration
+from fedpipe_api.job import Phase
+
+from ..engine.notes import megabytes
+from ..engine.state import JobState, Round, evaluation_of
+from ..engine.status import metric_name
+from .directory import History
+
+Row = dict[str, Any]
+
+
+def rounds(history: History) -> list[Row]:
+    """Return one object for each round, with seconds and bytes; round 0 is the untrained start."""
+    state = history.state
+    first = [{"round": 0} | _evaluation(state, 0)] if evaluation_of(state, 0) else []
+    return first + [_round(history, known) for _, known in sorted(state.rounds.items()) if known.result]
+
+
+def to_jsonl(rows: list[Row]) -> str:
+    """Return the rows as JSON lines."""
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+def _evaluation(state: JobState, number: int) -> Row:
+    found = evaluation_of(state, number)
+    if found is None:
+        return {"loss": None, "accuracy": None, "perplexity": None}
+    return {
+        "loss": found.loss,
+        "accuracy": found.accuracy,
+        "perplexity": found.perplexity,
+        "evaluationSamples": found.samples,
+        "evaluationNodes": found.nodes,
+    }
+
+
+def _round(history: History, known: Round) -> Row:
+    state, number = history.state, known.opened.round
+    assert known.result is not None
+    assert known.closed is not None
+    updates = known.updates.values()
+    plan = history.state.plans[known.opened.plan]
+    planned = sum(plan.nodes[node].local_steps for node in known.opened.participants if node in plan.nodes)
+    opened_seconds = (known.closed_at or 0) - known.opened_at
+    busy = max((m.download_seconds + m.evaluate_seconds + m.train_seconds for m in updates), default=0.0)
+    return (
+        {"round": number}
+        | _evaluation(state, number)
+        | {
+            "updates": len(updates),
+            "participants": len(known.opened.participants),
+            "stragglers": known.closed.stragglers,
+            "seconds": (known.result_at or 0) - known.opened_at,
+            "collectSeconds": opened_seconds,
+            "aggregateSeconds": known.result.seconds,
+            # Everything of the round that the busiest node was not at work in.
+            "overheadSeconds": max(0.0, (known.result_at or 0) - known.opened_at - busy),
+            "bytesUp": sum(manifest.size for manifest in updates),
+            "bytesDown": known.closed.bytes_down,
+            "underTraining": 1 - sum(manifest.steps for manifest in updates) / max(1, planned),
+            "relativeError": known.result.relative_error,
+            "discardedEnergy": known.result.discarded_energy,
+            "effectiveRank": known.result.effective_rank,
+            "plan": known.opened.plan,
+            "nodes": {node: _node(history, known, node) for node in known.opened.participants},
+        }
+    )
+
+
+def _node(history: History, known: Round, name: str) -> Row:
+    plan = history.state.plans[known.opened.plan].nodes[name]
+    manifest = known.updates.get(name)
+    check = known.result.checks.get(name) if known.result else None
+    evaluation = history.state.evaluations.get(known.opened.round, {}).get(name)
+    ranks = list(plan.ranks.values())
+    row: Row = {
+        "precision": str(plan.precision),
+        "microBatch": plan.micro_batch,
+        "accumulation": plan.accumulation,
+        "matrices": len(ranks),
+        "minRank": min(ranks, default=0),
+        "maxRank": max(ranks, default=0),
+        "plannedSteps": plan.local_steps,
+        "predictedBytes": plan.predicted_bytes,
+        "predictedStepSeconds": plan.predicted_step_seconds,
+        "counted": manifest is not None,
+    }
+    if manifest is not None:
+        row |= {
+            "samples": manifest.samples,
+            "steps": manifest.steps,
+            "tokens": manifest.tokens,
+            "trainLoss": manifest.train_loss,
+            "peakBytes": manifest.peak_bytes,
+            "stepSeconds": manifest.step_seconds,
+            "downloadSeconds": manifest.download_seconds,
+            "evaluateSeconds": manifest.evaluate_seconds,
+            "trainSeconds": manifest.train_seconds,
+            "bytesUp": manifest.size,
+        }
+    if check is not None:
+        row |= {"updateNorm": check.norm, "updateCosine": check.cosine, "verdict": check.verdict}
+    if evaluation is not None:
+        row |= {
+            "loss": evaluation.loss_sum / evaluation.tokens,
+            "accuracy": None if evaluation.correct is None else evaluation.correct / evaluation.samples,
+        }
+    return row
+
+
+def outcome(history: History, rows: list[Row]) -> str:
+    """Return the one line that sums the run up."""
+    state = history.state
+    spent = format_duration(round((state.finished_at or history.last_at) - state.submitted_at))
+    name = metric_name(state)
+    series = [row[name] for row in rows if row[name] is not None]
+    up, down = (sum(row.get(key, 0) for row in rows) for key in ("bytesUp", "bytesDown"))
+    head = "done in" if state.finished and state.finished.phase is Phase.SUCCEEDED else "stopped after"
+    parts = [f"{head} {spent}"]
+    if series:
+        parts.append(
+            f"{name} {series[-1]:.3f}" + (f" (untrained {series[0]:.3f})" if rows[0]["round"] == 0 else "")
+        )
+    parts.append(f"{megabytes(up)} up, {megabytes(down)} down")
+    return " · ".join(parts)
+
+
+def memory(size: int | None) -> str:
+    """Return bytes as people read memory (1 MiB = 2²⁰ bytes)."""
+    if size is None:
+        return ""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,160 @@
+"""`report.html`: one file that needs nothing else, for eyes, screen readers and dark rooms."""
+
+import base64
+from html import escape
+from typing import TYPE_CHECKING
+
+import yaml
+
+from fedpipe_api.status import NodeStatus
+
+from ..engine.notes import megabytes
+from ..engine.state import JobState
+from ..engine.status import metric_name, status
+from . import measures
+from .directory import History, RunDirectory, write_atomically
+from .progress import facts
+
+if TYPE_CHECKING:
+    from .plots import Plot
+
+_CSS = """
+:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --soft: #60656c; --line: #d9dce0; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e6e9; --paper: #17191c; --soft: #a0a6ad; --line: #3a3e44; } }
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+p.sum { font-size: 1.1rem; margin: .2rem 0 0; } p.soft, caption, figcaption { color: var(--soft); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+caption, figcaption { font-size: .875rem; padding: .2rem 0; text-align: left; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem 0 .25rem .6rem; text-align: right;
+  white-space: nowrap; }
+thead th { vertical-align: bottom; white-space: normal; }
+th:first-child { padding-left: 0; text-align: left; } thead th { color: var(--soft); font-weight: 500; }
+figure { margin: 0; } img { background: #fff; border-radius: 6px; box-sizing: border-box;
+  height: auto; padding: .5rem; width: 100%; }
+details { margin-top: 2rem; } pre { overflow-x: auto; }
+"""
+
+
+def write_report(directory: RunDirectory, history: History, rows: list[measures.Row]) -> None:
+    """Draw the plots and write the report from `measures.rounds`."""
+    state = history.state
+    plots: list[Plot] = []
+    if state.done:
+        from .plots import draw
+
+        scores, chosen = (state.plan.scores, set(state.plan.selected)) if state.plan else ({}, set())
+        plots = draw(rows, metric_name(state), scores, chosen, directory.plots)
+    write_atomically(directory.report, _page(history, rows, plots))
+
+
+def _page(history: History, rows: list[measures.Row], plots: "list[Plot]") -> str:
+    state = history.state
+    found = status(state, None, {})
+    result = escape(measures.outcome(history, rows))
+    why = state.finished.message if state.finished else f"at round {state.done} of {state.spec.rounds.count}"
+    begun = f"{found.start_time:%Y-%m-%d %H:%M} UTC" if found.start_time else ""
+    return "\n".join(
+        [
+            "<!doctype html>",
+            f'<html lang="en"><head><meta charset="utf-8"><title>{escape(state.name)} · FedPipe</title>',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<style>{_CSS}</style></head><body><main>",
+            f"<h1>{escape(state.name)}</h1>",
+            f'<p class="sum">{result}</p>',
+            f'<p class="soft">{found.phase}: {escape(why)} · begun {begun} · {escape(_what(state))}</p>',
+            *(_figure(plot) for plot in plots[:1]),
+            "<h2>Nodes</h2>",
+            _node_table(found.node_table, rows),
+            *(_figure(plot) for plot in plots[1:]),
+            "<h2>Rounds</h2>",
+            _round_table(rows),
+            f"<details><summary>The job as it ran</summary><pre>{escape(_spec_text(state))}</pre></details>",
+            "</main></body></html>",
+            "",
+        ]
+    )
+
+
+def _what(state: JobState) -> str:
+    spec, model = state.spec, state.model
+    size = f", {model.parameters / 1e6:.1f} million parameters" if model else ""
+    architecture = f"{model.architecture}{size}" if model else ""
+    return f"{spec.model.task} on {architecture}; {spec.aggregation.method} aggregation, seed {spec.seed}"
+
+
+def _figure(plot: "Plot") -> str:
+    image = base64.b64encode(plot.path.read_bytes()).decode()
+    words = escape(plot.words[0].upper() + plot.words[1:])
+    return (
+        f"<h2>{escape(plot.title)}</h2>"
+        f'<figure><img alt="{words}" src="data:image/png;base64,{image}">'
+        f"<figcaption>{words}.</figcaption></figure>"
+    )
+
+
+def _table(caption: str, header: list[str], body: list[list[str]]) -> str:
+    """Return a table whose first column names the row."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    lines = []
+    for name, *cells in body:
+        rest = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        lines.append(f'<tr><th scope="row">{escape(name)}</th>{rest}</tr>')
+    return (
+        f'<div class="wide"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _node_table(nodes: tuple[NodeStatus, ...], rows: list[measures.Row]) -> str:
+    body = []
+    for node in nodes:
+        parts = [row["nodes"][node.name] for row in rows if node.name in row.get("nodes", {})]
+        counted = [part for part in parts if part["counted"]]
+        body.append(
+            [
+                node.name, *facts(node), _number(node.matrices, "d"), node.limited_by or node.message or "",
+                measures.memory(node.predicted_bytes), measures.memory(node.measured_bytes),
+                _number(node.predicted_seconds, ".3f"), _number(node.measured_seconds, ".3f"),
+                f"{len(counted)}/{len(parts)}", _number(node.train_loss, ".3f"),
+                _number(parts[-1].get("accuracy") if parts else None, ".3f"),
+            ]
+        )  # fmt: skip
+    header = [
+        "node", "precision", "ranks", "batch", "weights", "limited by", "memory planned", "peak memory",
+        "s/step planned", "s/step", "updates", "train loss", "accuracy",
+    ]  # fmt: skip
+    return _table("As planned last, and as measured in the last round it took part in", header, body)
+
+
+def _round_table(rows: list[measures.Row]) -> str:
+    body = []
+    for row in rows:
+        trained = row["round"] > 0
+        body.append(
+            [
+                str(row["round"]) if trained else "untrained",
+                _number(row["loss"], ".4f"), _number(row["accuracy"], ".4f"),
+                f"{row['updates']}/{row['participants']}" if trained else "",
+                megabytes(row["bytesUp"]) if trained else "", megabytes(row["bytesDown"]) if trained else "",
+                _number(row.get("seconds"), ".2f"), _number(row.get("overheadSeconds"), ".2f"),
+                _number(row.get("underTraining"), ".1%"), _number(row.get("relativeError"), ".2e"),
+                _number(row.get("effectiveRank"), ".1f"),
+            ]
+        )  # fmt: skip
+    header = [
+        "round", "loss", "accuracy", "updates", "up", "down", "seconds", "not training",
+        "under-training", "error", "effective rank",
+    ]  # fmt: skip
+    return _table("Loss and accuracy are of the global adapter on all nodes' held-out data", header, body)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _spec_text(state: JobState) -> str:
+    return yaml.safe_dump(state.spec.to_dict(), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,25 @@
+"""The planner: from a job, a model's shape and the nodes' facts to what each node carries, and why. Pure."""
+
+from .calibration import Calibration
+from .replan import needs_replan
+from .request import NodeFacts, Plan, PlanRequest
+from .selection import select_matrices
+from .shape import read_shape
+from .solve import asked_steps, calibrate, plan
+from .table import Row, rows, summary_line
+
+__all__ = [
+    "Calibration",
+    "NodeFacts",
+    "Plan",
+    "PlanRequest",
+    "Row",
+    "asked_steps",
+    "calibrate",
+    "needs_replan",
+    "plan",
+    "read_shape",
+    "rows",
+    "select_matrices",
+    "summary_line",
+]

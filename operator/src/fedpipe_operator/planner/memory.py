@@ -1,0 +1,142 @@
+"""How much memory training takes (METHOD §2), in bytes.
+
+An upper estimate by intent: sequences count as `maxLength` tokens and the whole global rank is held.
+"""
+
+import math
+from collections.abc import Mapping
+
+from fedpipe_api import wire
+from fedpipe_api.job import Precision
+
+from .calibration import Calibration
+from .workload import Configuration, Workload, compute_bytes
+
+TRAINABLE_BYTES = 16
+"""Of one trainable parameter: float32 weight and gradient, two Adam moments."""
+LINEAR_BYTES = {Precision.FP32: 4.0, Precision.BF16: 2.0, Precision.INT8: 1.0, Precision.NF4: 0.516}
+"""Of one weight of a frozen linear layer. NF4: half a byte, one byte of scale per 64 weights, and a float32
+per 256 scales (double quantization)."""
+CPU_SLACK, CUDA_SLACK = 112 * 2**20, 96 * 2**20
+"""What the runtime takes only when training: modules and kernels loaded at first use, thread buffers; on CUDA
+the workspace of cuBLAS."""
+CUDA_ROUNDING = 1.06
+"""What CUDA's caching allocator rounds up and cannot reuse, as a factor on activations."""
+
+
+def base_bytes(shape: wire.ModelShape, device: wire.DeviceFacts, precision: Precision) -> int:
+    """Return the bytes of the frozen base: linear layers at the precision, the rest at the compute type."""
+    rest = shape.parameters - shape.linear_parameters
+    other = compute_bytes(device, precision)
+    return math.ceil(LINEAR_BYTES[precision] * shape.linear_parameters) + other * rest
+
+
+def fixed_bytes(work: Workload, device: wire.DeviceFacts, configuration: Configuration) -> int:
+    """Return the peak bytes at rank 0, runtime excluded: base, head, remainder, activations.
+
+    The peak is that of the backward pass of the last layer, or of the loss, with everything saved still held;
+    evaluation takes batches of twice the micro-batch and saves nothing.
+    """
+    precision = configuration.precision
+    element = compute_bytes(device, precision)
+    tokens = configuration.micro_batch * work.length
+    # A float32 base takes the remainder into its weights; another computes with a copy in its own type.
+    copies = 0 if precision is Precision.FP32 else 4 if element == 4 else 6
+    remainder = copies * work.remainder_rank * sum(work.sides.values())
+    saved, layer = _saved(work, device, configuration), _transient(work, device, configuration)
+    vocabulary = work.shape.vocabulary if work.shape.causal else 0
+    # Log-probabilities and two gradients of them in float32; in evaluation logits and log-probabilities.
+    training = saved + max(layer, 12 * vocabulary * tokens)
+    evaluating = (
+        2 * tokens * (8 * vocabulary + element * (work.shape.intermediate * 2 + 4 * work.shape.hidden))
+    )
+    activations = max(training, evaluating)
+    if device.kind == "cuda":
+        activations = math.ceil(CUDA_ROUNDING * activations)
+    slack = CUDA_SLACK if device.kind == "cuda" else CPU_SLACK
+    per_parameter = TRAINABLE_BYTES + (4 if work.proximal else 0)
+    base = base_bytes(work.shape, device, precision)
+    return base + per_parameter * work.head + remainder + activations + slack
+
+
+def rank_bytes(work: Workload, configuration: Configuration, sides: int) -> int:
+    """Return the bytes of one more rank of a matrix with so many rows and columns together.
+
+    Its parameters, their copy in the compute type, and A·x kept for the backward pass.
+    """
+    per_parameter = TRAINABLE_BYTES + (4 if work.proximal else 0)
+    tokens = configuration.micro_batch * work.length
+    return (per_parameter + 2) * sides + 4 * tokens
+
+
+def peak_bytes(
+    work: Workload,
+    device: wire.DeviceFacts,
+    configuration: Configuration,
+    ranks: Mapping[str, int],
+    calibration: Calibration | None = None,
+) -> int:
+    """Return the predicted peak of training, runtime included."""
+    net = fixed_bytes(work, device, configuration) + sum(
+        rank * rank_bytes(work, configuration, work.sides[name]) for name, rank in ranks.items()
+    )
+    return device.overhead + (calibration.bytes(net) if calibration else net)
+
+
+def budget(device: wire.DeviceFacts, headroom: float) -> int:
+    """Return the bytes a plan may use: free memory less the headroom, to 8 significant bits, downwards.
+
+    The rounding (below 0.8 %) lets nodes that are the same for all purposes share one programme.
+    """
+    usable = math.floor(device.free_memory * (1 - headroom))
+    return usable // coarseness(usable) * coarseness(usable)
+
+
+def coarseness(size: int) -> int:
+    """Return the unit of a size that is kept to 8 significant bits."""
+    return 1 << max(0, size.bit_length() - 8)
+
+
+def _saved(work: Workload, device: wire.DeviceFacts, configuration: Configuration) -> int:
+    """Return the bytes kept for the backward pass, A·x of the adapters apart.
+
+    Layers before the first matrix to train need no backward pass and keep nothing.
+    """
+    shape = work.shape
+    element = compute_bytes(device, configuration.precision)
+    tokens = configuration.micro_batch * work.length
+    layers = shape.layers - work.first_layer
+    within = tokens * _saved_per_token(work, device, configuration.precision)
+    if configuration.checkpointing:
+        return layers * tokens * shape.hidden * element + within
+    return layers * within
+
+
+def _saved_per_token(work: Workload, device: wire.DeviceFacts, precision: Precision) -> int:
+    """Return the bytes one layer keeps per token (counted on the graphs of transformers and peft)."""
+    shape = work.shape
+    element = compute_bytes(device, precision)
+    hidden, inner = shape.hidden, shape.intermediate
+    # Query, key, value and output of the attention kernel, its mask and its log-sum.
+    attention = 4 * hidden * element + work.length * element + 4 * shape.heads
+    if shape.gated_mlp:
+        norms, mlp = 2 * hidden * 4, 3 * inner * element  # RMSNorm in float32; gate, its activation, up
+    elif shape.architecture == "gpt2":
+        norms, mlp = 2 * hidden * element, 4 * inner * element  # GELU by tanh, step by step
+    else:
+        norms, mlp = 2 * hidden * element, inner * element
+    quantizer = 0
+    if precision is Precision.INT8:  # keeps the input of every linear layer; adapters share it
+        quantizer = element * (hidden + inner + max(0, hidden - work.adapter_inputs))
+    return attention + norms + mlp + 16 + quantizer + element * work.adapter_inputs
+
+
+def _transient(work: Workload, device: wire.DeviceFacts, configuration: Configuration) -> int:
+    """Return the bytes a layer needs for a moment in its backward pass."""
+    shape = work.shape
+    element = compute_bytes(device, configuration.precision)
+    tokens = configuration.micro_batch * work.length
+    unpacked = 0
+    if configuration.precision in (Precision.INT8, Precision.NF4):
+        unpacked = shape.hidden * shape.intermediate * element
+    return 2 * tokens * (shape.intermediate + shape.hidden) * element + unpacked

@@ -1,0 +1,341 @@
+"""The best plan of one node (METHOD §2, §3): what it is worth, what it may use, and what limits it."""
+
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpipe_api import wire
+from fedpipe_api.job import FedPipeJobSpec, Precision
+
+from . import memory, speed, words
+from .calibration import Calibration
+from .programme import Floats, Programme
+from .workload import Configuration, Workload
+
+PRECISION_VALUE = {Precision.FP32: 0.10, Precision.BF16: 0.09, Precision.INT8: 0.05, Precision.NF4: 0.0}
+"""Worth of a precision; all ranks at their upper bound are worth 1. So a higher precision is taken where it
+costs few ranks (METHOD §3)."""
+SPEED_VALUE = 0.05
+"""Worth of the node's fastest configuration; another is worth so much less as it is slower."""
+UNTRAINED_PENALTY = 2.0
+"""Of a selected matrix left out: more than all else is worth, so that none is where all can be trained."""
+STEPS_FOR_RANKS = 0.9
+"""A node that cannot do all its local steps does this share of those it could do at the lowest ranks, which
+pays for higher ones: ranks cost little time."""
+SAME = 1e-5
+"""Difference of worth that means nothing; HiGHS stops within 1e-6 of the optimum."""
+PRECISIONS = {
+    "auto": tuple(Precision),
+    "none": (Precision.FP32,),
+    "bf16": (Precision.BF16,),
+    "int8": (Precision.INT8,),
+    "nf4": (Precision.NF4,),
+}
+"""Precisions that `spec.quantization` allows."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What tells one node from another: nodes of equal cases get equal plans.
+
+    Attributes:
+        device: facts, without name and uuid where they do not matter.
+        budget: bytes it may use, runtime included.
+        seconds: of a round it may use.
+        steps: optimizer steps it is asked for.
+        evaluation_samples: evaluated before training.
+        calibration: of the models.
+    """
+
+    device: wire.DeviceFacts
+    budget: int
+    seconds: float
+    steps: int
+    evaluation_samples: int
+    calibration: Calibration | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A node's plan, before it is put in the node's own figures."""
+
+    configuration: Configuration
+    ranks: dict[str, int]
+    steps: int
+    value: float
+    limited_by: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Infeasible:
+    """Why no plan fits."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A configuration with its bytes and seconds, linear in the ranks: fixed + Σ per_rank · r."""
+
+    configuration: Configuration
+    value: float
+    fixed_bytes: int
+    bytes_per_rank: Floats
+    step_seconds: float
+    step_seconds_per_rank: Floats
+    other_seconds: float
+    other_seconds_per_rank: Floats
+
+    def bytes(self, ranks: NDArray[np.int64]) -> float:
+        return float(self.fixed_bytes + (self.bytes_per_rank * ranks).sum())
+
+    def steps_within(self, seconds: float, ranks: NDArray[np.int64]) -> int:
+        """Return the local steps that fit into a round."""
+        step = self.step_seconds + float((self.step_seconds_per_rank * ranks).sum())
+        other = self.other_seconds + float((self.other_seconds_per_rank * ranks).sum())
+        # A step that fits exactly counts in spite of rounding.
+        return max(0, math.floor((seconds - other) / step + 1e-9)) if seconds < math.inf else sys.maxsize
+
+    def fits(self, ranks: NDArray[np.int64], room: float, seconds: float, steps: int) -> bool:
+        """Whether a choice of ranks keeps both limits."""
+        return self.bytes(ranks) <= room and self.steps_within(seconds, ranks) >= steps
+
+    def programme(
+        self, ranks: NDArray[np.int64], values: Floats, room: float, seconds: float, steps: int
+    ) -> Programme:
+        """Return the programme of choosing among the ranks (matrices, options)."""
+        per_rank = steps * self.step_seconds_per_rank + self.other_seconds_per_rank
+        costs, limits = [], []
+        if room < math.inf:
+            costs.append(self.bytes_per_rank[:, None] * ranks)
+            limits.append(room - self.fixed_bytes)
+        if seconds < math.inf:
+            costs.append(per_rank[:, None] * ranks)
+            limits.append(seconds * (1 + 1e-9) - steps * self.step_seconds - self.other_seconds)
+        shape = (len(costs), *ranks.shape)
+        return Programme(values, np.array(costs).reshape(shape), np.array(limits))
+
+
+class Problem:
+    """One case of one job."""
+
+    def __init__(
+        self,
+        work: Workload,
+        spec: FedPipeJobSpec,
+        weights: Mapping[str, float],
+        ranks: tuple[int, ...],
+        case: Case,
+    ):
+        """Prepare the configurations.
+
+        Args:
+            work: the job's workload.
+            spec: the job.
+            weights: importance of the selected matrices, summing to 1.
+            ranks: to choose from, rising.
+            case: the node.
+        """
+        self.case = case
+        self._spec = spec
+        self._work = work
+        self._names = [matrix.name for matrix in work.selected]
+        self._weights = np.array([weights[name] for name in self._names])
+        self._top = math.log2(1 + ranks[-1])
+        sides = np.array([[min(matrix.rows, matrix.columns)] for matrix in work.selected])
+        self._ranks: NDArray[np.int64] = np.minimum(np.array([ranks]), sides)
+        self._options = list(self._configurations()) if self._precisions else []
+        room = case.budget - case.device.overhead
+        self._room = case.calibration.uncorrected(room) if case.calibration else room
+
+    @property
+    def _precisions(self) -> tuple[Precision, ...]:
+        works = {kernel.precision for kernel in self.case.device.kernels if kernel.usable}
+        return tuple(precision for precision in PRECISIONS[self._spec.quantization] if precision in works)
+
+    def _configurations(self) -> Iterator[_Option]:
+        """Yield every configuration of the node."""
+        work, device = self._work, self.case.device
+        batch = self._spec.rounds.batch_size
+        choices = [
+            Configuration(precision, size, checkpointing)
+            for precision in self._precisions
+            for size in range(1, batch + 1)
+            if batch % size == 0
+            for checkpointing in (False, True)
+        ]
+        factor = self.case.calibration.seconds_factor if self.case.calibration else 1.0
+        seconds = {choice: factor * speed.fixed_time(work, device, choice) for choice in choices}
+        fastest = min(seconds.values())
+        sides = np.array([work.sides[name] for name in self._names])
+        per_rank = factor * sides * speed.rank_time(work, device, 1)
+        transfers = speed.transfer_time(device, speed.download_bytes(work) + speed.upload_bytes(work, {}))
+        for choice in choices:
+            one, two = (memory.rank_bytes(work, choice, side) for side in (1, 2))
+            evaluation = factor * speed.evaluation_time(work, device, choice, self.case.evaluation_samples)
+            yield _Option(
+                configuration=choice,
+                value=PRECISION_VALUE[choice.precision] + SPEED_VALUE * fastest / seconds[choice],
+                fixed_bytes=memory.fixed_bytes(work, device, choice),
+                bytes_per_rank=(2 * one - two + (two - one) * sides).astype(np.float64),
+                step_seconds=seconds[choice],
+                step_seconds_per_rank=per_rank,
+                other_seconds=transfers + evaluation,
+                other_seconds_per_rank=sides * speed.transfer_time(device, 4),
+            )
+
+    def solve(self) -> Choice | Infeasible:
+        """Return the best choice and what limits it, or why there is none."""
+        if not self._options:
+            return Infeasible(words.no_precision(self.case.device, PRECISIONS[self._spec.quantization]))
+        partial = not any(option.bytes(self._ranks[:, 0]) <= self._room for option in self._options)
+        smallest = self._smallest() if partial else self._ranks[:, 0]
+        roomy = [option for option in self._options if option.bytes(smallest) <= self._room]
+        if not roomy:
+            return Infeasible(self._no_room(smallest))
+        possible = max(option.steps_within(self.case.seconds, self._ranks[:, 0]) for option in roomy)
+        if not possible:
+            return Infeasible(self._no_time(roomy))
+        steps = self.case.steps
+        if possible < steps:
+            steps = max(1, math.floor(STEPS_FOR_RANKS * possible))
+        found = self._best(steps, self._room, self.case.seconds, partial)
+        assert found is not None
+        return self._explained(found, possible)
+
+    def value(self, configuration: Configuration, ranks: Mapping[str, int]) -> float:
+        """Return what a plan is worth: weighted utility of ranks, u(r) = log₂(1 + r), precision and speed."""
+        option = next(option for option in self._options if option.configuration == configuration)
+        chosen = np.array([ranks.get(name, 0) for name in self._names])
+        return option.value + float(self._utilities(chosen[:, None]).sum())
+
+    def feasible(self, configuration: Configuration, ranks: Mapping[str, int], steps: int) -> bool:
+        """Whether a plan made earlier still keeps all limits and bounds."""
+        option = next((option for option in self._options if option.configuration == configuration), None)
+        if option is None or not ranks.keys() <= set(self._names):
+            return False
+        chosen = np.array([ranks.get(name, 0) for name in self._names])
+        known = bool(((chosen[:, None] == self._ranks).any(axis=1) | (chosen == 0)).all())
+        return known and option.fits(chosen, self._room, self.case.seconds, steps)
+
+    def highest_common_rank(self) -> int | None:
+        """Return the index of the largest rank that all matrices can have at the steps planned."""
+        chosen = self.solve()
+        if isinstance(chosen, Infeasible):
+            return None
+        for index in reversed(range(self._ranks.shape[1])):
+            ranks = self._ranks[:, index]
+            if any(
+                option.fits(ranks, self._room, self.case.seconds, chosen.steps) for option in self._options
+            ):
+                return index
+        return None
+
+    def _utilities(self, ranks: NDArray[np.int64]) -> Floats:
+        """Return the worth of each rank (matrices, options); an untrained matrix costs the penalty."""
+        worth = self._weights[:, None] * np.log2(1 + ranks) / self._top
+        return np.where(ranks > 0, worth, -UNTRAINED_PENALTY)
+
+    def _best(
+        self, steps: int, room: float, seconds: float, partial: bool, above: float = -math.inf
+    ) -> Choice | None:
+        """Return the best choice within the limits that is worth more than `above`.
+
+        `partial` lets matrices go untrained.
+        """
+        ranks = self._ranks
+        if partial:
+            ranks = np.concatenate([np.zeros((len(ranks), 1), np.int64), ranks], axis=1)
+        values = self._utilities(ranks)
+        candidates = []
+        for option in self._options:
+            if option.fits(ranks[:, 0], room, seconds, steps):
+                programme = option.programme(ranks, values, room, seconds, steps)
+                candidates.append((option.value + programme.bound(), option, programme))
+        best: Choice | None = None
+        for bound, option, programme in sorted(candidates, key=lambda candidate: -candidate[0]):
+            if bound <= max(above, best.value if best else above):
+                break
+            found = programme.solve()
+            if found is None or not (chosen := ranks[np.arange(len(found)), found]).any():
+                continue
+            value = option.value + programme.total(found)[0]
+            if best is None or value > best.value:
+                named = {name: int(rank) for name, rank in zip(self._names, chosen, strict=True) if rank}
+                best = Choice(option.configuration, named, steps, value)
+        return best
+
+    def _explained(self, found: Choice, possible: int) -> Choice:
+        """Add what limits a choice, found by lifting one limit after the other."""
+        case = self.case
+        if possible < case.steps:
+            return _because(
+                found,
+                "time",
+                words.fewer_steps(case.steps, found.steps, self._spec.rounds.deadline),
+            )
+        for limited_by, room, seconds in (
+            ("memory", math.inf, case.seconds),
+            ("time", self._room, math.inf),
+            ("memory", math.inf, math.inf),
+        ):
+            freed = self._best(found.steps, room, seconds, partial=False, above=found.value + SAME)
+            if freed is not None:
+                return _because(found, limited_by, self._better(freed, limited_by, len(found.ranks)))
+        return _because(
+            found, "ranks", "the highest ranks that spec.adapter.ranks allows fit at this precision"
+        )
+
+    def _better(self, freed: Choice, limited_by: str, trained: int) -> str:
+        """Say what a node without the limit would carry, and what that takes."""
+        option = next(option for option in self._options if option.configuration == freed.configuration)
+        ranks = np.array([freed.ranks.get(name, 0) for name in self._names])
+        if limited_by == "memory":
+            takes = words.size(self._peak(option, ranks)) + f"; it may use {words.size(self.case.budget)}"
+        else:
+            one = option.step_seconds + (option.step_seconds_per_rank * ranks).sum()
+            other = option.other_seconds + (option.other_seconds_per_rank * ranks).sum()
+            takes = words.duration(freed.steps * one + other)
+            takes += f"; it may take {words.duration(self.case.seconds)}"
+        text = f"{words.configuration(freed.configuration, self._work.batch)}, {words.ranks(freed.ranks)}"
+        text += f" would take {takes}"
+        untrained = len(self._names) - trained
+        return text + (f"; {untrained} selected weights are not trained here" if untrained else "")
+
+    def _peak(self, option: _Option, ranks: NDArray[np.int64]) -> int:
+        net = math.ceil(option.bytes(ranks))
+        if self.case.calibration:
+            net = self.case.calibration.bytes(net)
+        return self.case.device.overhead + net
+
+    def _smallest(self) -> NDArray[np.int64]:
+        """Return the smallest ranks of all: one matrix, the cheapest, at the lowest rank."""
+        cost = self._options[0].bytes_per_rank * self._ranks[:, 0]
+        return np.where(np.arange(len(cost)) == cost.argmin(), self._ranks[:, 0], 0)
+
+    def _no_room(self, smallest: NDArray[np.int64]) -> str:
+        least = min(self._options, key=lambda option: option.bytes(smallest))
+        return words.no_room(
+            self._peak(least, smallest), least.configuration, int(smallest.max()), self.case.budget
+        )
+
+    def _no_time(self, roomy: list[_Option]) -> str:
+        lowest = self._ranks[:, 0]
+
+        def step(option: _Option) -> float:
+            return option.step_seconds + float((option.step_seconds_per_rank * lowest).sum())
+
+        least = min(roomy, key=step)
+        other = least.other_seconds + float((least.other_seconds_per_rank * lowest).sum())
+        return words.no_time(
+            step(least), other, least.configuration, int(lowest.max()), self._spec.rounds.deadline
+        )
+
+
+def _because(choice: Choice, limited_by: str, reason: str) -> Choice:
+    return Choice(choice.configuration, choice.ranks, choice.steps, choice.value, limited_by, reason)

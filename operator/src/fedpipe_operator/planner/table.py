@@ -1,0 +1,61 @@
+"""The table that `fedpipe plan` prints, as plain text cells."""
+
+from dataclasses import dataclass
+
+from .request import Plan
+from .words import batch, duration, ranks, size, transfer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One node of a plan."""
+
+    node: str
+    precision: str
+    batch: str
+    ranks: str
+    memory: str
+    round: str
+    limited_by: str
+    reason: str
+
+
+def rows(plan: Plan) -> list[Row]:
+    """Return a row per node, planned ones first; a node left out says why in the last column."""
+    found = []
+    for name, node in plan.nodes.items():
+        low, high = size(node.predicted_bytes), size(plan.budgets[name])
+        if low.split()[1] == high.split()[1]:
+            low = low.split()[0]
+        found.append(
+            Row(
+                node=name,
+                precision=node.precision,
+                batch=batch(node.micro_batch, node.accumulation) + (" ckpt" if node.checkpointing else ""),
+                ranks=f"{len(node.ranks)} weights, {ranks(node.ranks)}",
+                memory=f"{low} of {high}",
+                round=duration(node.predicted_round_seconds),
+                limited_by=node.limited_by,
+                reason=node.reason,
+            )
+        )
+    for name, reason in plan.left_out.items():
+        found.append(Row(name, "–", "–", "–", "–", "–", f"does not fit: {reason}", reason))
+    return found
+
+
+def summary_line(plan: Plan) -> str:
+    """Return the line under the table."""
+    parts = [f"round deadline {duration(plan.deadline)}"]
+    if plan.nodes:
+        slowest = max(node.predicted_round_seconds for node in plan.nodes.values())
+        parts += [
+            f"slowest planned node {duration(slowest)}",
+            f"upload {transfer(sum(plan.upload_bytes.values()))} per round",
+            f"under-training {plan.under_training:.0%}".replace("%", " %"),
+        ]
+    else:
+        parts.append("no node fits")
+    if plan.provisional:
+        parts.append("weights are chosen after profiling; the largest stand for them here")
+    return " · ".join(parts)

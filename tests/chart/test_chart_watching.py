@@ -1,0 +1,156 @@
+"""Dashboards and alerts: their form, the metrics they name, and data for every query under a real Prometheus."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import yaml
+
+from chart.rendering import CHART, REPOSITORY
+from chart.watched import PROMETHEUS, Prometheus, run
+from fedpipe_operator.metrics import FAMILIES
+
+NAMES = ("rounds", "fleet", "operator")
+RULES = CHART / "files/rules.yaml"
+PROBE_METRICS = REPOSITORY / "edge-agent/src/fedpipe_agent/probe/metrics.py"
+
+needs_prometheus = pytest.mark.skipif(
+    PROMETHEUS is None or shutil.which("promtool") is None, reason="no prometheus and promtool on PATH"
+)
+
+
+def dashboard(name: str) -> dict[str, Any]:
+    return json.loads((CHART / f"dashboards/{name}.json").read_text())
+
+
+def queries() -> Iterator[tuple[str, str, str]]:
+    """Yield where each PromQL expression stands, the expression, and its legend."""
+    for name in NAMES:
+        for panel in dashboard(name)["panels"]:
+            for target in panel["targets"]:
+                yield f"{name}: {panel['title']}", target["expr"], target["legendFormat"]
+    for rule in rules():
+        yield f"alert {rule['alert']}", rule["expr"], "__auto"
+
+
+def rules() -> list[dict[str, Any]]:
+    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+
+
+def offered() -> set[str]:
+    """Return the name of every series that operator and probe tell."""
+    names = set()
+    for family in FAMILIES:
+        endings = ("_bucket", "_sum", "_count") if family.kind == "histogram" else ("",)
+        names |= {family.name + ending for ending in endings}
+    probe = PROBE_METRICS.read_text()
+    names |= {f"fedpipe_node_{name}" for name in re.findall(r'_family\(\s*"(\w+)"', probe)}
+    for kind, name in re.findall(r'(Gauge|Counter)\(\s*"(fedpipe_probe_\w+)"', probe):
+        names.add(f"{name}_total" if kind == "Counter" else name)
+    return names
+
+
+def test_generated_files_are_up_to_date() -> None:
+    command = [sys.executable, "charts/generate.py", "--check"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}run `make generate`"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_form(name: str) -> None:
+    known = dashboard(name)
+    assert known["uid"] == f"fedpipe-{name}"
+    assert known["schemaVersion"] >= 41
+    assert [v["name"] for v in known["templating"]["list"]] == ["datasource", "namespace", "job"]
+    panels = known["panels"]
+    assert {panel["type"] for panel in panels} <= {"timeseries", "stat", "table"}
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    for panel in panels:
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+    for one, other in combinations([panel["gridPos"] for panel in panels], 2):
+        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        assert beside or one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+
+
+def test_every_metric_named_is_told_by_operator_or_probe() -> None:
+    known = offered()
+    for place, expression, _ in queries():
+        named = set(re.findall(r"fedpipe_\w+", expression))
+        assert named, place
+        assert named <= known, place
+
+
+def test_every_metric_of_the_operator_is_shown_or_alerted_on() -> None:
+    shown = {name for _, expression, _ in queries() for name in re.findall(r"fedpipe_\w+", expression)}
+    shown = {re.sub("_(bucket|sum|count)$", "", name) for name in shown}
+    # Facts for queries by hand: what a job is, and when it began and ended.
+    by_hand = {"fedpipe_job_info", "fedpipe_job_submitted_timestamp_seconds", "fedpipe_job_updates_total",
+               "fedpipe_job_finished_timestamp_seconds", "fedpipe_job_evaluated_round"}  # fmt: skip
+    assert {family.name for family in FAMILIES} - shown == by_hand
+
+
+@needs_prometheus
+def test_rules_are_valid_and_each_alert_fires_on_its_fault(tmp_path: Path) -> None:
+    shutil.copy(RULES, tmp_path / "rules.yaml")
+    shutil.copy(Path(__file__).parent / "rules_test.yaml", tmp_path)
+    for command in (["check", "rules", "--lint-fatal", "rules.yaml"], ["test", "rules", "rules_test.yaml"]):
+        done = subprocess.run(
+            ["promtool", *command], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    tests = yaml.safe_load((tmp_path / "rules_test.yaml").read_text())["tests"]
+    tested = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case["exp_alerts"]}
+    assert tested == {rule["alert"] for rule in rules()}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def watched(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Prometheus]:
+    """What Prometheus has seen of a whole job."""
+    prometheus, stack = await run(tmp_path_factory.mktemp("watched"))
+    with stack:
+        yield prometheus
+
+
+@needs_prometheus
+@pytest.mark.asyncio(loop_scope="module")
+async def test_every_metric_of_the_table_is_present(watched: Prometheus) -> None:
+    known = offered()
+    # What a T4 does not have, nobody has measured, or cannot happen without a cluster to write to.
+    absent = {"fedpipe_node_link_bytes_per_second", "fedpipe_probe_writes_total"}
+    assert known - watched.names() == absent
+
+
+@needs_prometheus
+@pytest.mark.asyncio(loop_scope="module")
+async def test_every_query_returns_data(watched: Prometheus) -> None:
+    quiet = {"operator: Probes: writes and failures"}
+    for place, expression, legend in queries():
+        filled = (
+            expression.replace("$namespace", ".*").replace("$job", ".*").replace("$__rate_interval", "10s")
+        )
+        if place.startswith("alert"):
+            # Without its comparison an alert's expression must have something to compare.
+            filled = re.split(r"\s[<>]\s|\s==\s", filled)[0]
+        found = watched.query(f"last_over_time(({filled})[2m:1s])")
+        if place in quiet and "writes_total" in expression:
+            continue
+        assert found, f"{place}: {filled}"
+        labels = set(re.findall(r"{{(\w+)}}", legend))
+        assert all(labels <= set(series["metric"]) for series in found), f"{place}: {legend}"
+
+
+@needs_prometheus
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_healthy_run_raises_no_alert(watched: Prometheus) -> None:
+    for rule in rules():
+        assert watched.query(f"count_over_time(({rule['expr']})[2m:1s]) > 20") == [], rule["alert"]

@@ -1,0 +1,165 @@
+"""Container images: how they are made, what they leave out, and, where they are built, that they start and are small."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from chart.rendering import CHART, REPOSITORY, pods, rendered
+
+IMAGES = REPOSITORY / "images"
+NAMES = ("operator", "probe", "agent")
+LIMIT = {"operator": 200_000_000, "probe": 150_000_000}
+"""Bytes, unpacked."""
+
+
+@pytest.fixture(scope="module")
+def rootfs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("rootfs", IMAGES / "rootfs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_containerfile(name: str) -> None:
+    text = (IMAGES / name / "Containerfile").read_text()
+    stages = re.findall(r"(?m)^FROM (\S+)", text)
+    assert len(stages) == 2
+    # The base is an argument, so that it can be pinned by digest and comes from anywhere.
+    assert stages[0] == "${PYTHON}"
+    assert re.search(r"(?m)^ARG PYTHON=python:3\.13", text)
+    final = text[text.rindex("\nFROM ") :]
+    assert "\nUSER 65532:65532\n" in final
+    assert "RUN" not in re.findall(r"(?m)^[A-Z]+", final)
+    for label in ("title", "version", "revision", "licenses"):
+        assert f"org.opencontainers.image.{label}=" in final
+    assert "--constraint constraints.txt" in text
+    assert not re.search(r"\b(latest|apt-get|curl|ADD)\b", text)
+
+
+@pytest.mark.parametrize("name", ["operator", "probe"])
+def test_the_image_runs_what_the_chart_asks_for(name: str) -> None:
+    text = (IMAGES / name / "Containerfile").read_text()
+    [entry] = json.loads(re.findall(r"(?m)^ENTRYPOINT (.*)$", text)[0])
+    documents = rendered("existing-tls") + rendered("gpu-nodes")
+    [*containers] = [c for n, spec in pods(documents) for c in spec["containers"] if c["name"] == name]
+    assert containers
+    for container in containers:
+        assert "command" not in container
+        command, *arguments = container["args"]
+        told = subprocess.run(
+            [Path(sys.executable).with_name(entry), command, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for argument in arguments:
+            assert re.search(rf"{argument.split('=')[0]}\b", told), f"{entry} {command} has no {argument}"
+
+
+def test_nothing_that_is_left_out_is_imported(rootfs: ModuleType) -> None:
+    code = """
+import importlib, json, pkgutil, sys
+import fedpipe_operator
+for found in pkgutil.walk_packages(fedpipe_operator.__path__, "fedpipe_operator."):
+    if ".local" not in found.name and not found.name.endswith("__main__"):
+        importlib.import_module(found.name)
+# What the planner, the aggregation and the API client import only when they are called.
+from scipy.optimize import Bounds, LinearConstraint, milp
+milp([1.0], integrality=[1], bounds=Bounds(0, 1), constraints=LinearConstraint([[1.0]], 0, 1))
+from kubernetes.aio import client, config
+client.ApiClient, client.Configuration, config.load_incluster_config
+print(json.dumps([m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    # Setuptools hooks itself into every environment it is installed in.
+    files = [Path(file) for file in json.loads(done.stdout) if "_distutils_hack" not in file]
+    left_out = [str(f) for f in files if rootfs.is_unused(f.parts) or rootfs.is_test(f.parts)]
+    assert left_out == []
+    assert any("scipy" in file.parts for file in files)
+
+
+def test_a_root_holds_what_its_interpreter_needs(rootfs: ModuleType, tmp_path: Path) -> None:
+    package = tmp_path / "opt/lib/python3/site-packages/scipy"
+    for name in (
+        "optimize/a.py",
+        "optimize/tests/test_a.py",
+        "stats/b.py",
+        "optimize/__pycache__/a.pyc",
+        "a.pyi",
+    ):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("")
+    kept = {path.name for path in rootfs.tree(tmp_path / "opt", set())}
+    assert kept == {"a.py"}
+    libraries = rootfs.libraries([Path(sys.executable).resolve()], tmp_path)
+    assert any(path.name.startswith("libc.so") for path in libraries)
+
+
+@cache
+def built(name: str) -> str:
+    """Return a built image's name; skips where there is none."""
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+    image = f"localhost/fedpipe/{name}:{version}"
+    if shutil.which("buildah") is None:
+        pytest.skip("no buildah on PATH")
+    if subprocess.run(
+        ["buildah", "inspect", "--type=image", image], capture_output=True, check=False
+    ).returncode:
+        pytest.skip(f"{image} is not built (make images)")
+    return image
+
+
+def inside(image: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a container of the image."""
+    container = subprocess.run(
+        ["buildah", "from", image], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    try:
+        return subprocess.run(
+            ["buildah", "run", "--isolation=chroot", container, "--", *command],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    finally:
+        subprocess.run(["buildah", "rm", container], capture_output=True, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["operator", "probe"])
+def test_a_built_image_is_small_enough(name: str) -> None:
+    listed = subprocess.run(
+        ["buildah", "images", "--json", built(name)], capture_output=True, text=True, check=True
+    )
+    [image] = json.loads(listed.stdout)
+    number, unit = image["size"].split()
+    assert float(number) * {"MB": 10**6, "GB": 10**9}[unit] <= LIMIT[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "command", "told"),
+    [
+        ("operator", ("fedpipe-operator", "run", "--help"), "--coordinator-port"),
+        ("operator", ("fedpipe", "--help"), "export"),
+        ("operator", ("python", "-c", "import fedpipe_operator.kube.run, sys; print(sys.version)"), "3."),
+        ("probe", ("fedpipe-agent", "probe", "--once"), "CpuOnly"),
+        ("agent", ("fedpipe-agent", "train", "--help"), "--coordinator"),
+    ],
+)
+def test_a_built_image_starts(name: str, command: tuple[str, ...], told: str) -> None:
+    done = inside(built(name), *command)
+    assert done.returncode == 0, done.stderr
+    assert told in done.stdout

@@ -1,0 +1,206 @@
+"""A real run under a real Prometheus: the engine with stand-in agents over HTTP, real probes beside it."""
+
+import asyncio
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from aiohttp import web
+
+from fedpipe_api.wire import Assignment, AssignmentKind, Progress
+from fedpipe_operator.coordinator import application
+from fedpipe_operator.engine import Engine, status
+from fedpipe_operator.metrics import Figures
+from nvml.standin import StandIn as Nvml
+from nvml.standin import board
+from standins.agents import StandIn
+from standins.server import UID, identify, job
+
+PROMETHEUS = shutil.which("prometheus")
+SCRAPE_SECONDS = 1
+TRAIN_SECONDS = 0.6
+NODES = 3
+ROUNDS = 6
+
+
+class Working(StandIn):
+    """A stand-in that takes its time and tells how far it is."""
+
+    async def _train(self, work: Assignment) -> None:
+        assert work.plan is not None
+        for step in range(1, work.plan.local_steps + 1):
+            await asyncio.sleep(TRAIN_SECONDS / work.plan.local_steps)
+            progress = Progress(
+                kind=AssignmentKind.TRAIN, round=work.round, state="training", step=step,
+                steps=work.plan.local_steps, loss=1.0, memory=1 << 28, tokens_per_second=100.0,
+            )  # fmt: skip
+            async with self._session.post(
+                f"{self.address()}/v1/progress", data=progress.to_json()
+            ) as response:
+                response.raise_for_status()
+        await super()._train(work)
+
+
+@asynccontextmanager
+async def serve(handlers: web.Application) -> AsyncIterator[str]:
+    """Serve an application on loopback; yield host and port."""
+    runner = web.AppRunner(handlers)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield "{}:{}".format(*runner.addresses[0][:2])
+    finally:
+        await runner.cleanup()
+
+
+def metrics_of(figures: Figures) -> web.Application:
+    """Return an application that serves /metrics as the operator does."""
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(body=await figures.text(), content_type="text/plain")
+
+    handlers = web.Application()
+    handlers.add_routes([web.get("/metrics", metrics)])
+    return handlers
+
+
+@dataclass(frozen=True)
+class Prometheus:
+    """A running Prometheus."""
+
+    address: str
+
+    def _ask(self, path: str, **query: str | float) -> Any:
+        url = f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(query)}"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    def query(self, expression: str, at: float | None = None) -> list[dict[str, Any]]:
+        """Return the series of an instant query."""
+        return self._ask("query", query=expression, **({} if at is None else {"time": at}))["result"]
+
+    def query_range(self, expression: str, start: float, end: float, step: float) -> list[dict[str, Any]]:
+        """Return the series of a range query."""
+        return self._ask("query_range", query=expression, start=start, end=end, step=step)["result"]
+
+    def names(self) -> set[str]:
+        """Return the names of all metrics it has seen."""
+        return set(self._ask("label/__name__/values"))
+
+
+@contextmanager
+def prometheus(directory: Path, targets: list[str]) -> Iterator[Prometheus]:
+    """Run a real Prometheus that scrapes the targets as the chart's monitors do."""
+    assert PROMETHEUS is not None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    scrape = {"job_name": "fedpipe", "honor_labels": True, "static_configs": [{"targets": targets}]}
+    every = {"scrape_interval": f"{SCRAPE_SECONDS}s"}
+    (directory / "prometheus.yml").write_text(yaml.safe_dump({"global": every, "scrape_configs": [scrape]}))
+    with (directory / "prometheus.log").open("w") as log:
+        process = subprocess.Popen(
+            [PROMETHEUS, f"--config.file={directory / 'prometheus.yml'}", f"--web.listen-address={address}",
+             f"--storage.tsdb.path={directory / 'data'}"],
+            stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        until = time.monotonic() + 30
+        while not _is_ready(address):
+            assert process.poll() is None, (directory / "prometheus.log").read_text()
+            assert time.monotonic() < until, "Prometheus does not get ready"
+            time.sleep(0.1)
+        yield Prometheus(address)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _is_ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{address}/-/ready", timeout=2) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+@contextmanager
+def probes(directory: Path, nodes: list[str]) -> Iterator[list[str]]:
+    """Run a real probe for each node over a T4's NVML, without a cluster to write to; yield their targets."""
+    targets = []
+    with ExitStack() as stack:
+        for node in nodes:
+            (directory / node).mkdir()
+            environment = Nvml(directory / node, board("t4")).environment
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            process = subprocess.Popen(
+                [Path(sys.executable).with_name("fedpipe-agent"), "probe", "--node", node, "--interval", "1s",
+                 "--metrics-port", str(port), "--cache", directory],
+                env=environment | {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": "1"},
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            stack.callback(process.wait, 10)
+            stack.callback(process.terminate)
+            targets.append(f"127.0.0.1:{port}")
+        yield targets
+
+
+async def run(directory: Path) -> tuple[Prometheus, ExitStack]:
+    """Run a job of six rounds under Prometheus; return it and what ends it."""
+    stack = ExitStack()
+    engine = Engine(directory / "store")
+    await engine.start()
+    looks = 0
+
+    def age() -> float:
+        return 1.0
+
+    figures = Figures(
+        engine, directory / "store", lambda: {("GET", "200"): looks, ("PATCH", "409"): looks // 4}, age
+    )
+    watches = [asyncio.create_task(figures.watch_lag()), asyncio.create_task(figures.watch_store())]
+    try:
+        async with (
+            serve(metrics_of(figures)) as operator,
+            serve(application(engine, identify)) as coordinator,
+        ):
+            nodes = [f"node-{number}" for number in range(NODES)]
+            targets = stack.enter_context(probes(directory, nodes))
+            watched = stack.enter_context(prometheus(directory, [operator, *targets]))
+            await engine.submit(job(NODES, ROUNDS))
+            await engine.offer(UID, nodes)
+            agents = [
+                asyncio.create_task(Working(node, f"token-{node}", lambda: f"http://{coordinator}").run())
+                for node in nodes
+            ]
+            while not engine.jobs[UID].state.finished:
+                started = time.monotonic()
+                await engine.moved(UID, 0.5)
+                status(engine.jobs[UID].state, engine.jobs[UID].wait, {})
+                figures.observe_reconcile(time.monotonic() - started)
+                looks += 4
+            await asyncio.gather(*agents)
+            await asyncio.sleep(2 * SCRAPE_SECONDS)
+    except BaseException:
+        stack.close()
+        raise
+    finally:
+        for watch in watches:
+            watch.cancel()
+        await engine.stop()
+    return watched, stack

@@ -1,0 +1,130 @@
+"""From the ledger to the planner's question: importance by samples, measurements, stragglers."""
+
+import pytest
+
+from fedpipe_api.wire import NodePlan, ProfileReport
+from fedpipe_operator.engine.planning import importance, request_of
+from fedpipe_operator.engine.records import (
+    AgentRegistered,
+    Offered,
+    PlanMade,
+    Profiled,
+    RoundClosed,
+    RoundOpened,
+    Submitted,
+    UpdateAccepted,
+)
+from fedpipe_operator.engine.state import JobState, apply, submitted
+from fedpipe_operator.planner import plan
+from standins.agents import make_update, manifest_of, model_shape, registration
+from standins.server import job
+
+SHAPE = model_shape(4)
+NODES = ("a", "b")
+
+
+def profiled() -> JobState:
+    """A job of two nodes, b with three times the samples, planned and profiled."""
+    state = submitted("uid", Submitted(namespace="n", name="j", generation=1, spec=job(2, 5).spec), 0.0)
+    apply(state, Offered(sequence=1, nodes=NODES), 0.0)
+    for node, samples in zip(NODES, (100, 300), strict=True):
+        device = registration(SHAPE).device
+        apply(
+            state,
+            AgentRegistered(
+                sequence=2, node=node, device=device, samples=samples, evaluation_samples=1, model=SHAPE
+            ),
+            1.0,
+        )
+    first = plan(request_of(state))
+    made = PlanMade(
+        version=1,
+        reason="",
+        nodes=first.nodes,
+        left_out={},
+        selected=first.selected,
+        considered=NODES,
+    )
+    apply(state, made, 2.0)
+    for node, score in zip(NODES, (1.0, 5.0), strict=True):
+        scores = {m.name: score * (1 + i) for i, m in enumerate(SHAPE.matrices)}
+        report = ProfileReport(
+            step_seconds=0.5, peak_bytes=1 << 29, micro_batch=first.nodes[node].micro_batch, scores=scores
+        )
+        apply(state, Profiled(node=node, report=report), 3.0)
+    return state
+
+
+def test_scores_are_averaged_by_samples() -> None:
+    scores = importance(profiled())
+    assert scores == {m.name: pytest.approx(4.0 * (1 + i)) for i, m in enumerate(SHAPE.matrices)}
+
+
+def test_the_most_important_matrices_are_selected_after_profiling() -> None:
+    made = plan(request_of(profiled()))
+    assert set(made.selected) == {"encoder.2.query", "encoder.3.query"}
+    assert all(set(node.ranks) <= set(made.selected) for node in made.nodes.values())
+
+
+def test_predictions_meet_the_measurement() -> None:
+    made = plan(request_of(profiled()))
+    for node in made.nodes.values():
+        assert node.predicted_step_seconds == pytest.approx(0.5, rel=0.2)
+
+
+def trained(state: JobState, updates: tuple[str, ...], stragglers: dict[str, int]) -> None:
+    """Let round 1 pass: 300 seconds."""
+    second = plan(request_of(state))
+    apply(
+        state,
+        PlanMade(
+            version=2,
+            reason="",
+            nodes=second.nodes,
+            left_out={},
+            selected=second.selected,
+            considered=NODES,
+        ),
+        4.0,
+    )
+    apply(state, RoundOpened(round=1, plan=2, participants=NODES, deadline=304.0), 4.0)
+    for node in updates:
+        body = make_update(SHAPE, second.nodes[node], node, 1)
+        manifest = manifest_of(body, second.nodes[node]).model_copy(
+            update={"step_seconds": 2.0, "peak_bytes": 1 << 29}
+        )
+        apply(state, UpdateAccepted(round=1, node=node, manifest=manifest), 10.0)
+    apply(state, RoundClosed(round=1, stragglers=stragglers, bytes_down=0), 304.0)
+
+
+def test_an_update_calibrates_anew() -> None:
+    state = profiled()
+    trained(state, NODES, {})
+    made = plan(request_of(state))
+    assert made.nodes["a"].predicted_step_seconds == pytest.approx(2.0, rel=0.2)
+
+
+def test_a_straggler_is_asked_for_fewer_steps_and_keeps_its_place() -> None:
+    state = profiled()
+    spec = state.spec.model_copy(
+        update={"rounds": state.spec.rounds.model_copy(update={"local_steps": 100, "deadline": 300.0})}
+    )
+    state.spec = spec
+    trained(state, ("a",), {"b": 30})
+    made = plan(request_of(state))
+    assert made.nodes["b"].limited_by == "time"
+    assert 10 <= made.nodes["b"].local_steps < 35, "it did 30 steps in a whole round"
+    assert made.nodes["a"].local_steps == 100
+
+
+def test_a_node_that_joins_late_has_no_calibration() -> None:
+    state = profiled()
+    trained(state, NODES, {})
+    apply(state, Offered(sequence=9, nodes=("a", "b", "c")), 305.0)
+    device = registration(SHAPE).device
+    late = AgentRegistered(sequence=10, node="c", device=device, samples=10, evaluation_samples=1)
+    apply(state, late, 306.0)
+    facts = {node.name: node for node in request_of(state).nodes}
+    assert facts["c"].calibration is None
+    assert facts["a"].calibration is not None
+    assert isinstance(plan(request_of(state)).nodes["c"], NodePlan)

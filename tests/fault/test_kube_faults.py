@@ -1,0 +1,200 @@
+"""What goes wrong in a cluster: a killed operator, vanished nodes, evicted Pods, an API server away."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kube.cluster import Cluster, taking
+from kube.controlplane import ControlPlane
+from kube.proxy import Proxy
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+numbers = count()
+NODES = ("edge-1", "edge-2", "edge-3")
+ROUNDS: dict[str, Any] = {"count": 6, "localSteps": 2, "minUpdates": 2, "deadline": "5m"}
+
+
+@pytest.fixture
+def cluster(control_plane: ControlPlane, tmp_path: Path) -> Iterator[Cluster]:
+    """Three nodes and kubelets; the operator is the test's to start."""
+    one = Cluster(control_plane, f"fault-{next(numbers)}", tmp_path)
+    for name in NODES:
+        one.add_node(name)
+    one.start_kubelet()
+    try:
+        yield one
+    finally:
+        one.tear_down()
+
+
+def names(cluster: Cluster) -> list[str]:
+    assert cluster.kubelet is not None
+    return sorted(cluster.kubelet.created)
+
+
+def test_sigkill_again_and_again_gives_the_same_adapter(cluster: Cluster) -> None:
+    assert cluster.kubelet is not None
+    every = ROUNDS | {"minUpdates": 3}
+    cluster.start_operator()
+    cluster.submit("calm", rounds=every, podTemplate=taking(0.3))
+    calm = cluster.wait_phase("Succeeded", "calm", 120)
+    cluster.submit("killed", rounds=every, podTemplate=taking(0.3))
+    random.seed(4)
+    seen: list[str] = []
+    # At once, so that nothing is submitted yet; then whenever another phase or round is reached.
+    cluster.kill_operator()
+    cluster.start_operator()
+    until = time.monotonic() + 200
+    while cluster.status("killed").get("phase") not in ("Succeeded", "Failed"):
+        assert time.monotonic() < until, cluster.log()
+        status = cluster.status("killed")
+        place = f"{status.get('phase')} {status.get('round')}"
+        if status and place not in seen:
+            seen.append(place)
+            time.sleep(random.random() * 0.3)
+            cluster.kill_operator()
+            cluster.start_operator()
+        time.sleep(0.05)
+    print("killed in:", seen)
+    killed = cluster.status("killed")
+    assert killed["phase"] == "Succeeded"
+    assert killed["adapter"]["digest"] == calm["adapter"]["digest"]
+    assert len(seen) >= 3
+    mine = [name for name in names(cluster) if name.startswith("killed-")]
+    assert len(mine) == len(set(mine)) == len(NODES), "Pods were made twice"
+
+
+def test_a_job_deleted_while_the_operator_is_dead_leaves_nothing(cluster: Cluster) -> None:
+    cluster.start_operator()
+    cluster.submit(rounds=ROUNDS | {"count": 500}, podTemplate=taking(0.2))
+    cluster.wait_phase("Training")
+    cluster.kill_operator()
+    cluster.plane.request("DELETE", cluster.job_path("tickets"))
+    # The documented way to let go of a job without its operator.
+    cluster.patch(cluster.job_path("tickets"), {"metadata": {"finalizers": None}})
+    assert cluster.job() is None
+    cluster.start_operator()
+    text = (cluster.get("/metrics") or b"").decode()
+    assert 'job="tickets"' not in text
+    assert not list((cluster.directory / "store" / "blobs").glob("??/*"))
+
+
+def test_a_vanished_node_does_not_hold_the_round(cluster: Cluster) -> None:
+    cluster.start_operator()
+    cluster.submit(rounds=ROUNDS | {"count": 10}, podTemplate=taking(0.5))
+    cluster.wait("a round", lambda: cluster.status().get("round", 0) >= 1)
+    gone = f"{cluster.name}-edge-2"
+    cluster.drop_node(gone)
+    status = cluster.wait_phase("Succeeded", seconds=60)
+    assert status["round"] == 10
+    assert any(gone in text for reason, text in cluster.events() if reason == "AgentLost")
+    assert {p["spec"]["nodeName"] for p in cluster.pods().values()} == {
+        f"{cluster.name}-{n}" for n in NODES
+    } - {gone}
+
+
+def test_an_evicted_pod_comes_back(cluster: Cluster) -> None:
+    assert cluster.kubelet is not None
+    cluster.start_operator()
+    cluster.submit(rounds=ROUNDS | {"count": 500}, podTemplate=taking(0.3))
+    cluster.wait("a round", lambda: cluster.status().get("round", 0) >= 1)
+    node = f"{cluster.name}-edge-1"
+    cluster.kubelet.evict(node)
+    cluster.wait("lost", lambda: cluster.status()["nodes"]["ready"] == 2)
+    assert any("Evicted" in text for reason, text in cluster.events() if reason == "AgentLost")
+    before = cluster.status()["round"]
+    cluster.wait("rounds go on", lambda: cluster.status()["round"] > before + 1)
+    cluster.wait("back", lambda: cluster.status()["nodes"]["summary"] == "3/3", 60)
+
+
+def test_without_quorum_it_waits_with_a_reason(cluster: Cluster) -> None:
+    assert cluster.kubelet is not None
+    cluster.start_operator()
+    cluster.submit(rounds=ROUNDS | {"count": 500, "minUpdates": 3}, podTemplate=taking(0.3))
+    cluster.wait("a round", lambda: cluster.status().get("round", 0) >= 1)
+    cluster.drop_node(f"{cluster.name}-edge-1")
+    cluster.wait("why", lambda: cluster.condition("Progressing")[:2] == ("False", "QuorumLost"))
+    assert "of 3 required" in cluster.status()["message"]
+
+
+def test_a_hung_agent_is_told_from_a_working_one(cluster: Cluster) -> None:
+    """SIGSTOP: the Pod runs, the agent is silent; rounds go on without it after a minute."""
+    assert cluster.kubelet is not None
+    cluster.start_operator()
+    cluster.submit(rounds=ROUNDS | {"count": 2000}, podTemplate=taking(0.5))
+    cluster.wait("a round", lambda: cluster.status().get("round", 0) >= 1)
+    hung = cluster.kubelet.agents()[f"{cluster.name}-edge-3"]
+    os.kill(hung.pid, signal.SIGSTOP)  # type: ignore[attr-defined]
+    cluster.wait("lost", lambda: cluster.status()["nodes"]["ready"] == 2, 120)
+    lost = [text for reason, text in cluster.events() if reason == "AgentLost"]
+    assert any("no sign of life" in text for text in lost)
+    before = cluster.status()["round"]
+    cluster.wait("rounds go on", lambda: cluster.status()["round"] > before + 1)
+    os.kill(hung.pid, signal.SIGCONT)  # type: ignore[attr-defined]
+    cluster.wait("back", lambda: cluster.status()["nodes"]["summary"] == "3/3", 60)
+
+
+@pytest.fixture
+def proxy(control_plane: ControlPlane, cluster: Cluster) -> Iterator[Proxy]:
+    """What the operator takes for the API server."""
+    one = Proxy(control_plane)
+    cluster.api_url = one.url
+    yield one
+    one.mode = "pass"
+    if cluster.operator is not None and cluster.operator.poll() is None:
+        cluster.stop_operator()
+    one.stop()
+
+
+def test_the_api_server_away_for_a_minute_costs_no_round(cluster: Cluster, proxy: Proxy) -> None:
+    cluster.start_operator()
+    cluster.submit(rounds=ROUNDS | {"count": 2000}, podTemplate=taking(0.5))
+    cluster.wait("a round", lambda: cluster.status().get("round", 0) >= 1)
+
+    def done() -> int:
+        text = (cluster.get("/metrics") or b"").decode()
+        line = next(
+            line for line in text.splitlines() if line.startswith("fedpipe_job_rounds{") and "done" in line
+        )
+        return int(float(line.rsplit(" ", 1)[1]))
+
+    before = done()
+    proxy.mode = "away"
+    time.sleep(60)
+    meanwhile = done()
+    print(f"{meanwhile - before} rounds in 60 s without the API server")
+    assert meanwhile > before + 20
+    proxy.mode = "pass"
+    cluster.wait("status follows", lambda: cluster.status()["round"] >= meanwhile, 60)
+    cluster.patch(cluster.job_path("tickets"), {"spec": {"suspend": True}})
+    cluster.wait("Pods are gone", lambda: not cluster.pods(), 90)
+
+
+def test_a_storm_of_conflicts_ends_in_success(cluster: Cluster, proxy: Proxy) -> None:
+    cluster.start_operator()
+    proxy.mode = "conflict"
+    cluster.submit(rounds=ROUNDS, podTemplate=taking(0.3))
+    cluster.wait_phase("Succeeded", seconds=150)
+    assert proxy.conflicts > 10
+    assert len(set(names(cluster))) == len(names(cluster)) == len(NODES)
+
+
+def test_a_frozen_watch_is_noticed(cluster: Cluster, proxy: Proxy) -> None:
+    cluster.start_operator()
+    cluster.submit(rounds=ROUNDS | {"count": 2000}, podTemplate=taking(0.5))
+    cluster.wait("a round", lambda: cluster.status().get("round", 0) >= 1)
+    proxy.mode = "frozen"
+    cluster.patch(cluster.job_path("tickets"), {"spec": {"suspend": True}})
+    time.sleep(5)
+    assert cluster.status()["phase"] != "Suspended"
+    proxy.mode = "pass"  # for new connections; the frozen ones stay so
+    cluster.wait_phase("Suspended", seconds=150)
+    cluster.wait("Pods are gone", lambda: not cluster.pods(), 60)

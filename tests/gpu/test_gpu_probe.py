@@ -1,0 +1,71 @@
+"""The probe on real NVIDIA hardware agrees with nvidia-smi and with torch."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from fedpipe_agent.probe.nvml import Reader
+from fedpipe_api.node import FedPipeNode, FedPipeNodeStatus
+from nvml.standin import AGENT
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def told() -> FedPipeNodeStatus:
+    """What `fedpipe-agent probe --once --verify` says."""
+    fault = Reader(30).read().fault
+    if fault is not None:
+        pytest.skip(f"no GPU: {fault.message}")
+    done = subprocess.run(
+        [AGENT, "probe", "--once", "--output", "json", "--verify", "--timeout", "30s"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    status = FedPipeNode.model_validate(json.loads(done.stdout)).status
+    assert status is not None
+    return status
+
+
+def test_facts_agree_with_nvidia_smi(told: FedPipeNodeStatus) -> None:
+    if shutil.which("nvidia-smi") is None:
+        pytest.skip("no nvidia-smi")
+    query = "--query-gpu=uuid,name,compute_cap,memory.total,driver_version"
+    done = subprocess.run(
+        ["nvidia-smi", query, "--format=csv,noheader,nounits"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line.split(", ") for line in done.stdout.splitlines()]
+    assert len(rows) == len(told.devices)
+    for device, (uuid, name, capability, memory, driver) in zip(told.devices, rows, strict=True):
+        assert (device.uuid, device.name, device.compute_capability) == (uuid, name, capability)
+        assert device.total_memory is not None
+        assert abs(device.total_memory / 2**20 - float(memory)) < 1
+        assert told.driver_version == driver
+    assert told.source == "nvml"
+
+
+def test_free_memory_falls_by_what_a_process_takes(told: FedPipeNodeStatus) -> None:
+    torch = pytest.importorskip("torch")
+    torch.zeros(1, device="cuda")
+    before = Reader(30).read().devices[0].free_memory
+    held = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    after = Reader(30).read()
+    assert before is not None
+    assert after.devices[0].free_memory is not None
+    assert before - after.devices[0].free_memory == pytest.approx(held.numel(), rel=0.05)
+    assert (after.processes[0] or 0) >= 1
+
+
+def test_kernels_confirm_what_compute_capability_promised(told: FedPipeNodeStatus) -> None:
+    assert all(support.verified for support in told.precisions)
+    derived = {support.precision for support in told.precisions if support.usable}
+    assert {"fp32", "bf16", "int8", "nf4"} >= derived
+    if float(told.devices[0].compute_capability or 0) >= 8:
+        assert len(derived) == 4, told.precisions

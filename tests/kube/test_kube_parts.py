@@ -1,0 +1,239 @@
+"""The operator's smaller parts: certificates, identity, when a status is written, metrics, views."""
+
+import ssl
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from prometheus_client import CollectorRegistry, generate_latest
+
+from fedpipe_api.base import UserError
+from fedpipe_api.names import child_name
+from fedpipe_api.status import Phase
+from fedpipe_operator.coordinator import Identity
+from fedpipe_operator.engine import Engine, Refused
+from fedpipe_operator.engine.decide import Wait
+from fedpipe_operator.engine.jobs import Job
+from fedpipe_operator.engine.records import Submitted
+from fedpipe_operator.engine.state import submitted
+from fedpipe_operator.kube.api import ApiError
+from fedpipe_operator.kube.identity import PodIdentities
+from fedpipe_operator.kube.inventory import Inventory
+from fedpipe_operator.kube.observed import WriteBudget, invalid_status, observed_status
+from fedpipe_operator.kube.tls import CA_LIFE, OVERLAP, SERVING_LIFE, Material, load_certificate, renew
+from fedpipe_operator.metrics import FAMILIES, JobCollector, markdown
+from kube.objects import NOW, UID, capacity, job, node, pod
+
+START = datetime(2027, 1, 1, tzinfo=UTC)
+HOSTS = ["fedpipe.fedpipe.svc", "127.0.0.1"]
+
+
+def trusts(bundle: str, certificate: bytes, at: datetime) -> bool:
+    """Whether an agent with the bundle would accept the certificate."""
+    leaf = x509.load_pem_x509_certificate(certificate)
+    if not leaf.not_valid_before_utc <= at < leaf.not_valid_after_utc:
+        return False
+    authorities = x509.load_pem_x509_certificates(bundle.encode())
+    for authority in authorities:
+        try:
+            leaf.verify_directly_issued_by(authority)
+        except Exception:
+            continue
+        return authority.not_valid_before_utc <= at < authority.not_valid_after_utc
+    return False
+
+
+def test_certificates_are_renewed_without_a_gap_for_years() -> None:
+    """An agent whose bundle is up to half a day old always trusts the coordinator."""
+    now, material = START, renew(None, HOSTS, START)
+    published, served, authorities = [(now, material.bundle)], set(), set()
+    while now < START + 3 * CA_LIFE:
+        now += timedelta(hours=6)
+        material = renew(material, HOSTS, now)
+        served.add(material.tls_crt)
+        authorities.add(material.ca_crt)
+        old = next(
+            bundle for at, bundle in reversed(published) if now - at >= timedelta(hours=12) or at == START
+        )
+        assert trusts(old, material.tls_crt, now)
+        assert trusts(material.bundle, material.tls_crt, now)
+        published.append((now, material.bundle))
+    assert len(authorities) >= 4
+    assert len(served) >= 3 * CA_LIFE / SERVING_LIFE
+
+
+def test_nothing_is_renewed_before_its_time_and_names_matter() -> None:
+    material = renew(None, HOSTS, START)
+    assert renew(material, HOSTS, START + timedelta(days=30)) is material
+    other = renew(material, [*HOSTS, "edge.example.org"], START)
+    assert other.tls_crt != material.tls_crt
+    assert other.ca_crt == material.ca_crt
+    assert Material.from_secret("s", material.to_secret()) == material
+    assert timedelta(hours=1) < OVERLAP < SERVING_LIFE / 3
+    load_certificate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), material)
+
+
+def test_a_job_whose_operator_slept_through_the_end_of_the_ca_gets_a_new_one() -> None:
+    late = START + 2 * CA_LIFE
+    material = renew(renew(None, HOSTS, START), HOSTS, late)
+    assert trusts(material.bundle, material.tls_crt, late)
+
+
+def test_a_secret_that_is_no_certificate_is_named() -> None:
+    with pytest.raises(UserError, match="Secret own: needs"):
+        Material.from_secret("own", {"tls.crt": "eA=="})
+
+
+class Reviews:
+    """An API server that knows one token and counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.away = False
+        self.pods: dict[str, Any] = {}
+
+    async def review_token(self, token: str) -> Any:
+        self.asked += 1
+        if self.away:
+            raise ApiError(0, "Unreachable", "the API server does not answer")
+        if token != "good":
+            return {"error": "unknown token"}
+        name = child_name("tickets", "edge-1")
+        extra = {
+            "authentication.kubernetes.io/pod-name": [name],
+            "authentication.kubernetes.io/pod-uid": [pod("edge-1")["metadata"]["uid"]],
+        }
+        user = {"username": "system:serviceaccount:support:default", "extra": extra}
+        return {"authenticated": True, "audiences": ["fedpipe"], "user": user}
+
+    async def get_pod(self, namespace: str, name: str) -> Any:
+        return self.pods.get(name)
+
+
+class Clock:
+    now = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def signed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens here bear no claims: they expire in an hour."""
+    monkeypatch.setattr("fedpipe_operator.kube.identity._expiry", lambda token: NOW + 3600)
+
+
+@pytest.mark.usefixtures("signed")
+async def test_an_agent_is_its_pod() -> None:
+    api, clock = Reviews(), Clock()
+    inventory = Inventory(lambda: None, lambda uid: None)
+    names = {UID: "tickets"}
+    identify = PodIdentities(api, inventory.pod, names.get, clock)  # type: ignore[arg-type]
+    assert await identify("good") is None, "its Pod is not known"
+    api.pods[child_name("tickets", "edge-1")] = pod("edge-1")
+    assert await identify("good") == Identity(UID, "edge-1"), "quicker than the watch"
+    inventory.see_pod(pod("edge-1"))
+    for _ in range(20):
+        assert await identify("good") == Identity(UID, "edge-1")
+    assert api.asked == 1, "a review is kept"
+    clock.now += 601
+    await identify("good")
+    assert api.asked == 2, "but not for ever"
+    inventory.see_pod(pod("edge-1", created=NOW + 5))
+    api.pods.clear()
+    assert await identify("good") is None, "another Pod of that name"
+    assert await identify("bad") is None
+    assert await identify("bad") is None
+    assert api.asked == 3, "a refusal is kept"
+    clock.now += 700
+    api.away = True
+    with pytest.raises(Refused) as caught:
+        await identify("good")
+    assert caught.value.status == 503
+    names.clear()
+
+
+def known_job(**spec: Any) -> Job:
+    one = job(**spec)
+    record = Submitted(namespace="support", name="tickets", generation=1, spec=one.spec)
+    return Job(submitted(UID, record, NOW))
+
+
+def test_an_ordinary_round_is_written_at_most_twice_and_news_at_once() -> None:
+    known = known_job()
+    known.wait = Wait("RoundOpen", "round 1: 0 of 3 updates")  # type: ignore[arg-type]
+    options: dict[str, Any] = {
+        "pods": [], "choice": None, "refused": None, "output": None, "previous": None, "now": NOW
+    }  # fmt: skip
+    first = observed_status(job(), known, **options)
+    budget, now, writes = WriteBudget(None), NOW, 0
+    assert budget.delay(first, now) == 0
+    budget.wrote(first, now)
+    for step in range(300):
+        now += 1
+        new = first.model_copy(update={"eta": f"{300 - step}s"})
+        if budget.delay(new, now) == 0:
+            budget.wrote(new, now)
+            writes += 1
+    assert writes == 1
+    suspended = first.model_copy(update={"phase": Phase.SUSPENDED})
+    assert budget.delay(suspended, now) == 0
+    budget.wrote(suspended, now)
+    assert budget.delay(first, now) == 2, "writes keep a distance"
+    assert budget.delay(suspended, now) is None
+
+
+def test_an_invalid_spec_is_said_and_a_running_job_keeps_its_phase() -> None:
+    fresh = invalid_status("spec.rounds.count: too small", 1, None, NOW)
+    assert (fresh.phase, fresh.conditions[0].reason) == (Phase.PENDING, "Invalid")
+    before = fresh.model_copy(update={"phase": Phase.TRAINING})
+    assert invalid_status("spec: x", 2, before, NOW).phase is Phase.TRAINING
+
+
+def test_gpu_nodes_are_held_by_one_job() -> None:
+    told: list[str] = []
+    inventory = Inventory(lambda: told.append("fleet"), told.append)
+    inventory.hold("first", ["a", "b"])
+    inventory.hold("second", ["b", "c"])
+    names = {"first": "ns/first", "second": "ns/second"}
+    assert inventory.fleet_for("second", names).held == {"a": "ns/first", "b": "ns/first"}
+    assert inventory.hold("first", ["a"])
+    assert inventory.fleet_for("second", names).held == {"a": "ns/first"}
+
+
+def test_a_heartbeat_wakes_nobody() -> None:
+    told: list[str] = []
+    inventory = Inventory(lambda: told.append("fleet"), told.append)
+    inventory.see_node(node("a"))
+    inventory.see_capacity(capacity("a"))
+    told.clear()
+    inventory.see_capacity(capacity("a", at=NOW + 60))
+    assert told == []
+    inventory.see_capacity(capacity("a", at=NOW + 9999))
+    assert told == ["fleet"], "it had been taken for gone"
+
+
+async def test_every_series_is_of_the_table_and_vanishes_with_its_job(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    await engine.start()
+    try:
+        await engine.submit(job())
+        await engine.offer(UID, ["edge-1", "edge-2"])
+        registry = CollectorRegistry()
+        registry.register(JobCollector(engine))
+        text = generate_latest(registry).decode()
+        names = {family.name for family in FAMILIES}
+        told = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+        assert told <= names
+        assert 'fedpipe_job_phase{job="tickets",namespace="support",phase="Planning"} 1.0' in text
+        await engine.delete(UID)
+        assert "tickets" not in generate_latest(registry).decode()
+    finally:
+        await engine.stop()
+
+
+def test_the_readme_has_every_metric() -> None:
+    readme = Path(__file__).resolve().parents[2] / "operator" / "README.md"
+    assert markdown() in readme.read_text(encoding="utf-8")

@@ -1,0 +1,87 @@
+"""A coordinator process of one job without agents: `python server.py DIRECTORY PORT NODES COUNT [SPEC]`.
+
+SPEC is JSON that replaces parts of the job's spec.
+
+Every node's token is `token-NODE`. Exits 0 when the job has succeeded; prints the adapter's digest then.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+
+from aiohttp import web
+
+from fedpipe_api.job import FedPipeJob
+from fedpipe_operator.coordinator import Identity, application
+from fedpipe_operator.engine import Engine
+
+UID = "job-1"
+
+
+def job(nodes: int, count: int, method: str = "exact", **spec: object) -> FedPipeJob:
+    """A job over tiny matrices; every node's update is needed."""
+    return FedPipeJob.model_validate(
+        {
+            "metadata": {"name": "test", "uid": UID, "generation": 1},
+            "spec": {
+                "model": {
+                    "hostPath": {"path": "/model"},
+                    "task": "sequence-classification",
+                    "labels": ["a", "b", "c"],
+                },
+                "data": {"volume": {"hostPath": {"path": "/data"}}, "train": "train.jsonl"},
+                "nodes": {"min": nodes},
+                "rounds": {"count": count, "localSteps": 2, "minUpdates": nodes, "deadline": "5m"},
+                "adapter": {"ranks": {"min": 2, "max": 4}},
+                "aggregation": {"method": method},
+            }
+            | spec,
+        }
+    )
+
+
+async def identify(token: str) -> Identity | None:
+    """Every token names its node."""
+    return Identity(UID, token.removeprefix("token-")) if token.startswith("token-") else None
+
+
+async def watch_lag(out: Path) -> None:
+    """Keep the longest time the event loop was blocked, in milliseconds, in a file."""
+    longest = 0.0
+    while True:
+        begin = time.perf_counter()
+        await asyncio.sleep(0.005)
+        lag = time.perf_counter() - begin - 0.005
+        if lag > longest:
+            longest = lag
+            out.write_text(f"{1000 * longest:.1f}")
+
+
+async def main(directory: Path, port: int, nodes: int, count: int, spec: dict[str, object]) -> int:
+    """Serve until the job is done."""
+    engine = Engine(directory)
+    await engine.start()
+    runner = web.AppRunner(application(engine, identify), shutdown_timeout=1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    await engine.submit(job(nodes, count, **spec))
+    await engine.offer(UID, [f"node-{i}" for i in range(nodes)])
+    lag = asyncio.create_task(watch_lag(directory / "lag"))
+    while not engine.jobs[UID].state.finished:
+        await engine.moved(UID, 1)
+    lag.cancel()
+    state = engine.jobs[UID].state
+    await asyncio.sleep(0.3)  # the agents hear of it
+    await runner.cleanup()
+    await engine.stop()
+    assert state.finished
+    print(state.finished.phase, state.adapter.digest if state.adapter else state.finished.message, flush=True)
+    return 0 if state.finished.phase == "Succeeded" else 1
+
+
+if __name__ == "__main__":
+    _, directory, port, nodes, count, *rest = sys.argv
+    spec = json.loads(rest[0]) if rest else {}
+    sys.exit(asyncio.run(main(Path(directory), int(port), int(nodes), int(count), spec)))

@@ -1,0 +1,121 @@
+import csv
+import json
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedpipe_api.base import UserError
+from fedpipe_operator.local.split import read, split, write_shares
+
+LABELS = [i % 5 for i in range(1000)]
+
+
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=80),
+    nodes=st.integers(1, 12),
+    by=st.sampled_from(["iid", "dirichlet", "size"]),
+    alpha=st.sampled_from([0.01, 0.5, 100.0]),
+    seed=st.integers(0, 10),
+)
+def test_every_row_goes_to_exactly_one_node_and_no_node_goes_empty(labels, nodes, by, alpha, seed):
+    if len(labels) < nodes:
+        with pytest.raises(UserError, match="cannot share"):
+            split(labels, nodes, by, alpha, seed)
+        return
+    shares = split(labels, nodes, by, alpha, seed)
+    assert len(shares) == nodes
+    assert sorted(row for share in shares for row in share) == list(range(len(labels)))
+    assert all(shares)
+    assert shares == split(labels, nodes, by, alpha, seed)
+
+
+def test_iid_shares_are_equal_in_size():
+    assert {len(share) for share in split(LABELS, 7, "iid", 0.5, 0)} == {142, 143}
+
+
+def skew(alpha):
+    """Mean share of a node's most frequent label; 0.2 when mixed evenly."""
+    shares = split(LABELS, 5, "dirichlet", alpha, 1)
+    return np.mean([max(Counter(LABELS[r] for r in share).values()) / len(share) for share in shares])
+
+
+def test_a_small_alpha_gives_nodes_few_labels():
+    assert skew(0.05) > 0.7 > skew(1.0) > skew(1000.0)
+    assert skew(1000.0) < 0.25
+
+
+def test_by_size_mixes_labels_but_not_sizes():
+    shares = split(LABELS, 4, "size", 0.5, 2)
+    sizes = sorted(map(len, shares))
+    assert sizes[-1] > 2 * sizes[0]
+    largest = max(shares, key=len)
+    assert max(Counter(LABELS[row] for row in largest).values()) / len(largest) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("nodes", "alpha", "field"), [(0, 1, "--nodes"), (2, 0, "--alpha"), (2, -1, "--alpha")]
+)
+def test_impossible_options_are_named(nodes, alpha, field):
+    with pytest.raises(UserError, match=field):
+        split(LABELS, nodes, "dirichlet", alpha, 0)
+
+
+ROWS = [{"text": f'a "quoted", line {i}', "label": f"l{i % 3}"} for i in range(30)]
+
+
+def write_jsonl(path):
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+def write_csv(path):
+    lines = ["text,label", *('"' + r["text"].replace('"', '""') + f'",{r["label"]}' for r in ROWS)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_parquet(path):
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+
+
+WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_shares_hold_the_rows_in_the_file_s_format(suffix, tmp_path):
+    source = tmp_path / f"all.{suffix}"
+    WRITERS[suffix](source)
+    dataset = read(source, "label")
+    assert dataset.labels == [row["label"] for row in ROWS]
+    shares = split(dataset.labels, 3, "size", 0.5, 0)
+    write_shares(dataset, shares, ["a", "b", "c"], tmp_path / f"out/train.{suffix}")
+    for name, share in zip("abc", shares, strict=True):
+        path = tmp_path / f"out/{name}/train.{suffix}"
+        if suffix == "jsonl":
+            found = [json.loads(line) for line in path.read_text().splitlines()]
+        elif suffix == "csv":
+            found = list(csv.DictReader(path.read_text().splitlines()))
+        else:
+            found = pq.read_table(path).to_pylist()
+        assert found == [ROWS[row] for row in share]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", '{"text": "a", "label": 1}\nnot json\n', r"x.jsonl:2: not a JSON object"),
+        ("x.jsonl", "[1]\n", r"x.jsonl:1: not a JSON object"),
+        ("x.jsonl", '{"text": "a"}\n', r"x.jsonl:1: no field 'label'"),
+        ("x.csv", "text,topic\na,b\n", r"x.csv: no column 'label'"),
+        ("x.csv", "text,label\na,b,c\n", r"x.csv: row 2 has 3 columns"),
+        ("x.parquet", "not parquet at all", r"x.parquet: not Parquet"),
+        ("x.txt", "a", r"x.txt: not a .jsonl"),
+    ],
+)
+def test_bad_files_are_named(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name, "label")

@@ -1,0 +1,160 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+from fedpipe_api.base import UserError
+from fedpipe_api.job import Task
+from fedpipe_api.names import ATTENTION_MODULES
+from fedpipe_operator.planner import read_shape
+
+LABELS = 3
+TINY = {
+    "bert": transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40
+    ),
+    "roberta": transformers.RobertaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40
+    ),
+    "distilbert": transformers.DistilBertConfig(vocab_size=50, dim=16, n_layers=2, n_heads=2, hidden_dim=40),
+    "gpt2": transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32),
+    "gpt2 wide": transformers.GPT2Config(
+        vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32, n_inner=24, tie_word_embeddings=False
+    ),
+    "llama": transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=40,
+    ),
+    "llama biased": transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40,
+        attention_bias=True, mlp_bias=True, head_dim=8, tie_word_embeddings=True,
+    ),
+    "mistral": transformers.MistralConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=40,
+    ),
+    "qwen2": transformers.Qwen2Config(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=40,
+    ),
+    "qwen3": transformers.Qwen3Config(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=40, head_dim=8,
+    ),
+}  # fmt: skip
+CASES = [
+    (name, task)
+    for name in TINY
+    for task in Task
+    if task is Task.SEQUENCE_CLASSIFICATION or name.split()[0] not in ("bert", "roberta", "distilbert")
+]
+
+
+def build(name, task):
+    config = TINY[name]
+    config.num_labels = LABELS
+    classes = {
+        Task.CAUSAL_LM: transformers.AutoModelForCausalLM,
+        Task.SEQUENCE_CLASSIFICATION: transformers.AutoModelForSequenceClassification,
+    }
+    with torch.device("meta"):
+        return classes[task].from_config(config)
+
+
+def linear_layers(model):
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            yield name, tuple(module.weight.shape)
+        elif isinstance(module, Conv1D):
+            yield name, tuple(module.weight.shape)[::-1]
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+@pytest.mark.parametrize("modules", ["default", "mlp"])
+def test_the_shape_is_that_of_the_real_modules(name, task, modules, tmp_path):
+    model = build(name, task)
+    TINY[name].save_pretrained(tmp_path)
+    architecture = TINY[name].model_type
+    mlp = {"gpt2": ("c_fc", "mlp.c_proj"), "distilbert": ("ffn.lin1", "ffn.lin2")}
+    mlp |= dict.fromkeys(("bert", "roberta"), ("intermediate.dense", "output.dense"))
+    suffixes = () if modules == "default" else mlp.get(architecture, ("up_proj", "down_proj"))
+
+    shape = read_shape(tmp_path, task, LABELS, suffixes)
+
+    wanted = suffixes or ATTENTION_MODULES[architecture]
+    linear = list(linear_layers(model))
+    assert [(matrix.name, (matrix.rows, matrix.columns)) for matrix in shape.matrices] == [
+        (layer, sides) for layer, sides in linear if any(f".{layer}".endswith(f".{end}") for end in wanted)
+    ]
+    beside = {child for child, _ in model.named_children()} - {model.base_model_prefix}
+    head = {
+        parameter: tuple(value.shape)
+        for parameter, value in model.named_parameters()
+        if parameter.split(".")[0] in beside and task is Task.SEQUENCE_CLASSIFICATION
+    }
+    assert {tensor.name: tensor.shape for tensor in shape.head} == head
+    assert shape.parameters == sum(
+        value.numel() for parameter, value in model.named_parameters() if parameter not in head
+    )
+    assert shape.linear_parameters == sum(
+        rows * columns for layer, (rows, columns) in linear if layer.split(".")[0] not in beside
+    )
+    assert shape.causal is (task is Task.CAUSAL_LM)
+    assert shape.gated_mlp is any(layer.endswith("gate_proj") for layer, _ in linear)
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_the_agent_reads_the_same_shape(name, task, tmp_path):
+    from fedpipe_agent.train.model import read_shape as read_by_agent
+
+    build(name, task)
+    TINY[name].save_pretrained(tmp_path)
+    assert read_shape(tmp_path / "config.json", task, LABELS) == read_by_agent(TINY[name], task)
+
+
+def written(directory: Path, **changes) -> Path:
+    TINY["bert"].save_pretrained(directory)
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "big"}, "hidden_size: 'big' is not a positive whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: 0 is not a positive whole number"),
+        ({"model_type": "t5"}, "model_type: 't5' is not known"),
+        ({"model_type": ["bert"]}, "model_type: \\['bert'\\] is not known"),
+    ],
+)
+def test_a_broken_configuration_is_named(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read_shape(written(tmp_path, **changes), Task.SEQUENCE_CLASSIFICATION, LABELS)
+
+
+def test_what_is_no_configuration_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
+        read_shape(tmp_path, Task.CAUSAL_LM)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        read_shape(tmp_path, Task.CAUSAL_LM)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="not a JSON object"):
+        read_shape(tmp_path, Task.CAUSAL_LM)
+    (tmp_path / "config.json").write_text(" " * (2**20 + 1))
+    with pytest.raises(UserError, match="no model configuration"):
+        read_shape(tmp_path, Task.CAUSAL_LM)
+
+
+def test_a_task_or_module_the_model_has_not_is_named(tmp_path):
+    written(tmp_path)
+    with pytest.raises(UserError, match="a bert model is no causal-lm"):
+        read_shape(tmp_path, Task.CAUSAL_LM)
+    with pytest.raises(
+        UserError, match=r"spec\.adapter\.modules: no linear layer of 'bert' ends with 'q_proj'"
+    ):
+        read_shape(tmp_path, Task.SEQUENCE_CLASSIFICATION, LABELS, ("q_proj",))

@@ -1,0 +1,152 @@
+"""`fedpipe-agent probe` as a person uses it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedpipe_agent.cli import main
+from fedpipe_api.node import FedPipeNode
+from nvml.standin import AGENT, StandIn, board, standin
+
+__all__ = ["standin"]
+
+
+def test_once_as_json_is_a_fedpipenode(standin: StandIn, tmp_path: Path) -> None:
+    done = standin.probe("--once", "--output", "json", "--node", "edge.example", "--cache", str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(done.stdout)
+    assert told["metadata"] == {"name": "edge.example"}
+    node = FedPipeNode.model_validate(told)
+    assert node.status is not None
+    assert (node.status.source, node.status.device_summary) == ("nvml", "Tesla T4")
+    assert node.status.cpu is not None
+    assert node.status.cpu.cache_disk_free
+    assert node.status.cpu.cores <= len(os.sched_getaffinity(0))
+
+
+def test_once_as_a_table_names_every_fact(standin: StandIn) -> None:
+    standin.play(board("a100-mig"))
+    done = standin.probe("--once")
+    assert done.returncode == 0
+    for fact in ("driver 535.183.01 · CUDA 12.2", "400 W", "ECC on", "3g.20gb", "1g.5gb", "yes (unverified)"):
+        assert fact in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_once_on_a_node_that_is_not_ready_says_so(standin: StandIn) -> None:
+    standin.play(board("driver-mismatch"))
+    done = standin.probe("--once")
+    assert done.returncode == 1
+    assert "reload the module or reboot the node" in done.stdout
+    assert done.stderr == ""
+
+
+def test_without_nvml_it_is_a_cpu_node() -> None:
+    done = subprocess.run(
+        [AGENT, "probe", "--once", "--output", "json"], capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["status"]["conditions"][0]["type"] == "Ready"
+
+
+def test_a_declared_capacity_needs_no_hardware(standin: StandIn, tmp_path: Path) -> None:
+    standin.play(board("hanging"))
+    for name, text in (
+        ("capacity.json", '{"device": "T4", "memory": "15Gi", "precisions": ["fp32", "nf4"]}'),
+        ("capacity.yaml", "device: T4\nmemory: 15Gi\nprecisions: [fp32, nf4]\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        done = standin.probe("--once", "--output", "json", "--capacity", str(tmp_path / name))
+        assert (done.returncode, done.stderr) == (0, "")
+        told = json.loads(done.stdout)["status"]
+        assert (told["source"], told["memorySummary"], told["precisionSummary"]) == (
+            "declared",
+            "15Gi",
+            "fp32,nf4",
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("memory: -5", "memory: -5 is negative"),
+        ("memory: -5Gi", "memory: '-5Gi' is not a size"),
+        ("memory: 0", "memory"),
+        ("precisions: [fp8]", "precisions[0]: "),
+        ("precisions: []", "precisions: "),
+        ("threads: 0", "threads: "),
+        ("speed: 2", "speed: "),
+        ("linkRate: fast", "linkRate: 'fast' is not a size"),
+        ("ram: 5Gi", "ram: unknown field"),
+        ("- 1", ""),
+        ("a: [", "not YAML"),
+        ("\x00", "not YAML"),
+        ("# nothing", ""),
+        ("x: " + "y" * 70_000, "larger than 65536 bytes"),
+    ],
+)
+def test_a_wrong_capacity_is_one_line_naming_file_and_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, complaint: str
+) -> None:
+    path = tmp_path / "capacity.yaml"
+    path.write_text(text)
+    assert main(["probe", "--once", "--capacity", str(path)]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"fedpipe-agent: {path}: {complaint}")
+    assert told.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--once", "--capacity", "/nowhere.json"], "/nowhere.json: No such file"),
+        (["--once", "--cache", "/nowhere"], "--cache: /nowhere is no directory"),
+        (["--once", "--coordinator", "host:8443"], "--coordinator: 'host:8443' is no URL"),
+        (["--once", "--node", "Not A Node"], "--node: 'Not A Node'"),
+        (["--verify"], "--verify goes with --once"),
+        ([], "use --once"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], complaint: str
+) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    assert main(["probe", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert complaint in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--interval", "soon"], ["--heartbeat", "0s"], ["--timeout", "-1"]])
+def test_a_wrong_duration_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["probe", *arguments])
+    assert caught.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_the_probe_imports_neither_torch_nor_anything_heavy() -> None:
+    code = (
+        "import sys; from fedpipe_agent.probe import command, loop; "
+        "print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(done.stdout.replace("'", '"')))
+    heavy = {"torch", "numpy", "transformers", "kubernetes", "aiohttp", "urllib3", "yaml", "pynvml"}
+    assert not loaded & heavy
+
+
+@pytest.mark.slow
+def test_verify_runs_real_kernels(standin: StandIn) -> None:
+    standin.play({"init": "!DRIVER_NOT_LOADED"})
+    done = standin.probe("--once", "--output", "json", "--verify")
+    assert done.returncode == 0, done.stderr
+    precisions = {entry["precision"]: entry for entry in json.loads(done.stdout)["status"]["precisions"]}
+    assert all(entry["verified"] for entry in precisions.values())
+    assert precisions["fp32"]["usable"]
+    assert precisions["fp32"]["seconds"] > 0

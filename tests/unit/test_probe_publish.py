@@ -1,0 +1,170 @@
+"""Writing a FedPipeNode: what is applied, what is left to others, and how failures are told."""
+
+import contextlib
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedpipe_agent.probe import link, status
+from fedpipe_agent.probe.nvml import Reading
+from fedpipe_agent.probe.publish import Cluster, Publisher, PublishError
+from fedpipe_api.base import Precision, UserError
+from fedpipe_api.node import FedPipeNodeStatus
+from nvml import apiserver, golden
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[apiserver.ApiServer]:
+    with apiserver.serve(tmp_path) as serving:
+        yield serving
+
+
+def told() -> FedPipeNodeStatus:
+    return status.build(Reading(), golden.HOST, now=golden.NOW)
+
+
+def test_the_object_is_created_with_its_node_as_owner_and_then_reported_on(api: apiserver.ApiServer) -> None:
+    publisher = Publisher(api.cluster())
+    publisher.write(told())
+    assert [(method, path.partition("?")[0]) for method, path, _ in api.requests] == [
+        ("GET", apiserver.PATH),
+        ("PATCH", apiserver.PATH),
+        ("PATCH", f"{apiserver.PATH}/status"),
+    ]
+    owner = {"apiVersion": "v1", "kind": "Node", "name": apiserver.NODE, "uid": apiserver.UID}
+    assert api.requests[1][2] == {
+        "apiVersion": "fedpipe.io/v1alpha1",
+        "kind": "FedPipeNode",
+        "metadata": {"name": apiserver.NODE, "ownerReferences": [owner]},
+    }
+    assert FedPipeNodeStatus.model_validate(api.writes[0]) == told()
+    publisher.write(told())
+    assert len(api.requests) == 4
+    assert api.requests[3][2]["metadata"]["resourceVersion"] == "2"
+
+
+def test_a_deleted_object_comes_back(api: apiserver.ApiServer) -> None:
+    publisher = Publisher(api.cluster())
+    publisher.write(told())
+    api.node = None
+    publisher.write(told())
+    assert api.node is not None
+    assert api.node["status"]["deviceSummary"] == "cpu"
+
+
+def test_an_object_of_an_earlier_node_of_this_name_gets_its_new_owner(api: apiserver.ApiServer) -> None:
+    Publisher(api.cluster()).write(told())
+    assert api.node is not None
+    api.node["metadata"]["ownerReferences"][0]["uid"] = "of-the-node-before"
+    Publisher(api.cluster()).load()
+    assert api.node["metadata"]["ownerReferences"][0]["uid"] == apiserver.UID
+
+
+def test_precisions_verified_by_the_operator_are_left_to_it(api: apiserver.ApiServer) -> None:
+    publisher = Publisher(api.cluster())
+    publisher.write(told())
+    api.prove("nf4", seconds=0.25)
+    publisher.write(told())
+    # The first try ran into the operator's write, the second leaves its entry out.
+    conflicted, written = api.writes[-2:]
+    assert [entry["precision"] for entry in conflicted["precisions"]] == ["fp32", "bf16", "int8", "nf4"]
+    assert [entry["precision"] for entry in written["precisions"]] == ["fp32", "bf16", "int8"]
+    assert [(support.precision, support.seconds) for support in publisher.verified] == [(Precision.NF4, 0.25)]
+    assert api.node is not None
+    assert next(e for e in api.node["status"]["precisions"] if e["precision"] == "nf4")["verified"]
+
+
+def test_only_the_probe_s_own_conditions_are_taken_up_again(api: apiserver.ApiServer) -> None:
+    publisher = Publisher(api.cluster())
+    publisher.write(told())
+    assert api.node is not None
+    other = api.node["status"]["conditions"][0] | {"type": "Eligible"}
+    api.node["status"]["conditions"].append(other)
+    assert Publisher(api.cluster()).load() == told()
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(403, "Forbidden"), (409, "Conflict"), (500, "InternalError")],
+)
+def test_refusals_are_named(api: apiserver.ApiServer, code: int, reason: str) -> None:
+    api.refuse = (code, reason)
+    with pytest.raises(PublishError, match="by the test") as caught:
+        Publisher(api.cluster()).write(told())
+    assert caught.value.reason == reason
+
+
+def test_a_server_that_is_not_there_is_named(api: apiserver.ApiServer) -> None:
+    cluster = api.cluster()
+    gone = Cluster("http://127.0.0.1:1", cluster.token, None)
+    with pytest.raises(PublishError, match=r"127\.0\.0\.1:1: .*refused") as caught:
+        Publisher(gone).write(told())
+    assert caught.value.reason == "Unreachable"
+
+
+@pytest.mark.parametrize("text", ["", "no.token", "a.!!!.c", "a.e30.c", "a.bnVsbA.c"])
+def test_a_token_without_a_node_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "token"
+    path.write_text(text)
+    with pytest.raises(PublishError) as caught:
+        Publisher(Cluster("http://unused", path, None)).load()
+    assert caught.value.reason == "NoNodeClaim"
+    path.unlink()
+    with pytest.raises(PublishError, match="No such file") as caught:
+        Publisher(Cluster("http://unused", path, None)).load()
+    assert caught.value.reason == "NoToken"
+
+
+def test_the_cluster_of_a_pod() -> None:
+    found = Cluster.of_pod({"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "6443"})
+    assert found.url == "https://[fd00::1]:6443"
+    with pytest.raises(UserError, match="--once"):
+        Cluster.of_pod({})
+
+
+@contextlib.contextmanager
+def files(size: int, status_code: int) -> Iterator[str]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.headers["Range"] == f"bytes=0-{link.SAMPLE_BYTES - 1}"
+            assert "Authorization" not in self.headers
+            self.send_response(status_code)
+            self.end_headers()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.wfile.write(bytes(size))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/sample?x=1"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("size", "code", "measured"),
+    [
+        (link.SAMPLE_BYTES, 206, True),
+        (4 * link.SAMPLE_BYTES, 200, True),
+        (1000, 206, False),
+        (0, 200, False),
+        (link.SAMPLE_BYTES, 404, False),
+    ],
+)
+def test_the_link_is_measured_by_a_meaningful_download_only(size: int, code: int, measured: bool) -> None:
+    with files(size, code) as url:
+        rate = link.measure(url)
+    assert (rate is not None and rate > 0) == measured
+
+
+def test_a_coordinator_that_is_not_there_has_no_link_rate() -> None:
+    assert link.measure("http://127.0.0.1:1/") is None
