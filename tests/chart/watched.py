@@ -12,7 +12,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +30,8 @@ from standins.server import UID, identify, job
 
 PROMETHEUS = shutil.which("prometheus")
 SCRAPE_SECONDS = 1
-TRAIN_SECONDS = 0.6
 NODES = 3
 ROUNDS = 6
-
-
-class Working(StandIn):
-    """A stand-in that takes its time and tells how far it is."""
-
-    async def _train(self, work: Assignment) -> None:
-        assert work.plan is not None
-        for step in range(1, work.plan.local_steps + 1):
-            await asyncio.sleep(TRAIN_SECONDS / work.plan.local_steps)
-            progress = Progress(
-                kind=AssignmentKind.TRAIN, round=work.round, state="training", step=step,
-                steps=work.plan.local_steps, loss=1.0, memory=1 << 28, tokens_per_second=100.0,
-            )  # fmt: skip
-            async with self._session.post(
-                f"{self.address()}/v1/progress", data=progress.to_json()
-            ) as response:
-                response.raise_for_status()
-        await super()._train(work)
 
 
 @asynccontextmanager
@@ -99,6 +80,31 @@ class Prometheus:
     def names(self) -> set[str]:
         """Return the names of all metrics it has seen."""
         return set(self._ask("label/__name__/values"))
+
+
+@dataclass
+class Working(StandIn):
+    """A stand-in that tells how far it is, and trains until Prometheus has seen it at its last step."""
+
+    prometheus: Prometheus = field(kw_only=True)
+
+    async def _train(self, work: Assignment) -> None:
+        assert work.plan is not None
+        for step in range(1, work.plan.local_steps + 1):
+            progress = Progress(
+                kind=AssignmentKind.TRAIN, round=work.round, state="training", step=step,
+                steps=work.plan.local_steps, loss=1.0, memory=1 << 28, tokens_per_second=100.0,
+            )  # fmt: skip
+            async with self._session.post(
+                f"{self.address()}/v1/progress", data=progress.to_json()
+            ) as response:
+                response.raise_for_status()
+        since = time.time()
+        while not await asyncio.to_thread(
+            self.prometheus.query, f'timestamp(fedpipe_node_step{{node="{self.node}"}}) > {since}'
+        ):
+            await asyncio.sleep(SCRAPE_SECONDS / 5)
+        await super()._train(work)
 
 
 @contextmanager
@@ -185,7 +191,9 @@ async def run(directory: Path) -> tuple[Prometheus, ExitStack]:
             await engine.submit(job(NODES, ROUNDS))
             await engine.offer(UID, nodes)
             agents = [
-                asyncio.create_task(Working(node, f"token-{node}", lambda: f"http://{coordinator}").run())
+                asyncio.create_task(
+                    Working(node, f"token-{node}", lambda: f"http://{coordinator}", prometheus=watched).run()
+                )
                 for node in nodes
             ]
             while not engine.jobs[UID].state.finished:

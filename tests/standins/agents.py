@@ -107,6 +107,7 @@ class StandIn:
     address: Callable[[], str]
     shape: ModelShape = field(default_factory=model_shape)
     samples: int = 100
+    free_memory: int = 4 << 30
     answered: dict[int, str] = field(default_factory=dict)
     """Digest of each update that was answered with success: these must not be lost."""
 
@@ -126,7 +127,7 @@ class StandIn:
                     await asyncio.sleep(0.05)
 
     async def _register(self) -> None:
-        body = registration(self.shape, self.samples)
+        body = registration(self.shape, self.samples, self.free_memory)
         async with self._session.post(f"{self.address()}/v1/agents", data=body.to_json()) as response:
             response.raise_for_status()
 
@@ -137,10 +138,7 @@ class StandIn:
                 return None
             work = Assignment.model_validate_json(await response.read())
         if work.adapter is not None:
-            async with self._session.get(f"{self.address()}/v1/blobs/{work.adapter.digest}") as response:
-                response.raise_for_status()
-                body = await response.read()
-            assert hashlib.sha256(body).hexdigest() == work.adapter.digest
+            await self._download(work.adapter.digest)
         if work.kind is AssignmentKind.PROFILE:
             await self._profile(work)
         elif work.kind is AssignmentKind.TRAIN:
@@ -150,6 +148,12 @@ class StandIn:
         elif work.kind is AssignmentKind.EVALUATE:
             await self._evaluate(work.round)
         return work
+
+    async def _download(self, digest: str) -> None:
+        async with self._session.get(f"{self.address()}/v1/blobs/{digest}") as response:
+            response.raise_for_status()
+            body = await response.read()
+        assert hashlib.sha256(body).hexdigest() == digest
 
     async def _profile(self, work: Assignment) -> None:
         assert work.plan is not None
