@@ -2,19 +2,24 @@
 
 `python tests/bench/operator_scale.py [--nodes 1000] [--jobs 100] [--agents 20] [--rounds 3] [--seconds 30] [--out FILE]`
 
-Agents run in this process and share one TLS configuration; `--seconds` is how long each "trains" in a round, which
-spreads the load as training would. Figures are the operator's own metrics and what the system says of its process.
+First nobody asks anything of the operator but heartbeats of all FedPipeNodes at the probe's default rate; then all
+jobs come at once. Agents run in this process and share one TLS configuration; `--seconds` is how long each "trains"
+in a round, which spreads the load as training would. Figures are the operator's own metrics and what the system says
+of its process; the loop's lag is told apart from waiting for a core, since everything shares this machine.
 """
 
 import argparse
 import asyncio
 import json
+import math
+import os
 import random
 import ssl
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +28,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import aiohttp
+import numpy as np
 import psutil
 from bench_machine import machine
-from prometheus_client.parser import text_string_to_metric_families
 
+from fedpipe_api.node import HEARTBEAT_SECONDS
 from fedpipe_api.wire import Assignment, AssignmentKind
 from kube.cluster import Cluster
 from kube.controlplane import ControlPlane, find_binaries, start_control_plane
 from standins.agents import StandIn
 
-RESULT = Path(__file__).parent / "results" / "operator.json"
+HERE = Path(__file__).resolve().parent
+RESULT = HERE / "results" / "operator.json"
 
 
 @dataclass
@@ -153,25 +160,31 @@ class Kubelets:
             return dict(await response.json())
 
 
-def quantile(buckets: list[tuple[float, float]], share: float) -> float:
-    """Return the upper bound of the histogram's bucket that holds the quantile."""
+def quantile(buckets: list[tuple[float, float]], share: float) -> float | None:
+    """Return the upper bound of the histogram's bucket that holds the quantile; None above the last."""
     total = buckets[-1][1]
-    return next(bound for bound, count in buckets if count >= share * total)
+    found = next(bound for bound, count in buckets if count >= share * total)
+    return None if found == math.inf else 1000 * found
 
 
 class Scrape:
-    """One scrape of the operator."""
+    """One scrape of the operator. Only what is needed is parsed: agents share this process."""
 
     def __init__(self, text: str) -> None:
-        self._samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+        self._lines = text.splitlines()
 
-    def total(self, name: str, holds: Callable[[dict[str, str]], bool] = lambda labels: True) -> float:
-        """Return the sum over the samples whose labels fit."""
-        return sum(s.value for s in self._samples if s.name == name and holds(s.labels))
+    def total(self, name: str, label: str = "") -> float:
+        """Return the sum over the samples that have the label."""
+        lines = (line for line in self._lines if line.startswith((f"{name}{{", f"{name} ")))
+        return sum(float(line.rpartition(" ")[2]) for line in lines if label in line)
 
     def buckets(self, name: str) -> list[tuple[float, float]]:
         """Return a histogram's buckets."""
-        return [(float(s.labels["le"]), s.value) for s in self._samples if s.name == f"{name}_bucket"]
+        found = []
+        for line in self._lines:
+            if line.startswith(f"{name}_bucket{{"):
+                found.append((float(line.split('le="')[1].split('"')[0]), float(line.rpartition(" ")[2])))
+        return found
 
 
 def difference(new: list[tuple[float, float]], old: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -180,11 +193,56 @@ def difference(new: list[tuple[float, float]], old: list[tuple[float, float]]) -
     return [(bound, count - before.get(bound, 0.0)) for bound, count in new]
 
 
-def scrape(cluster: Cluster) -> Scrape:
-    """Scrape the operator."""
-    text = cluster.get("/metrics", 60)
-    assert text is not None, cluster.log()
-    return Scrape(text.decode())
+@dataclass
+class Mark:
+    """The operator at one moment."""
+
+    scrape: Scrape
+    at: float
+    cpu: float
+    resident: int
+    took: float
+
+    @property
+    def done(self) -> float:
+        """Rounds of all jobs."""
+        return self.scrape.total("fedpipe_job_rounds", 'kind="done"')
+
+
+class Watched:
+    """The operator as a process."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._lag = cluster.directory / "lag"
+        cluster.program = [sys.executable, str(HERE / "watched_operator.py"), str(self._lag)]
+
+    def start(self) -> None:
+        """Start it; returns when it is ready."""
+        self._cluster.start_operator()
+        assert self._cluster.operator is not None
+        self._process = psutil.Process(self._cluster.operator.pid)
+
+    def mark(self) -> Mark:
+        """Scrape and look at the process."""
+        begun = time.monotonic()
+        text = self._cluster.get("/metrics", 60)
+        took = time.monotonic() - begun
+        assert text is not None, self._cluster.log()
+        times, resident = self._process.cpu_times(), self._process.memory_info().rss
+        return Mark(Scrape(text.decode()), time.monotonic(), times.user + times.system, resident, took)
+
+    def lag(self, first: Mark, last: Mark) -> dict[str, float]:
+        """Return quantiles of the loop's lag between two marks, in milliseconds; the operator has ended."""
+        when, late, waited = np.fromfile(self._lag).reshape(-1, 3).T
+        inside = (when >= first.at) & (when <= last.at)
+        own = np.maximum(0, late - waited)
+        figures = {}
+        for name, values in (("loop_lag", late), ("loop_lag_but_for_cores", own)):
+            for share in (50, 99):
+                figures[f"{name}_p{share}_ms"] = round(1000 * float(np.percentile(values[inside], share)), 1)
+            figures[f"{name}_max_ms"] = round(1000 * float(values[inside].max()), 1)
+        return figures
 
 
 def concurrently(call: Callable[[Any], Any], items: Iterable[Any]) -> None:
@@ -194,99 +252,122 @@ def concurrently(call: Callable[[Any], Any], items: Iterable[Any]) -> None:
             pass
 
 
+async def beat(cluster: Cluster, nodes: Sequence[str], seconds: float) -> int:
+    """Let all nodes report at the probe's default rate; return how many reports that were."""
+    pause = HEARTBEAT_SECONDS / len(nodes)
+    until, sent = time.monotonic() + seconds, 0
+    while time.monotonic() < until:
+        due = time.monotonic() + pause
+        await asyncio.to_thread(cluster.report, nodes[sent % len(nodes)])
+        sent += 1
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+    return sent
+
+
 async def measure(options: argparse.Namespace, plane: ControlPlane, directory: Path) -> dict[str, Any]:
     """Build the fleet, run the jobs and return the figures."""
     cluster = Cluster(plane, "bench", directory)
+    operator = Watched(cluster)
     groups = max(1, options.nodes // options.agents)
+    nodes: list[str] = []
 
     def node(number: int) -> None:
-        cluster.add_node(f"n{number}", group=f"g{number % groups}")
+        nodes.append(cluster.add_node(f"n{number}", group=f"g{number % groups}"))
 
     await asyncio.to_thread(concurrently, node, range(options.nodes))
     kubelets = Kubelets(plane, cluster.namespace, options.seconds)
+    started = time.monotonic()
+    await asyncio.to_thread(operator.start)
+    ready = time.monotonic() - started
+    print(f"ready after {ready:.1f} s with {options.nodes} nodes", flush=True)
+    await asyncio.sleep(5)
+    marks = [await asyncio.to_thread(operator.mark)]
+    await asyncio.sleep(options.idle)
+    marks.append(await asyncio.to_thread(operator.mark))
+    reports = await beat(cluster, nodes, options.beats)
+    marks.append(await asyncio.to_thread(operator.mark))
+    at_rest, beating, submitted = marks
+
     playing = asyncio.create_task(kubelets.run())
-    started = time.monotonic()
-    await asyncio.to_thread(cluster.start_operator)
-    assert cluster.operator is not None
-    process = psutil.Process(cluster.operator.pid)
-    print(f"ready after {time.monotonic() - started:.1f} s with {options.nodes} nodes", flush=True)
-    idle = process.memory_info().rss
-
-    def submit(number: int) -> None:
-        cluster.submit(
-            f"job-{number}",
-            nodes={"selector": {"matchLabels": {"group": f"g{number % groups}"}}, "min": options.agents},
-            rounds={
-                "count": options.rounds, "localSteps": 2, "minUpdates": options.agents, "deadline": "30m"
-            },
-            adapter={"ranks": {"min": 2, "max": 4}, "selection": {"mode": "all"}},
-        )  # fmt: skip
-
-    started = time.monotonic()
-    await asyncio.to_thread(concurrently, submit, range(options.jobs))
-    print(f"submitted in {time.monotonic() - started:.1f} s", flush=True)
-    done = lambda s: s.total("fedpipe_job_rounds", lambda labels: labels["kind"] == "done")  # noqa: E731
-    first = None
-    peak = 0
-    scrapes: list[float] = []
-    while True:
+    await asyncio.to_thread(
+        concurrently, lambda number: submit(cluster, options, number), range(options.jobs)
+    )
+    print(f"submitted in {time.monotonic() - submitted.at:.1f} s", flush=True)
+    while marks[-1].done < options.jobs * options.rounds and time.monotonic() - submitted.at < options.limit:
         await asyncio.sleep(10)
         if playing.done():
             playing.result()
-        begun = time.monotonic()
-        found = await asyncio.to_thread(scrape, cluster)
-        scrapes.append(time.monotonic() - begun)
-        peak = max(peak, process.memory_info().rss)
-        up, rounds = found.total("fedpipe_node_up"), done(found)
-        passed = time.monotonic() - started
-        print(f"{passed:.0f} s: {kubelets.started} Pods, {up:.0f} agents, {rounds:.0f} rounds", flush=True)
-        if first is None and rounds >= options.jobs:
-            first, steady_at = found, time.monotonic()
-        if rounds >= options.jobs * options.rounds or time.monotonic() - started > options.limit:
-            break
-    last = found
+        marks.append(await asyncio.to_thread(operator.mark))
+        up = marks[-1].scrape.total("fedpipe_node_up")
+        passed = marks[-1].at - submitted.at
+        print(
+            f"{passed:.0f} s: {kubelets.started} Pods, {up:.0f} agents, {marks[-1].done:.0f} rounds",
+            flush=True,
+        )
     await asyncio.to_thread(cluster.stop_operator)
     playing.cancel()
     await asyncio.gather(playing, return_exceptions=True)
+    last = marks[-1]
+    first = next((mark for mark in marks if mark.done >= options.jobs), last)
     figures: dict[str, Any] = {
         "nodes": options.nodes,
         "jobs": options.jobs,
         "pods": kubelets.started,
-        "rounds": done(last),
-        "seconds": round(time.monotonic() - started, 1),
-        "memory_idle_mib": idle >> 20,
-        "memory_peak_mib": peak >> 20,
-        "scrape_seconds_max": round(max(scrapes), 3),
-        "whole_run": summary(last, None),
-    }
-    if first is not None:
-        spent, rounds = requests(last) - requests(first), done(last) - done(first)
-        figures["training"] = summary(last, first) | {
-            "seconds": round(time.monotonic() - steady_at, 1),
-            "rounds": rounds,
-            "api_writes_per_round": round(spent / rounds, 2) if rounds else None,
+        "rounds": last.done,
+        "seconds_to_ready": round(ready, 1),
+        "seconds": round(last.at - submitted.at, 1),
+        "memory_idle_mib": submitted.resident >> 20,
+        "memory_peak_mib": max(mark.resident for mark in marks) >> 20,
+        "scrape_seconds_max": round(max(mark.took for mark in marks), 3),
+        "scrape_seconds_median": round(statistics.median(mark.took for mark in marks[3:]), 3),
+        "at_rest": {"percent_of_a_core": percent(at_rest, beating)},
+        "heartbeats": {
+            "reports_per_second": round(reports / (submitted.at - beating.at), 2),
+            "percent_of_a_core": percent(beating, submitted),
         }
+        | operator.lag(beating, submitted),
+        "whole_run": summary(submitted, last) | operator.lag(submitted, last),
+    }
+    spent, rounds = requests(last.scrape) - requests(first.scrape), last.done - first.done
+    if rounds:
+        figures["training"] = summary(first, last) | operator.lag(first, last)
+        figures["training"] |= {"rounds": rounds, "api_writes_per_round": round(spent / rounds, 2)}
     return figures
+
+
+def submit(cluster: Cluster, options: argparse.Namespace, number: int) -> None:
+    """Create one job over one group of nodes."""
+    groups = max(1, options.nodes // options.agents)
+    rounds = {
+        "count": options.rounds, "localSteps": 2, "minUpdates": options.agents, "deadline": "30m"
+    }  # fmt: skip
+    cluster.submit(
+        f"job-{number}",
+        nodes={"selector": {"matchLabels": {"group": f"g{number % groups}"}}, "min": options.agents},
+        rounds=rounds,
+        adapter={"ranks": {"min": 2, "max": 4}, "selection": {"mode": "all"}},
+    )
+
+
+def percent(first: Mark, last: Mark) -> float:
+    """Return how much of a core the operator took between two marks."""
+    return round(100 * (last.cpu - first.cpu) / (last.at - first.at), 1)
 
 
 def requests(found: Scrape) -> float:
     """Return the writes for jobs: status and Events, not Pods, TokenReviews or FedPipeNodes."""
-    status = found.total("fedpipe_operator_api_requests_total", lambda labels: labels["verb"] == "status")
-    return status + found.total(
-        "fedpipe_operator_api_requests_total", lambda labels: labels["verb"] == "event"
-    )
+    name = "fedpipe_operator_api_requests_total"
+    return found.total(name, 'verb="status"') + found.total(name, 'verb="event"')
 
 
-def summary(last: Scrape, first: Scrape | None) -> dict[str, Any]:
-    """Return the quantiles of the operator's histograms, in milliseconds."""
-    figures = {}
-    for short, name in (("reconcile", "reconcile_seconds"), ("loop_lag", "loop_lag_seconds")):
-        buckets = last.buckets(f"fedpipe_operator_{name}")
-        if first is not None:
-            buckets = difference(buckets, first.buckets(f"fedpipe_operator_{name}"))
-        for share in (0.5, 0.99):
-            figures[f"{short}_p{share * 100:.0f}_ms_at_most"] = 1000 * quantile(buckets, share)
-    return figures
+def summary(first: Mark, last: Mark) -> dict[str, Any]:
+    """Return what one look at a job took, by the operator's own histogram, and the operator's CPU."""
+    name = "fedpipe_operator_reconcile_seconds"
+    buckets = difference(last.scrape.buckets(name), first.scrape.buckets(name))
+    figures = {f"reconcile_p{share * 100:.0f}_ms_at_most": quantile(buckets, share) for share in (0.5, 0.99)}
+    return figures | {
+        "seconds": round(last.at - first.at, 1), "percent_of_a_core": percent(first, last)
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -297,6 +378,8 @@ def main() -> None:
     parser.add_argument("--agents", type=int, default=20, help="Pods of each job.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=30, help="An agent's training in a round.")
+    parser.add_argument("--idle", type=float, default=20, help="Seconds at rest.")
+    parser.add_argument("--beats", type=float, default=60, help="Seconds of heartbeats.")
     parser.add_argument("--limit", type=float, default=1800, help="Seconds after which the run ends.")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
@@ -309,7 +392,8 @@ def main() -> None:
         with start_control_plane(directory / "plane", binaries) as plane:
             plane.install_crds()
             result = asyncio.run(measure(options, plane, directory))
-    text = json.dumps({"machine": machine(), "figures": result}, indent=2)
+    described = machine() | {"load_average": [round(load, 1) for load in os.getloadavg()]}
+    text = json.dumps({"machine": described, "figures": result}, indent=2)
     options.out.write_text(text + "\n")
     print(text)
 

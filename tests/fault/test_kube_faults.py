@@ -1,7 +1,6 @@
 """What goes wrong in a cluster: a killed operator, vanished nodes, evicted Pods, an API server away."""
 
 import os
-import random
 import signal
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 
 from kube.cluster import Cluster, taking
 from kube.controlplane import ControlPlane
+from kube.gate import Gate
 from kube.proxy import Proxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -40,36 +40,75 @@ def names(cluster: Cluster) -> list[str]:
     return sorted(cluster.kubelet.created)
 
 
-def test_sigkill_again_and_again_gives_the_same_adapter(cluster: Cluster) -> None:
+@pytest.mark.timeout(900)
+def test_sigkill_in_every_phase_gives_the_same_adapter(cluster: Cluster, tmp_path: Path) -> None:
+    """The agents stand still at a gate while the operator is killed, so every kill meets its phase."""
     assert cluster.kubelet is not None
-    every = ROUNDS | {"minUpdates": 3}
+    rounds = ROUNDS | {"count": 3, "minUpdates": 3}
     cluster.start_operator()
-    cluster.submit("calm", rounds=every, podTemplate=taking(0.3))
-    calm = cluster.wait_phase("Succeeded", "calm", 120)
-    cluster.submit("killed", rounds=every, podTemplate=taking(0.3))
-    random.seed(4)
-    seen: list[str] = []
-    # At once, so that nothing is submitted yet; then whenever another phase or round is reached.
-    cluster.kill_operator()
-    cluster.start_operator()
-    until = time.monotonic() + 200
-    while cluster.status("killed").get("phase") not in ("Succeeded", "Failed"):
-        assert time.monotonic() < until, cluster.log()
-        status = cluster.status("killed")
-        place = f"{status.get('phase')} {status.get('round')}"
-        if status and place not in seen:
-            seen.append(place)
-            time.sleep(random.random() * 0.3)
-            cluster.kill_operator()
-            cluster.start_operator()
-        time.sleep(0.05)
-    print("killed in:", seen)
-    killed = cluster.status("killed")
-    assert killed["phase"] == "Succeeded"
-    assert killed["adapter"]["digest"] == calm["adapter"]["digest"]
-    assert len(seen) >= 3
+    cluster.submit("calm", rounds=rounds, nodes=all_nodes(cluster))
+    calm = cluster.wait_phase("Succeeded", "calm", 200)
+    calm_bytes = adapter_of(cluster, "calm")
+    gate = Gate(tmp_path / "gate")
+    here = {f"{cluster.name}-{name}" for name in NODES}
+    first = min(here)
+
+    def meet(step: str, nodes: set[str] = here) -> None:
+        cluster.wait(f"agents at {step}", lambda: gate.at(step) >= nodes, 200)
+
+    def kill() -> None:
+        cluster.kill_operator()
+        cluster.start_operator()
+
+    cluster.submit("killed", rounds=rounds, nodes=all_nodes(cluster, opened="yes"), podTemplate=gate.template)
+    kill()  # perhaps before it has seen the job at all
+    cluster.wait_phase("Pending", "killed", 200)
+    kill()
+    for name in here:
+        cluster.patch(f"/api/v1/nodes/{name}", {"metadata": {"labels": {"opened": "yes"}}})
+    cluster.wait_phase("Planning", "killed", 200)
+    kill()  # while Pods are made
+    meet("register")
+    kill()
+    gate.open("register")
+    cluster.wait_phase("Profiling", "killed", 200)
+    meet("profile")
+    kill()
+    gate.open("profile")
+    for number in (1, 2, 3):
+        meet(f"train-{number}")
+        cluster.wait_phase("Training", "killed", 200)
+        kill()  # the round is open
+        gate.open(f"train-{number}")
+        meet(f"upload-{number}")
+        kill()  # half of every update is sent
+        gate.open(f"upload-{number}", first)
+        meet(f"answered-{number}", {first})
+        kill()  # one is counted
+        gate.open(f"upload-{number}")
+        meet(f"answered-{number}")
+        kill()  # all are: the round is being closed, aggregated and followed by the next
+    status = cluster.wait_phase("Succeeded", "killed", 200)
+    assert status["adapter"]["digest"] == calm["adapter"]["digest"]
+    assert adapter_of(cluster, "killed") == calm_bytes
     mine = [name for name in names(cluster) if name.startswith("killed-")]
     assert len(mine) == len(set(mine)) == len(NODES), "Pods were made twice"
+    assert not cluster.kubelet.restarts(), "agents go on through every kill"
+    cluster.wait("the agents have ended", lambda: not cluster.kubelet or not cluster.kubelet.agents())
+    cluster.plane.request("DELETE", cluster.job_path("killed"))
+    cluster.wait("no Pod is left", lambda: not any(name.startswith("killed-") for name in cluster.pods()))
+
+
+def all_nodes(cluster: Cluster, **labels: str) -> dict[str, Any]:
+    """Return a spec.nodes that wants every one of them."""
+    return {"selector": {"matchLabels": {"site": cluster.name} | labels}, "min": len(NODES)}
+
+
+def adapter_of(cluster: Cluster, name: str) -> bytes:
+    """Return the finished adapter as the operator gives it out."""
+    found = cluster.get(f"/v1/jobs/{cluster.namespace}/{name}/adapter")
+    assert found
+    return found
 
 
 def test_a_job_deleted_while_the_operator_is_dead_leaves_nothing(cluster: Cluster) -> None:

@@ -5,16 +5,48 @@ import asyncio
 import json
 import os
 import ssl
+import sys
+import time
+import urllib.error
 import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from fedpipe_api.wire import Assignment
-from standins.agents import StandIn
+import aiohttp
+
+from fedpipe_api.wire import MANIFEST_HEADER, Assignment
+from kube.gate import VARIABLE, Gate
+from standins.agents import StandIn, make_update, manifest_of
 
 SECONDS = float(os.environ.get("STAND_IN_SECONDS", "0"))
+RETRY_SECONDS = 0.2
 
 
-class Slow(StandIn):
+class Obedient(StandIn):
+    """Ends when it is told that it is no agent, as the real one does: nothing but time would change that."""
+
+    async def _register(self) -> None:
+        with ending_when_refused():
+            await super()._register()
+
+    async def _work(self) -> Assignment | None:
+        with ending_when_refused():
+            return await super()._work()
+
+
+@contextmanager
+def ending_when_refused() -> Iterator[None]:
+    """Exit for an answer 401."""
+    try:
+        yield
+    except aiohttp.ClientResponseError as error:
+        if error.status == 401:
+            sys.exit(f"refused: {error}")
+        raise
+
+
+class Slow(Obedient):
     """Takes its time to train."""
 
     async def _train(self, work: Assignment) -> None:
@@ -22,15 +54,64 @@ class Slow(StandIn):
         await super()._train(work)
 
 
-parser = argparse.ArgumentParser()
-for name in ("coordinator", "model", "data", "token-file", "ca-file"):
-    parser.add_argument(f"--{name}", required=True)
-options = parser.parse_args()
-token = Path(options.token_file).read_text()
-context = ssl.create_default_context(cafile=options.ca_file)
-request = urllib.request.Request(
-    f"{options.coordinator}/v1/job", headers={"Authorization": f"Bearer {token}"}
-)
-with urllib.request.urlopen(request, context=context, timeout=30) as response:
-    node = json.load(response)["node"]
-asyncio.run(Slow(node, token, lambda: options.coordinator).run())
+class Gated(Obedient):
+    """Works only as far as the gate lets it."""
+
+    gate: Gate
+
+    async def _register(self) -> None:
+        await self.gate.come("register", self.node)
+        await super()._register()
+
+    async def _profile(self, work: Assignment) -> None:
+        await self.gate.come("profile", self.node)
+        await super()._profile(work)
+
+    async def _train(self, work: Assignment) -> None:
+        assert work.plan is not None
+        await self.gate.come(f"train-{work.round}", self.node)
+        body = make_update(self.shape, work.plan, self.node, work.round)
+        manifest = manifest_of(body, work.plan)
+        headers = {MANIFEST_HEADER: manifest.to_json(), aiohttp.hdrs.CONTENT_LENGTH: str(len(body))}
+        url = f"{self.address()}/v1/rounds/{work.round}/update"
+        async with self._session.put(url, data=self._halves(body, work.round), headers=headers) as response:
+            response.raise_for_status()
+        self.gate.tell(f"answered-{work.round}", self.node)
+
+    async def _halves(self, body: bytes, number: int) -> AsyncIterator[bytes]:
+        yield body[: len(body) // 2]
+        await self.gate.come(f"upload-{number}", self.node)
+        yield body[len(body) // 2 :]
+
+
+def own_node(coordinator: str, token: str, context: ssl.SSLContext) -> str:
+    """Ask who we are, for as long as the coordinator is away, as the real agent does."""
+    request = urllib.request.Request(f"{coordinator}/v1/job", headers={"Authorization": f"Bearer {token}"})
+    while True:
+        try:
+            with urllib.request.urlopen(request, context=context, timeout=30) as response:
+                return str(json.load(response)["node"])
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                raise
+        except OSError:
+            pass
+        time.sleep(RETRY_SECONDS)
+
+
+def main() -> None:
+    """Be one agent."""
+    parser = argparse.ArgumentParser()
+    for name in ("coordinator", "model", "data", "token-file", "ca-file"):
+        parser.add_argument(f"--{name}", required=True)
+    options = parser.parse_args()
+    token = Path(options.token_file).read_text()
+    node = own_node(options.coordinator, token, ssl.create_default_context(cafile=options.ca_file))
+    gate = os.environ.get(VARIABLE)
+    agent = (Gated if gate else Slow)(node, token, lambda: options.coordinator)
+    if isinstance(agent, Gated):
+        agent.gate = Gate(Path(str(gate)))
+    asyncio.run(agent.run())
+
+
+main()

@@ -74,6 +74,8 @@ class Cluster:
         self.http_port = free_port()
         self.api_url: str | None = None
         """Where the operator finds the API server, if not at the control plane itself."""
+        self.program = [sys.executable, "-m", "fedpipe_operator.kube"]
+        """What is run as the operator."""
         self.operator: subprocess.Popen[bytes] | None = None
         self.kubelet: Kubelet | None = None
         self._nodes: list[str] = []
@@ -243,8 +245,7 @@ class Cluster:
             config["clusters"][0]["cluster"] = {"server": self.api_url}
             kubeconfig.write_text(yaml.safe_dump(config))
         command = [
-            sys.executable, "-m", "fedpipe_operator.kube",
-            "run", "--store", str(self.directory / "store"), "--namespace", self.own,
+            *self.program, "run", "--store", str(self.directory / "store"), "--namespace", self.own,
             "--agent-image", "agent:1", "--operator-image", "operator:1", "--watch", self.namespace,
             "--host", "127.0.0.1", "--coordinator-port", str(self.coordinator_port),
             "--http-port", str(self.http_port),

@@ -77,6 +77,10 @@ class ControlPlane:
         """A kubeconfig file for the administrator."""
         return self.kubeconfig_for("admin", self.token)
 
+    @cached_property
+    def _context(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=str(self.ca))
+
     def kubeconfig_for(self, name: str, token: str) -> Path:
         """Write a kubeconfig file for another bearer token, such as a ServiceAccount's."""
         path = self.directory / f"{name}.kubeconfig"
@@ -103,8 +107,9 @@ class ControlPlane:
     ) -> tuple[int, Any]:
         """Call the API and return the status code and the decoded body."""
         address = urllib.parse.urlsplit(self.url)
-        context = ssl.create_default_context(cafile=str(self.ca))
-        connection = http.client.HTTPSConnection(address.hostname, address.port, timeout=30, context=context)
+        connection = http.client.HTTPSConnection(
+            address.hostname, address.port, timeout=30, context=self._context
+        )
         headers = {"Authorization": f"Bearer {token or self.token}", "Content-Type": content_type}
         try:
             connection.request(method, path, None if body is None else json.dumps(body), headers)

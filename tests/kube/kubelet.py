@@ -99,6 +99,11 @@ class Kubelet:
                 k.node: k.process for k in self._running.values() if k.process and k.process.poll() is None
             }
 
+    def restarts(self) -> dict[str, int]:
+        """Return how often the agents of present Pods were restarted, by node; only those that were."""
+        with self._lock:
+            return {k.node: k.restarts for k in self._running.values() if k.restarts}
+
     def _loop(self) -> None:
         while not self._stop.is_set():
             with suppress(OSError, http.client.HTTPException):  # the API server is away; kubelets go on

@@ -3,28 +3,41 @@
 import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cryptography import x509
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from fedpipe_api.base import UserError
 from fedpipe_api.names import child_name
 from fedpipe_api.status import Phase
+from fedpipe_api.wire import Blob
 from fedpipe_operator.coordinator import Identity
 from fedpipe_operator.engine import Engine, Refused
 from fedpipe_operator.engine.decide import Wait
 from fedpipe_operator.engine.jobs import Job
-from fedpipe_operator.engine.records import Submitted
-from fedpipe_operator.engine.state import submitted
+from fedpipe_operator.engine.records import (
+    RoundAggregated,
+    RoundClosed,
+    RoundOpened,
+    Submitted,
+    UpdateAccepted,
+)
+from fedpipe_operator.engine.state import apply, submitted
 from fedpipe_operator.kube.api import ApiError
 from fedpipe_operator.kube.identity import PodIdentities
 from fedpipe_operator.kube.inventory import Inventory
 from fedpipe_operator.kube.observed import WriteBudget, invalid_status, observed_status
+from fedpipe_operator.kube.resync import Resync
+from fedpipe_operator.kube.settings import Settings
 from fedpipe_operator.kube.tls import CA_LIFE, OVERLAP, SERVING_LIFE, Material, load_certificate, renew
-from fedpipe_operator.metrics import FAMILIES, JobCollector, markdown
+from fedpipe_operator.metrics import FAMILIES, Figures, Samples, markdown
+from fedpipe_operator.metrics.totals import Totals
 from kube.objects import NOW, UID, capacity, job, node, pod
+from kube.test_kube_reconcile import PLAN, SHAPE, state_of
+from standins.agents import make_update, manifest_of
 
 START = datetime(2027, 1, 1, tzinfo=UTC)
 HOSTS = ["fedpipe.fedpipe.svc", "127.0.0.1"]
@@ -215,21 +228,94 @@ def test_a_heartbeat_wakes_nobody() -> None:
     assert told == ["fleet"], "it had been taken for gone"
 
 
+class Paged:
+    """An API server that gives at most two objects at a time."""
+
+    def __init__(self, lists: dict[str, list[Any]]) -> None:
+        self._lists = lists
+
+    async def request(self, verb: str, method: str, path: str, *, query: Any, accept: str) -> Any:
+        found = self._lists[path]
+        begin = int(query.get("continue", 0))
+        rest = {"continue": str(begin + 2)} if begin + 2 < len(found) else {}
+        return {"metadata": rest, "items": found[begin : begin + 2]}
+
+
+async def test_everything_there_is_is_known_before_the_watches_begin(tmp_path: Path) -> None:
+    names = ["a", "b", "c", "d", "e"]
+    api: Any = Paged(
+        {
+            "/api/v1/nodes": [node(name) for name in names],
+            "/apis/fedpipe.io/v1alpha1/fedpipenodes": [capacity(name) for name in names],
+            "/api/v1/namespaces/one/pods": [pod(name) for name in names[:3]],
+            "/api/v1/namespaces/two/pods": [pod(names[3])],
+        }
+    )
+    settings = Settings("fedpipe", "fedpipe", tmp_path, "agent:1", "operator:1", namespaces=("one", "two"))
+    known = Inventory(lambda: None, lambda uid: None)
+    controller: Any = SimpleNamespace(inventory=known)
+    engine: Any = None
+    await Resync(api, engine, controller, settings).fill()
+    assert sorted(known.nodes) == sorted(known.capacities) == names
+    assert len(known.pods_of(UID)) == 4
+
+
+async def scraped(figures: Figures) -> str:
+    return (await figures.text()).decode()
+
+
+def test_labels_are_escaped() -> None:
+    samples = Samples()
+    labels = ("a\\b", 'say "x"\nand y', "bf16", "memory")
+    samples.add("fedpipe_node_plan_info", (labels[0], labels[1], "n", *labels[2:]), 1)
+    (family,) = text_string_to_metric_families(samples.text())
+    assert family.samples[0].labels["namespace"] == labels[0]
+    assert family.samples[0].labels["job"] == labels[1]
+
+
+def test_totals_are_the_same_whether_rounds_are_added_one_by_one_or_at_once() -> None:
+    state = state_of(job(), ("a", "b"), ("a", "b"), plan=("a", "b"))
+    following = Totals()
+    for number in (1, 2, 3):
+        apply(state, RoundOpened(round=number, plan=2, participants=("a", "b"), deadline=NOW), NOW)
+        following.follow(state)
+        body = make_update(SHAPE, PLAN, "a", number)
+        apply(state, UpdateAccepted(round=number, node="a", manifest=manifest_of(body, PLAN)), NOW)
+        apply(state, RoundClosed(round=number, stragglers={"b": 1}, bytes_down=7), NOW)
+        blob = Blob(digest="0" * 64, size=1)
+        done = RoundAggregated(
+            round=number, adapter=blob, matrices={}, checks={}, relative_error=0.0, discarded_energy=0.0,
+            effective_rank=1.0, seconds=1.0,
+        )  # fmt: skip
+        apply(state, done, NOW)
+    apply(state, RoundOpened(round=4, plan=2, participants=("a", "b"), deadline=NOW), NOW)
+    apply(state, UpdateAccepted(round=4, node="a", manifest=manifest_of(body, PLAN)), NOW)
+    found = following.follow(state)
+    assert found == Totals().follow(state)
+    assert (found.updates, found.stragglers, found.bytes_down) == (4, 3, 21)
+    assert found.under_training == pytest.approx(1 / 4)  # of 2 x 2 planned steps, b was heard of at its first
+    assert following.updates == 3
+
+
 async def test_every_series_is_of_the_table_and_vanishes_with_its_job(tmp_path: Path) -> None:
     engine = Engine(tmp_path)
     await engine.start()
     try:
         await engine.submit(job())
         await engine.offer(UID, ["edge-1", "edge-2"])
-        registry = CollectorRegistry()
-        registry.register(JobCollector(engine))
-        text = generate_latest(registry).decode()
-        names = {family.name for family in FAMILIES}
-        told = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
-        assert told <= names
-        assert 'fedpipe_job_phase{job="tickets",namespace="support",phase="Planning"} 1.0' in text
+        figures = Figures(engine, tmp_path, lambda: {("get", "200"): 3}, lambda: 0.5)
+        found = {family.name: family for family in text_string_to_metric_families(await scraped(figures))}
+        # The parser takes the ending off counters, and what a client adds for its histograms is no family of ours.
+        named = {name + "_total" * (family.type == "counter") for name, family in found.items()}
+        assert {name for name in named if not name.endswith("_created")} <= {f.name for f in FAMILIES}
+        for family in found.values():
+            assert family.documentation
+        phases = {s.labels["phase"]: s.value for s in found["fedpipe_job_phase"].samples}
+        assert [phase for phase, value in phases.items() if value] == ["Planning"]
+        (sample,) = found["fedpipe_operator_api_requests"].samples
+        assert (sample.labels, sample.value) == ({"verb": "get", "code": "200"}, 3.0)
         await engine.delete(UID)
-        assert "tickets" not in generate_latest(registry).decode()
+        assert "tickets" not in await scraped(figures)
     finally:
         await engine.stop()
 

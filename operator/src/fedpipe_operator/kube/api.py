@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
+from urllib.request import getproxies_environment
 
 import aiohttp
 from kubernetes.aio import client, config
@@ -43,6 +44,8 @@ async def connect() -> client.ApiClient:
     else:
         await config.load_kube_config(client_configuration=configuration)
     configuration.connection_pool_maxsize = 50
+    # Without a proxy the environment has nothing to say, and aiohttp would read ~/.netrc at every request.
+    configuration.client_session_kwargs = {"trust_env": bool(getproxies_environment())}
     return client.ApiClient(configuration)
 
 
@@ -62,16 +65,15 @@ class Api:
 
     # Pods
 
-    async def create_pod(self, manifest: Document) -> bool:
-        """Create a Pod; False when its name is taken, which a second attempt may find."""
+    async def create_pod(self, manifest: Document) -> Document | None:
+        """Create a Pod and return it; None when its name is taken, which a second attempt may find."""
         path = f"/api/v1/namespaces/{manifest['metadata']['namespace']}/pods"
         try:
-            await self.request("create", "POST", path, manifest)
+            return await self.request("create", "POST", path, manifest)
         except ApiError as error:
             if error.status == 409:
-                return False
+                return None
             raise
-        return True
 
     async def get_pod(self, namespace: str, name: str) -> Document | None:
         """Return a Pod, or None when there is none."""

@@ -100,6 +100,7 @@ class Controller:
         self._observe = observe
         self._clock = clock
         self._proven: dict[str, object] = {}
+        self._turn = asyncio.Lock()
 
     # What kopf's handlers say
 
@@ -158,10 +159,6 @@ class Controller:
             known = self.jobs[uid]
             self._events.tell(known.namespace, known.name, uid, note)
 
-    def job_name(self, uid: str) -> str | None:
-        """Return a job's name by its uid."""
-        return self.jobs[uid].name if uid in self.jobs else None
-
     async def stop(self) -> None:
         """Stop looking."""
         tasks = [task for known in self.jobs.values() for task in (known.task, known.output_task)]
@@ -176,6 +173,9 @@ class Controller:
             if known.uid in self.engine.jobs:
                 # Records, not every sign of life of every agent.
                 events.append(self.engine.jobs[known.uid].committed.next)
+            async with self._turn:
+                # All jobs may be woken at once; between two looks the event loop does what else is due.
+                await asyncio.sleep(0)
             started = time.perf_counter()
             try:
                 again = await self._look(known)
@@ -279,9 +279,12 @@ class Controller:
         view, capacity = self.inventory.nodes.get(node), self.inventory.capacities.get(node)
         if view is None or capacity is None:
             return
-        manifest = build_agent_pod(job, view, capacity, self._settings)
-        if await self._api.create_pod(manifest):
+        made = await self._api.create_pod(build_agent_pod(job, view, capacity, self._settings))
+        if made is not None:
             known.expected[node] = self._clock() + EXPECTED_SECONDS
+            if self.inventory.pod(known.namespace, made["metadata"]["name"]) is None:
+                # Its agent may call before the watch shows it.
+                self.inventory.see_pod(made)
             return
         found = await self._api.get_pod(known.namespace, child_name(known.name, node))
         if found is not None:

@@ -119,7 +119,7 @@ def _unusable(
 
 def selects(selector: LabelSelector, labels: Mapping[str, str]) -> bool:
     """Return whether a Kubernetes label selector matches the labels."""
-    if any(labels.get(key) != value for key, value in selector.match_labels.items()):
+    if not selector.match_labels.items() <= labels.items():
         return False
     return all(_meets(expression, labels) for expression in selector.match_expressions)
 

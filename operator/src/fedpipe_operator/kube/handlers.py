@@ -42,34 +42,28 @@ def register(controller: Controller) -> kopf.OperatorRegistry:
     async def login(**kwargs: Any) -> Any:
         return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
 
-    # An index is filled from the initial list before any other handler runs; what it would keep is in the
-    # inventory instead.
-    @kopf.index("", "v1", "nodes", registry=registry)
-    async def nodes(body: kopf.Body, **_: Any) -> None:
-        inventory.see_node(body)
-
-    @kopf.index(GROUP, NODES, registry=registry)
-    async def capacities(body: kopf.Body, **_: Any) -> None:
-        inventory.see_capacity(body)
-
-    @kopf.index("", "v1", "pods", labels={JOB_LABEL: kopf.PRESENT}, registry=registry)
-    async def pods(body: kopf.Body, **_: Any) -> None:
-        inventory.see_pod(body)
-
+    # Not kopf's indices: they hold back every object until all are indexed, and wake all whenever one
+    # is, which is the square of thousands. `Resync.fill` has filled the inventory before instead.
     @kopf.on.event("", "v1", "nodes", registry=registry)
-    async def node_event(event: Any, name: str, **_: Any) -> None:
+    async def node(event: Any, body: kopf.Body, name: str, **_: Any) -> None:
         if event["type"] == "DELETED":
             inventory.lose_node(name)
+        else:
+            inventory.see_node(body)
 
     @kopf.on.event(GROUP, NODES, registry=registry)
-    async def capacity_event(event: Any, name: str, **_: Any) -> None:
+    async def capacity(event: Any, body: kopf.Body, name: str, **_: Any) -> None:
         if event["type"] == "DELETED":
             inventory.lose_capacity(name)
+        else:
+            inventory.see_capacity(body)
 
     @kopf.on.event("", "v1", "pods", labels={JOB_LABEL: kopf.PRESENT}, registry=registry)
-    async def pod_event(event: Any, namespace: str | None, name: str, uid: str, **_: Any) -> None:
+    async def pod(event: Any, body: kopf.Body, namespace: str | None, name: str, uid: str, **_: Any) -> None:
         if event["type"] == "DELETED":
             inventory.lose_pod(namespace or "", name, uid)
+        else:
+            inventory.see_pod(body)
 
     @kopf.on.resume(GROUP, JOBS, registry=registry)
     @kopf.on.create(GROUP, JOBS, registry=registry)

@@ -1,7 +1,8 @@
-"""Finds what was deleted while a watch was broken: such a deletion is never told by the next one."""
+"""Lists what there is: all before the watches begin, and later to find what vanished while one was broken."""
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fedpipe_api.names import GROUP, JOB_LABEL, JOBS, NODES, VERSION
@@ -14,21 +15,34 @@ from .settings import Settings
 log = logging.getLogger(__name__)
 
 RESYNC_SECONDS = 120.0
+
+# Objects asked for at once: reading more would hold up the event loop.
 PAGE = 500
-"""Objects asked for at once: reading more would hold up the event loop."""
+WHOLE_PAGE = 50
 
 _METADATA = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 _CUSTOM = f"/apis/{GROUP}/{VERSION}"
 
 
 class Resync:
-    """Compares what is known with what there is, by metadata alone."""
+    """Compares what is known with what there is; but for `fill` by metadata alone."""
 
     def __init__(self, api: Api, engine: Engine, controller: Controller, settings: Settings) -> None:
         self._api = api
         self._engine = engine
         self._controller = controller
         self._scopes = [f"/namespaces/{name}" for name in settings.namespaces] or [""]
+
+    async def fill(self) -> None:
+        """Take in all nodes and Pods, so that no job is looked at with only some of them known."""
+        inventory = self._controller.inventory
+        async for body in self._pages("/api/v1/nodes", {}):
+            inventory.see_node(body)
+        async for body in self._pages(f"{_CUSTOM}/{NODES}", {}):
+            inventory.see_capacity(body)
+        for scope in self._scopes:
+            async for body in self._pages(f"/api/v1{scope}/pods", {"labelSelector": JOB_LABEL}):
+                inventory.see_pod(body)
 
     async def watch(self) -> None:
         """Compare again and again until cancelled."""
@@ -73,12 +87,17 @@ class Resync:
         return {str(meta["name"]) for meta in await self._list(f"{group}/{plural}", {})}
 
     async def _list(self, path: str, query: dict[str, str]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        page = {"limit": str(PAGE)} | query
+        return [item["metadata"] async for item in self._pages(path, query, PAGE, accept=_METADATA)]
+
+    async def _pages(
+        self, path: str, query: dict[str, str], size: int = WHOLE_PAGE, accept: str = "application/json"
+    ) -> AsyncIterator[dict[str, Any]]:
+        page = {"limit": str(size)} | query
         while True:
-            answer = await self._api.request("list", "GET", path, query=page, accept=_METADATA)
-            found += [item["metadata"] for item in answer["items"] or ()]
+            answer = await self._api.request("list", "GET", path, query=page, accept=accept)
+            for item in answer["items"] or ():
+                yield item
             more = answer["metadata"].get("continue")
             if not more:
-                return found
+                return
             page["continue"] = more

@@ -1,7 +1,9 @@
 """`fedpipe-operator run`: engine, coordinator, metrics and kopf in one process and one event loop."""
 
 import asyncio
+import asyncio.sslproto
 import contextlib
+import gc
 import logging
 import signal
 import time
@@ -30,6 +32,14 @@ log = logging.getLogger(__name__)
 
 UPLOAD_SECONDS = 5.0
 """How long requests in progress are given at the end."""
+
+TLS_BUFFER = 32 * 1024
+"""Bytes that asyncio keeps for each TLS connection; its 256 KiB make half a gigabyte for 2,000 agents."""
+
+COLLECT_SECONDS = 300.0
+"""Pause between two full garbage collections."""
+
+_NEVER = 1_000_000_000
 
 START_SECONDS = 5.0
 """Pause between attempts to reach the API server at the start."""
@@ -67,6 +77,12 @@ class Operator:
         # Every job is looked at every few seconds; without jobs there is nothing to be late for.
         return time.monotonic() - self.controller.last_look if self.controller.jobs else 0.0
 
+    def _job_name(self, uid: str) -> str | None:
+        # From the ledger, not from the watch: agents that outlived the last operator call before this one has
+        # seen their job, and one that is refused gives up.
+        job = self.engine.jobs.get(uid)
+        return job.state.name if job else None
+
     def _unready(self) -> str | None:
         if not self._serving:
             return "the coordinator is not listening yet"
@@ -82,9 +98,10 @@ class Operator:
             await self._serve(stack, plain, self.settings.http_port, tls=False)
             await self._patiently(self.authority.load, stop)
             await self._patiently(self.resync.drop_jobs, stop)
+            await self._patiently(self.resync.fill, stop)
             if stop.is_set():
                 return
-            identify = PodIdentities(self.api, self.controller.inventory.pod, self.controller.job_name)
+            identify = PodIdentities(self.api, self.controller.inventory.pod, self._job_name)
             coordinator = application(self.engine, identify)
             coordinator.router.add_get("/v1/adapter", own_adapter(self.engine, identify))
             await self._serve(stack, coordinator, self.settings.coordinator_port, tls=True)
@@ -96,6 +113,7 @@ class Operator:
                 self.resync.watch(),
                 self.figures.watch_lag(),
                 self.figures.watch_store(),
+                _collect_garbage(),
             ]
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(work) for work in background]
@@ -138,8 +156,27 @@ class Operator:
                     await asyncio.wait_for(stop.wait(), START_SECONDS)
 
 
+async def _collect_garbage() -> None:
+    """Collect all garbage now and then, until cancelled.
+
+    With a thousand agents a full collection holds up the event loop for 0.2 s or more, and while their number
+    grows Python would make one every few seconds. The young generations are left to Python.
+    """
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, _NEVER)
+    try:
+        gc.collect()
+        gc.freeze()  # modules, and what the ledger and the first lists held, will hardly ever be garbage
+        while True:
+            await asyncio.sleep(COLLECT_SECONDS)
+            gc.collect()
+    finally:
+        gc.set_threshold(young, middle, old)
+
+
 async def serve(settings: Settings) -> None:
     """Run the operator until SIGTERM or SIGINT."""
+    asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

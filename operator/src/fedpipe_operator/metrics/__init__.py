@@ -1,7 +1,7 @@
 """Prometheus metrics: jobs are read at scrape time, so their series vanish with them."""
 
-from .collector import JobCollector, Samples
 from .figures import Figures
+from .samples import Samples
 from .table import FAMILIES, Family, markdown
 
-__all__ = ["FAMILIES", "Family", "Figures", "JobCollector", "Samples", "markdown"]
+__all__ = ["FAMILIES", "Family", "Figures", "Samples", "markdown"]

@@ -1,58 +1,19 @@
-"""Reads the engine's state into metric families."""
+"""Reads the engine's state into samples."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from collections.abc import Mapping
 
 from fedpipe_api.status import Phase
+from fedpipe_api.wire import UpdateManifest
 
 from ..engine import Engine
 from ..engine.jobs import Job
 from ..engine.state import JobState, evaluation_of
 from ..engine.status import eta_seconds, metric_of, phase_of
-from .table import NAMES
+from .samples import Samples
+from .totals import Totals
 
 IMPORTANCE_SERIES = 100
-
-
-class Samples:
-    """Metric families that fill up as they are given values."""
-
-    def __init__(self) -> None:
-        self._families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
-
-    def add(self, name: str, labels: tuple[str, ...], value: float | None) -> None:
-        """Add a value to the family of the table with that name; None is left out."""
-        if value is None:
-            return
-        family = self._families.get(name)
-        if family is None:
-            known = NAMES[name]
-            kind = CounterMetricFamily if known.kind == "counter" else GaugeMetricFamily
-            family = self._families[name] = kind(name, known.help, labels=known.labels)
-        family.add_metric(labels, value)
-
-    def families(self) -> Iterator[Metric]:
-        """Return what was filled."""
-        return iter(self._families.values())
-
-
-class JobCollector(Collector):
-    """All jobs of an engine, for a prometheus_client registry."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def collect(self) -> Iterator[Metric]:
-        """Return the families as of now."""
-        samples = Samples()
-        now = self._engine.clock()
-        for job in list(self._engine.jobs.values()):
-            add_job(samples, job, now)
-        add_phases(samples, self._engine)
-        return samples.families()
 
 
 def add_phases(samples: Samples, engine: Engine) -> None:
@@ -62,15 +23,30 @@ def add_phases(samples: Samples, engine: Engine) -> None:
         samples.add("fedpipe_operator_jobs", (phase.value,), counts[phase])
 
 
-def add_job(samples: Samples, job: Job, now: float) -> None:
-    """Add a job, its latest round and its nodes."""
+def add_job(samples: Samples, job: Job, totals: Totals, now: float) -> None:
+    """Add a job, its latest round and its nodes; `totals` are the job's and follow it."""
     state = job.state
     key = (state.namespace, state.name)
     _add_job(samples, state, key)
-    _add_totals(samples, state, key)
+    _add_totals(samples, state, totals.follow(state), key)
     _add_round(samples, state, key, now)
+    live = frozenset(() if state.finished else state.live)
+    latest = _latest_updates(state)
     for node in state.offered:
-        _add_node(samples, job, node, (*key, node), now)
+        _add_node(samples, job, (*key, node), up=node in live, latest=latest.get(node), now=now)
+
+
+def _latest_updates(state: JobState) -> dict[str, tuple[int, UpdateManifest]]:
+    """Return the latest round in which each offered node's update counted, and the update."""
+    found: dict[str, tuple[int, UpdateManifest]] = {}
+    wanted = set(state.offered)
+    for number in sorted(state.rounds, reverse=True):
+        updates = state.rounds[number].updates
+        found |= {node: (number, updates[node]) for node in wanted & updates.keys()}
+        wanted -= updates.keys()
+        if not wanted:
+            break
+    return found
 
 
 def _add_job(samples: Samples, state: JobState, key: tuple[str, str]) -> None:
@@ -110,40 +86,15 @@ def _add_job(samples: Samples, state: JobState, key: tuple[str, str]) -> None:
             samples.add("fedpipe_job_importance", (*key, matrix, selected), score)
 
 
-def _add_totals(samples: Samples, state: JobState, key: tuple[str, str]) -> None:
-    updates = [manifest for known in state.rounds.values() for manifest in known.updates.values()]
-    closed = [known.closed for known in state.rounds.values() if known.closed]
-    results = [known.result for known in state.rounds.values() if known.result]
-    verdicts = Counter(check.verdict for result in results for check in result.checks.values())
-    samples.add("fedpipe_job_updates_total", key, len(updates))
+def _add_totals(samples: Samples, state: JobState, totals: Totals, key: tuple[str, str]) -> None:
+    samples.add("fedpipe_job_updates_total", key, totals.updates)
     for verdict in ("clipped", "flagged", "rejected"):
-        samples.add("fedpipe_job_suspicious_updates_total", (*key, verdict), verdicts[verdict])
-    samples.add("fedpipe_job_stragglers_total", key, sum(len(record.stragglers) for record in closed))
+        samples.add("fedpipe_job_suspicious_updates_total", (*key, verdict), totals.verdicts[verdict])
+    samples.add("fedpipe_job_stragglers_total", key, totals.stragglers)
     samples.add("fedpipe_job_replans_total", key, max(0, state.plan.version - 1) if state.plan else 0)
-    samples.add("fedpipe_job_bytes_up_total", key, sum(manifest.size for manifest in updates))
-    samples.add("fedpipe_job_bytes_down_total", key, sum(record.bytes_down for record in closed))
-    samples.add("fedpipe_job_under_training_ratio", key, under_training(state))
-
-
-def under_training(state: JobState) -> float | None:
-    """Return the share of planned local steps that were not done when rounds closed (METHOD §2).
-
-    Steps that a straggler was last heard of at were done, though not counted in the aggregate. What a
-    straggler had planned is taken from the present plan.
-    """
-    planned = done = 0
-    for known in state.rounds.values():
-        if known.closed is None:
-            continue
-        for manifest in known.updates.values():
-            planned += manifest.planned_steps
-            done += min(manifest.steps, manifest.planned_steps)
-        for node, heard in known.closed.stragglers.items():
-            plan = state.plan.nodes.get(node) if state.plan else None
-            if plan is not None:
-                planned += plan.local_steps
-                done += min(heard, plan.local_steps)
-    return 1 - done / planned if planned else None
+    samples.add("fedpipe_job_bytes_up_total", key, totals.bytes_up)
+    samples.add("fedpipe_job_bytes_down_total", key, totals.bytes_down)
+    samples.add("fedpipe_job_under_training_ratio", key, totals.under_training)
 
 
 def _add_round(samples: Samples, state: JobState, key: tuple[str, str], now: float) -> None:
@@ -169,9 +120,18 @@ def _add_round(samples: Samples, state: JobState, key: tuple[str, str], now: flo
     samples.add("fedpipe_round_adapter_bytes", key, result.adapter.size)
 
 
-def _add_node(samples: Samples, job: Job, node: str, key: tuple[str, str, str], now: float) -> None:
+def _add_node(
+    samples: Samples,
+    job: Job,
+    key: tuple[str, str, str],
+    *,
+    up: bool,
+    latest: tuple[int, UpdateManifest] | None,
+    now: float,
+) -> None:
+    node = key[2]
     state, live = job.state, job.live.get(node)
-    samples.add("fedpipe_node_up", key, node in state.live and not state.finished)
+    samples.add("fedpipe_node_up", key, up)
     if live is not None and not state.finished:
         samples.add("fedpipe_node_silence_seconds", key, max(0.0, now - live.seen))
         if live.progress is not None:
@@ -188,10 +148,9 @@ def _add_node(samples: Samples, job: Job, node: str, key: tuple[str, str, str], 
         samples.add("fedpipe_node_rank", (*key, "max"), max(plan.ranks.values(), default=None))
         samples.add("fedpipe_node_predicted_memory_bytes", key, plan.predicted_bytes)
         samples.add("fedpipe_node_predicted_step_seconds", key, plan.predicted_step_seconds)
-    last = next((n for n in sorted(state.rounds, reverse=True) if node in state.rounds[n].updates), None)
     profile = state.profiles.get(node)
-    if last is not None:
-        manifest = state.rounds[last].updates[node]
+    if latest is not None:
+        last, manifest = latest
         samples.add("fedpipe_node_measured_memory_bytes", key, manifest.peak_bytes)
         samples.add("fedpipe_node_measured_step_seconds", key, manifest.step_seconds)
         samples.add("fedpipe_node_train_loss", key, manifest.train_loss)
