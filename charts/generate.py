@@ -1,6 +1,6 @@
 """Writes what the chart holds in a second form: `python charts/generate.py [--check]`.
 
-CustomResourceDefinitions come from crds/, dashboards from dashboards.py, the tables of the documents from
+CustomResourceDefinitions come from crds/, dashboards from dashboards/, the tables of the documents from
 values.yaml, the alert rules and the contract's conditions.
 """
 
@@ -43,9 +43,9 @@ def files() -> dict[Path, str]:
     found |= {
         CHART / f"dashboards/{name}.json": grafana.text(name, panels) for name, panels in DASHBOARDS.items()
     }
-    readme, cluster = CHART / "README.md", CHART / "CLUSTER.md"
-    found[readme] = filled(readme.read_text(), values=values_table(), alerts=alerts_table())
-    found[cluster] = filled(cluster.read_text(), reasons=reasons_table())
+    chart, project = CHART / "README.md", HERE.parent / "README.md"
+    found[chart] = filled(chart.read_text(), values=values_table(), alerts=alerts_table())
+    found[project] = filled(project.read_text(), reasons=reasons_table())
     return found
 
 

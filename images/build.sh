@@ -20,12 +20,12 @@ git archive "$commit" crds operator edge-agent images constraints.txt | tar -x -
 
 case $(basename "$tool") in
   docker) build=("$tool" buildx build --load) ;;
-  *) build=("$tool" build --timestamp "$SOURCE_DATE_EPOCH") ;;
+  *) build=("$tool" build --layers=false --timestamp "$SOURCE_DATE_EPOCH") ;;  # intermediate layers show in the digest
 esac
 for name in "${@:-operator probe agent}"; do
   for image in $name; do
     # shellcheck disable=SC2086  # BUILD_ARGS are several words
-    "${build[@]}" --file "$context/images/$image/Containerfile" --tag "${PREFIX:-fedpipe}/$image:${TAG:-$version}" \
+    "${build[@]}" --file "$context/images/$image/Containerfile" --tag "${PREFIX:-docker.io/fedpipe}/$image:${TAG:-$version}" \
       --build-arg VERSION="$version" --build-arg REVISION="$commit" \
       --build-arg SOURCE_DATE_EPOCH="$SOURCE_DATE_EPOCH" ${BUILD_ARGS:-} "$context"
   done

@@ -21,6 +21,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import yaml
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from chart.hooks import token
 from chart.rendering import CHART, REPOSITORY
@@ -37,8 +39,18 @@ SECONDS = 1500
 WIDTH, HEIGHT = 0.55, 0.28
 """Inches of one of Grafana's columns and lines."""
 
-TITLE = 0.35
-"""Inches above the panels."""
+TITLE, GAP = 0.4, 0.05
+"""Inches above the panels; between a panel and its place's edge."""
+
+DPI = 110
+POINTS = 120
+"""Points of a line at most, as Grafana chooses its step by the width."""
+
+STYLE = {
+    "figure.facecolor": "#f4f5f5", "text.color": "#24292e", "axes.edgecolor": "#9fa7b3", "axes.labelsize": 6.5,
+    "xtick.color": "#6e7783", "ytick.color": "#6e7783", "grid.color": "#e4e7eb", "axes.axisbelow": True,
+    "text.hinting": "none",
+}  # fmt: skip
 
 
 def main(inputs: Path) -> None:
@@ -136,24 +148,48 @@ def draw(dashboard: dict[str, Any], watched: Prometheus, start: float, end: floa
     places = [panel["gridPos"] for panel in dashboard["panels"]]
     height = max(place["y"] + place["h"] for place in places)
     wide, high = 24 * WIDTH, height * HEIGHT + TITLE
-    figure = plt.figure(figsize=(wide, high), dpi=72)
-    figure.text(0.1 / wide, 1 - TITLE / 2 / high, dashboard["title"], fontsize=11, weight="bold", va="center")
-    for panel in dashboard["panels"]:
-        x, y, w, h = (panel["gridPos"][key] for key in "xywh")
-        left, bottom = x * WIDTH + 0.45, (height - y - h) * HEIGHT + 0.22
-        box = (
-            left / wide,
-            bottom / high,
-            (w * WIDTH - 0.6) / wide,
-            (h * HEIGHT - 0.48) / high,
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(wide, high), dpi=DPI)
+        figure.text(
+            0.1 / wide, 1 - TITLE / 2 / high, dashboard["title"], fontsize=11, weight="bold", va="center"
         )
-        axes = figure.add_axes(box)
-        axes.set_title(panel["title"], fontsize=8, loc="left", pad=4, weight="bold")
-        {"timeseries": _lines, "stat": _stat, "table": _table}[panel["type"]](
-            axes, panel, watched, start, end
-        )
-    figure.savefig(path)
-    plt.close(figure)
+        for panel in dashboard["panels"]:
+            place = panel["gridPos"]
+            left, bottom = place["x"] * WIDTH, (height - place["y"] - place["h"]) * HEIGHT
+            axes = _frame(figure, left, bottom, place["w"] * WIDTH, place["h"] * HEIGHT, panel["title"])
+            {"timeseries": _lines, "stat": _stat, "table": _table}[panel["type"]](
+                axes, panel, watched, start, end
+            )
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def _frame(figure: Figure, left: float, bottom: float, wide: float, high: float, title: str) -> Axes:
+    """Draw a panel's frame, in inches from the lower left; return the axes of its whole inside."""
+    total_wide, total_high = figure.get_size_inches()
+    box = (left + GAP) / total_wide, (bottom + GAP) / total_high
+    size = (wide - 2 * GAP) / total_wide, (high - 2 * GAP) / total_high
+    figure.add_artist(Rectangle(box, *size, facecolor="white", edgecolor="#d8d9da", linewidth=0.6, zorder=-1))
+    top = (bottom + high - GAP - 0.17) / total_high
+    figure.text((left + 0.13) / total_wide, top, title, fontsize=8, weight="bold", va="center")
+    inside = (
+        (left + 0.45) / total_wide,
+        (bottom + 0.3) / total_high,
+        (wide - 0.6) / total_wide,
+        (high - 0.66) / total_high,
+    )
+    axes = figure.add_axes(inside)
+    axes.set_facecolor("white")
+    return axes
+
+
+def _shrink(axes: Axes, below: float, left: float = 0.0) -> None:
+    """Move an axes' lower edge up and its left edge by inches."""
+    wide, high = axes.figure.get_size_inches()
+    box = axes.get_position()
+    axes.set_position(
+        (box.x0 + left / wide, box.y0 + below / high, box.width - left / wide, box.height - below / high)
+    )
 
 
 def _filled(target: dict[str, Any], rate: str) -> str:
@@ -178,35 +214,51 @@ def _scaled(unit: str, top: float) -> tuple[float, str]:
 
 def _lines(axes: Axes, panel: dict[str, Any], watched: Prometheus, start: float, end: float) -> None:
     series = []
+    step = max(2.0, (end - start) / POINTS)
     for target in panel["targets"]:
-        for found in watched.query_range(_filled(target, "20s"), start, end, 2):
+        for found in watched.query_range(_filled(target, "20s"), start, end, step):
             points = [(float(t) - start, float(v)) for t, v in found["values"] if v != "NaN"]
             series.append((_legend(target, found["metric"]), points))
     values = [value for _, points in series for _, value in points]
     scale, unit = _scaled(panel["fieldConfig"]["defaults"]["unit"], max(map(abs, values), default=0))
     stacked = panel["fieldConfig"]["defaults"]["custom"]["stacking"]["mode"] == "normal"
     below: dict[float, float] = {}
-    for number, (name, points) in enumerate(sorted(series)[:12]):
+    series = sorted(series)[:12]
+    for number, (name, points) in enumerate(series):
         times = [t / 60 for t, _ in points]
         heights = [v / scale + (below.get(t, 0.0) if stacked else 0.0) for t, v in points]
         if stacked:
             bottoms = [below.get(t, 0.0) for t, _ in points]
-            axes.fill_between(times, bottoms, heights, step="post", alpha=0.3, color=f"C{number}")
+            axes.fill_between(times, bottoms, heights, step="post", alpha=0.25, color=f"C{number}")
             below |= {t: h for (t, _), h in zip(points, heights, strict=True)}
         axes.step(times, heights, where="post", linewidth=1, label=name, color=f"C{number % 10}",
                   linestyle="--" if "predicted" in name else "-")  # fmt: skip
     axes.set_xlim(0, (end - start) / 60)
-    axes.text(1, -0.01, "min", transform=axes.transAxes, fontsize=6, va="top", ha="right", color="gray")
     if "min" in panel["fieldConfig"]["defaults"]:
         axes.set_ylim(bottom=0)
-    axes.tick_params(labelsize=6, length=2, pad=1)
-    axes.text(0.01, 0.97, unit, transform=axes.transAxes, fontsize=6, va="top", color="gray")
-    axes.grid(linewidth=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=6.5, length=2, pad=1.5, width=0.5)
+    axes.xaxis.set_major_formatter("{x:g} min")
+    axes.yaxis.set_major_formatter(f"{{x:g}} {unit}".strip())
+    if len(unit) > 2:
+        _shrink(axes, 0, left=0.2)
+    axes.grid(linewidth=0.5)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     if not values:
         axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", color="gray", fontsize=8)
     elif any(name for name, _ in series):
-        axes.legend(fontsize=5.5, loc="best", frameon=False, ncols=1 + (len(series) > 6), handlelength=1.2)
+        _legend_below(axes, [name for name, _ in series])
+
+
+def _legend_below(axes: Axes, names: list[str]) -> None:
+    """Put the legend under the plot, in as many columns as it is wide enough for."""
+    wide, high = axes.figure.get_size_inches()
+    box = axes.get_position()
+    columns = max(1, int(box.width * wide / (0.33 + 0.06 * max(map(len, names)))))
+    rows = -(-len(names) // columns)
+    _shrink(axes, 0.14 * rows)
+    drop = -0.2 / (axes.get_position().height * high)
+    axes.legend(fontsize=6.5, loc="upper left", bbox_to_anchor=(-0.01, drop), frameon=False, ncols=columns,
+                handlelength=1.2, columnspacing=1.2, labelspacing=0.25, borderpad=0, borderaxespad=0)  # fmt: skip
 
 
 def _stat(axes: Axes, panel: dict[str, Any], watched: Prometheus, start: float, end: float) -> None:
@@ -225,13 +277,15 @@ def _stat(axes: Axes, panel: dict[str, Any], watched: Prometheus, start: float, 
             scale, unit = _scaled(panel["fieldConfig"]["defaults"]["unit"], value)
             label = "" if "{{job}}" in target["legendFormat"] else name
             parts.append(f"{label} {value / scale:.3g} {unit}".strip())
-    axes.text(0.0, 0.45, "\n".join(parts) or "none", fontsize=10 if len(parts) < 3 else 8, va="center")
+    _shrink(axes, 0, left=-0.3)
+    axes.text(0.0, 0.4, "\n".join(parts) or "none", fontsize=13 if len(parts) < 2 else 9, va="center")
 
 
 def _table(axes: Axes, panel: dict[str, Any], watched: Prometheus, start: float, end: float) -> None:
     axes.axis("off")
     [organize] = [t["options"] for t in panel["transformations"] if t["id"] == "organize"]
     rows: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
+    heights: dict[tuple[tuple[str, str], ...], float] = {}
     names = []
     for target in panel["targets"]:
         names.append(target["legendFormat"])
@@ -244,18 +298,33 @@ def _table(axes: Axes, panel: dict[str, Any], watched: Prometheus, start: float,
                 (known for known in rows if set(labels.items()) <= set(known)), tuple(sorted(labels.items()))
             )
             rows.setdefault(key, {})[target["legendFormat"]] = f"{value / scale:.3g} {unit}".strip()
+            heights.setdefault(key, -value)
     labels = list(dict.fromkeys(name for key in rows for name, _ in key))
-    cells = [[dict(key).get(name, "") for name in labels] + [row.get(name, "") for name in names]
-             for key, row in sorted(rows.items())][:9]  # fmt: skip
-    if not cells:
+    # Several queries: by node; one: what counts most comes first.
+    order = sorted(rows, key=lambda key: (heights[key] if len(names) == 1 else 0.0, key))
+    _grid(axes, [*labels, *names],
+          [[dict(key).get(name, "–") for name in labels] + [rows[key].get(name, "–") for name in names]
+           for key in order])  # fmt: skip
+
+
+def _grid(axes: Axes, head: list[str], rows: list[list[str]]) -> None:
+    """Draw as many rows of a table as the panel has room for, each column as wide as its longest cell."""
+    _shrink(axes, 0, left=-0.3)
+    if not rows:
         axes.text(0.5, 0.5, "none", ha="center", color="gray", fontsize=8)
         return
-    table = axes.table(
-        cells, colLabels=[*labels, *names], loc="upper left", edges="horizontal", cellLoc="left"
-    )
-    table.auto_set_font_size(False)
-    table.set_fontsize(6.5)
-    table.auto_set_column_width(list(range(len(labels) + len(names))))
+    wide, high = axes.figure.get_size_inches()
+    box = axes.get_position()
+    line = 0.17 / (box.height * high)
+    at = 0.0
+    for column in zip(head, *rows, strict=True):
+        for number, text in enumerate(column[: int(1 / line)]):
+            height = 1 - (number + 0.5) * line
+            weight, colour = ("bold", "#6e7783") if number == 0 else ("normal", "#24292e")
+            axes.text(at, height, text, fontsize=6.8, va="center", weight=weight, color=colour)
+            axes.axhline(height - line / 2, color="#e4e7eb", linewidth=0.5)
+        at += (0.2 + 0.058 * max(map(len, column))) / (box.width * wide)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
 
 
 if __name__ == "__main__":

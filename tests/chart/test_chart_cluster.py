@@ -179,9 +179,18 @@ def test_upgrade_and_rollback_keep_jobs_and_store(plane: ControlPlane, helm: hel
     changed = VALUES | {"agent": {"runtimeClassName": "nvidia"}}
     assert helm.upgrade(CHART, "fedpipe", changed, timeout=60)["revision"] == 2
     assert state() == (job, store, "--runtime-class=nvidia")
-    with pytest.raises(helm_python.HelmError, match=r"metrics\.rules\.enabled needs the Prometheus operator"):
-        helm.upgrade(CHART, "fedpipe", VALUES | {"metrics": {"rules": {"enabled": True}}}, timeout=60)
-    assert state() == (job, store, "--runtime-class=nvidia")
+    # A mistake changes nothing: kinds that the cluster does not have, and a typo.
+    for bad, told in (
+        (
+            {"metrics": {"serviceMonitor": {"enabled": True}}},
+            r"metrics\.serviceMonitor\.enabled needs the Prometheus",
+        ),
+        ({"metrics": {"rules": {"enabled": True}}}, r"metrics\.rules\.enabled needs the Prometheus operator"),
+        ({"persistance": {"size": "5Gi"}}, "'persistance' not allowed"),
+    ):
+        with pytest.raises(helm_python.HelmError, match=told):
+            helm.upgrade(CHART, "fedpipe", VALUES | bad, timeout=60)
+        assert state() == (job, store, "--runtime-class=nvidia")
     helm.rollback("fedpipe", version=1, timeout=60)
     assert state() == (job, store, "")
 

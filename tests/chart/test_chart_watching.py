@@ -125,15 +125,13 @@ async def watched(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pro
 @pytest.mark.asyncio(loop_scope="module")
 async def test_every_metric_of_the_table_is_present(watched: Prometheus) -> None:
     known = offered()
-    # What a T4 does not have, nobody has measured, or cannot happen without a cluster to write to.
-    absent = {"fedpipe_node_link_bytes_per_second", "fedpipe_probe_writes_total"}
-    assert known - watched.names() == absent
+    # What nobody has measured.
+    assert known - watched.names() == {"fedpipe_node_link_bytes_per_second"}
 
 
 @needs_prometheus
 @pytest.mark.asyncio(loop_scope="module")
 async def test_every_query_returns_data(watched: Prometheus) -> None:
-    quiet = {"operator: Probes: writes and failures"}
     for place, expression, legend in queries():
         filled = (
             expression.replace("$namespace", ".*").replace("$job", ".*").replace("$__rate_interval", "10s")
@@ -142,8 +140,6 @@ async def test_every_query_returns_data(watched: Prometheus) -> None:
             # Without its comparison an alert's expression must have something to compare.
             filled = re.split(r"\s[<>]\s|\s==\s", filled)[0]
         found = watched.query(f"last_over_time(({filled})[2m:1s])")
-        if place in quiet and "writes_total" in expression:
-            continue
         assert found, f"{place}: {filled}"
         labels = set(re.findall(r"{{(\w+)}}", legend))
         assert all(labels <= set(series["metric"]) for series in found), f"{place}: {legend}"

@@ -23,6 +23,8 @@ from fedpipe_api.wire import Assignment, AssignmentKind, Progress
 from fedpipe_operator.coordinator import application
 from fedpipe_operator.engine import Engine, status
 from fedpipe_operator.metrics import Figures
+from nvml import apiserver
+from nvml.running import running
 from nvml.standin import StandIn as Nvml
 from nvml.standin import board
 from standins.agents import StandIn
@@ -111,9 +113,7 @@ class Working(StandIn):
 def prometheus(directory: Path, targets: list[str]) -> Iterator[Prometheus]:
     """Run a real Prometheus that scrapes the targets as the chart's monitors do."""
     assert PROMETHEUS is not None
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{_free_port()}"
     scrape = {"job_name": "fedpipe", "honor_labels": True, "static_configs": [{"targets": targets}]}
     every = {"scrape_interval": f"{SCRAPE_SECONDS}s"}
     (directory / "prometheus.yml").write_text(yaml.safe_dump({"global": every, "scrape_configs": [scrape]}))
@@ -145,15 +145,13 @@ def _is_ready(address: str) -> bool:
 
 @contextmanager
 def probes(directory: Path, nodes: list[str]) -> Iterator[list[str]]:
-    """Run a real probe for each node over a T4's NVML, without a cluster to write to; yield their targets."""
+    """Run a real probe for each node over a T4's NVML, and one more that has an API server; yield their targets."""
     targets = []
     with ExitStack() as stack:
         for node in nodes:
             (directory / node).mkdir()
             environment = Nvml(directory / node, board("t4")).environment
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
+            port = _free_port()
             process = subprocess.Popen(
                 [Path(sys.executable).with_name("fedpipe-agent"), "probe", "--node", node, "--interval", "1s",
                  "--metrics-port", str(port), "--cache", directory],
@@ -163,7 +161,20 @@ def probes(directory: Path, nodes: list[str]) -> Iterator[list[str]]:
             stack.callback(process.wait, 10)
             stack.callback(process.terminate)
             targets.append(f"127.0.0.1:{port}")
-        yield targets
+        folder = directory / "published"
+        folder.mkdir()
+        server = stack.enter_context(apiserver.serve(folder))
+        port = _free_port()
+        environment = Nvml(folder, board("t4")).environment
+        often = ("--interval", "1s", "--heartbeat", "5s", "--cache", str(folder))
+        stack.enter_context(running(server.cluster(), environment, *often, port=port))
+        yield [*targets, f"127.0.0.1:{port}"]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 async def run(directory: Path) -> tuple[Prometheus, ExitStack]:

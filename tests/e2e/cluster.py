@@ -1,8 +1,8 @@
 """The whole of FedPipe on the cluster that KUBECONFIG names: `make e2e`, or `python tests/e2e/cluster.py --help`.
 
-Installs the chart, writes a tiny model and private sentences onto each node, trains over all of them, downloads the
-adapter, reads the metrics, uninstalls, and looks at what is left. Needs kubectl, rights of an administrator, nodes
-that can get the three images, and namespaces that may use hostPath.
+Installs the chart, writes a tiny model and private sentences onto each node, trains over all of them with an
+upgrade in between, downloads the adapter, reads the metrics, rolls back, uninstalls, and looks at what is left.
+Needs kubectl, rights of an administrator, nodes that can get the three images, and namespaces that may use hostPath.
 """
 
 import argparse
@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CHART = REPOSITORY / "charts/fedpipe"
 RELEASE, SYSTEM, JOBS = "fedpipe", "fedpipe-e2e-system", "fedpipe-e2e-jobs"
 ON_NODE = "/var/tmp/fedpipe-e2e"
-ROUNDS = 5
+ROUNDS = 10
 LABELS = ["sea", "town", "wood"]
 LEFT = {"customresourcedefinitions", "persistentvolumeclaims"}
 """What an uninstall leaves by the chart's defaults."""
@@ -135,7 +135,7 @@ def on_each_node(nodes: list[str], name: str, image: str, command: list[str]) ->
 
 
 def job(nodes: int) -> dict[str, Any]:
-    """Return the job: every node's sentences, a tiny BERT, five rounds."""
+    """Return the job: every node's sentences, a tiny BERT, ten rounds."""
     return {
         "apiVersion": "fedpipe.io/v1alpha1",
         "kind": "FedPipeJob",
@@ -159,12 +159,11 @@ def job(nodes: int) -> dict[str, Any]:
     }
 
 
-def train(nodes: list[str]) -> None:
-    """Run the job and check what it says of itself."""
-    apply(job(len(nodes)))
+def follow(what: str, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Tell how the job gets on until something holds of its status; return the status."""
     seen = ""
 
-    def ended() -> Any:
+    def look() -> Any:
         nonlocal seen
         status = get("fedpipejob", "e2e", f"-n={JOBS}").get("status", {})
         line = f"{status.get('phase')} {status.get('rounds', '')} {status.get('metricSummary', '')}"
@@ -173,9 +172,15 @@ def train(nodes: list[str]) -> None:
             seen = line
         if status.get("phase") == "Failed":
             raise Failed(f"the job failed: {status.get('message')}")
-        return status.get("phase") == "Succeeded" and status
+        return holds(status) and status
 
-    status = wait("the job's success", ended, 1800)
+    found: dict[str, Any] = wait(what, look, 1800)
+    return found
+
+
+def trained(nodes: list[str]) -> None:
+    """Wait for the job's success and check what it says of itself."""
+    status = follow("the job's success", lambda status: status.get("phase") == "Succeeded")
     check(status["round"] == ROUNDS, f"{status['round']} of {ROUNDS} rounds")
     check({entry["name"] for entry in status["nodeTable"]} == set(nodes), "the nodes' table")
     losses = [entry["loss"] for entry in status["history"] if "loss" in entry]
@@ -277,17 +282,21 @@ def run(options: argparse.Namespace) -> None:
         agent = f"{options.images}/agent:{options.tag}"
         on_each_node(nodes, "seed", agent, ["python", "-c", seed, "/node", "{node}"])
         say("model and data are on every node")
-        train(nodes)
+        apply(job(len(nodes)))
+        if options.persistence:
+            # A new Pod of the operator must find everything in its store, and the agents must find it.
+            follow("the first round", lambda status: status.get("round", 0) > 0)
+            changed = given["operator"] | {"podAnnotations": {"fedpipe-e2e": "upgraded"}}
+            helm.upgrade(CHART, RELEASE, given | {"operator": changed}, wait="watcher", timeout=300)
+            say("upgraded while the job trains")
+        trained(nodes)
         print(kubectl("get", "fedpipejobs", f"-n={JOBS}"), end="")
         adapter_and_metrics()
         say("adapter and metrics are there")
         if options.persistence:
-            # Both need a new Pod of the operator, which must find everything in its store.
-            changed = given["operator"] | {"podAnnotations": {"fedpipe-e2e": "upgraded"}}
-            helm.upgrade(CHART, RELEASE, given | {"operator": changed}, wait="watcher", timeout=300)
             helm.rollback(RELEASE, wait="watcher", timeout=300)
             adapter_and_metrics()
-            say("upgrade and rollback kept job and adapter")
+            say("the rollback kept job and adapter")
         helm.uninstall(RELEASE, wait="watcher", timeout=300)
         wait("agents' end", lambda: not get("pods", f"-n={JOBS}")["items"], 120)
         left = left_over()
