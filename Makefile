@@ -21,7 +21,8 @@ quickstart: $(VENV)/installed  ## the main job on this machine: four unequal nod
 	$(BIN)/fedpipe run crds/samples/01-quickstart.yaml --fleet $(QUICKSTART)/fleet.yaml
 
 test: $(VENV)/installed  ## every test
-	$(BIN)/pytest --numprocesses auto --dist loadfile tests
+	@# In the order of their folders: the few long tests of e2e and fault begin early, so that no worker idles.
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder tests
 
 check: $(VENV)/installed  ## format, lint, types, layers, generated files
 	$(BIN)/ruff format --check .

@@ -1,8 +1,9 @@
 """Centralised LoRA on the pooled data of a run: what federation is compared with.
 
-`python tests/bench/centralised.py RUN_DIR --steps N [--rank 16]` trains plain transformers + peft on the union of
-the nodes' training shares, with the run's model, learning rate, batch size and length, and evaluates on the union
-of their held-out shares, as the run itself does. Prints one JSON object.
+`python tests/bench/centralised.py JOB.yaml FLEET.yaml RUN_DIR [--rank 16]` trains plain transformers + peft on the union of the nodes'
+training shares, with the run's model, learning rate, length and number of steps, and evaluates on the union of their
+held-out shares, as the run itself does: once with a batch for each step that is as large as those of all nodes
+together (the same samples are seen), once with one node's. Writes results/centralised.json.
 """
 
 import argparse
@@ -13,45 +14,42 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_machine import machine
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedpipe_agent.train import data as agent_data
 from fedpipe_agent.train.loop import losses
 from fedpipe_agent.train.model import Source, longest_input, read_config, read_tokenizer
-from fedpipe_api.job import FedPipeJob, Task
+from fedpipe_api.job import Task
 from fedpipe_api.names import ATTENTION_MODULES
-from fedpipe_api.node import Fleet
+from fedpipe_operator.local.manifest import LocalJob, read
+
+RESULTS = Path(__file__).parent / "results"
 
 
-def pooled(job: FedPipeJob, fleet: Fleet, tokenizer: Any, longest: int | None) -> tuple[Any, Any]:
+def pooled(local: LocalJob, tokenizer: Any, longest: int | None) -> tuple[Any, Any]:
     """Return the union of the nodes' training samples, and of their held-out samples."""
+    spec = local.job.spec
     shares = [
-        agent_data.load(
-            Path(str(node.data)),
-            job.spec.data,
-            job.spec.model,
-            tokenizer,
-            seed=job.spec.seed,
-            longest=longest,
-        )
-        for node in fleet.nodes
+        agent_data.load(member.data, spec.data, spec.model, tokenizer, seed=spec.seed, longest=longest)
+        for member in local.members
     ]
 
     def joined(parts: list[Any]) -> Any:
         tokens = [part.tokens(i).tolist() for part in parts for i in range(len(part))]
         marks = [mark for part in parts for mark in part.marks.tolist()]
-        return agent_data.Samples(tokens, marks, job.spec.model.task, tokenizer.pad_token_id)
+        return agent_data.Samples(tokens, marks, spec.model.task, tokenizer.pad_token_id)
 
     return joined([train for train, _ in shares]), joined([held for _, held in shares])
 
 
-def centralised(job: FedPipeJob, fleet: Fleet, steps: int, rank: int, batch_size: int) -> dict[str, float]:
+def centralised(local: LocalJob, steps: int, rank: int, batch_size: int) -> dict[str, float]:
     """Train and return the final loss and accuracy on the held-out union, and the seconds taken."""
-    spec, source = job.spec, Source(str(fleet.model))
+    spec, source = local.job.spec, Source(local.model)
     tokenizer = read_tokenizer(source)
     config = read_config(source, spec.model, tokenizer.pad_token_id)
-    train, held_out = pooled(job, fleet, tokenizer, longest_input(config))
+    train, held_out = pooled(local, tokenizer, longest_input(config))
     torch.manual_seed(spec.seed)
     classify = spec.model.task is Task.SEQUENCE_CLASSIFICATION
     kind = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
@@ -66,7 +64,10 @@ def centralised(job: FedPipeJob, fleet: Fleet, steps: int, rank: int, batch_size
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=spec.optimizer.learning_rate, weight_decay=0.0)
     random, device, begin = np.random.default_rng(spec.seed), torch.device("cpu"), time.perf_counter()
-    for _ in range(steps):
+    linear = spec.optimizer.schedule == "linear"
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = spec.optimizer.learning_rate * (1 - step / steps if linear else 1)
         chosen = random.choice(len(train), batch_size, replace=False)
         loss, _ = losses(model, train.batch(chosen, device))
         (loss / train.targets(chosen)).backward()
@@ -93,23 +94,25 @@ def centralised(job: FedPipeJob, fleet: Fleet, steps: int, rank: int, batch_size
     }
 
 
-def load(run: Path) -> tuple[FedPipeJob, Fleet]:
-    """Return the job and the fleet that a run directory keeps."""
-    stored = json.loads((run / "run.json").read_text())
-    return FedPipeJob.model_validate(stored["job"]), Fleet.model_validate(stored["fleet"])
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--batch-size", type=int, default=16)
+    for name in ("job", "fleet", "run"):
+        parser.add_argument(name, type=Path)
     parser.add_argument("--rank", type=int, default=16)
     options = parser.parse_args()
     torch.set_num_threads(2)
-    job, fleet = load(options.run)
-    print(json.dumps(centralised(job, fleet, options.steps, options.rank, options.batch_size)))
+    local = read(options.job, options.fleet)
+    rows = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
+    federated = {key: rows[-1][key] for key in ("round", "loss", "accuracy")}
+    rounds, nodes = local.job.spec.rounds, len(local.members)
+    found = [
+        centralised(local, rounds.count * (rounds.local_steps or 1), options.rank, rounds.batch_size * many)
+        for many in (nodes, 1)
+    ]
+    result = {"machine": machine(), "seed": local.job.spec.seed, "federated": federated, "centralised": found}
+    (RESULTS / "centralised.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Seconds a round costs without training: every client receives and returns the payload each round.
 
-`python tests/bench/control_plane.py [--clients 4 8 16 64] [--megabytes 0.5 10 100] [--rounds 6] [--out FILE]`
+`python tests/bench/control_plane.py [--clients 4 8 16 64] [--megabytes 0.5 10 100] [--rounds 5] [--out FILE]`
 
 Beside it, in the same run, the floor: a bare aiohttp file server, streamed to and from disk, plus one streamed
-average. Clients share one process and hash only what changes, so that the server is what is measured.
+average; and the durable floor, which also makes each file durable (fsync) before it answers, as the engine must. Clients share one process and hash only what changes, so that the server is what is measured.
 """
 
 import argparse
@@ -18,9 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -160,9 +161,9 @@ async def engine_round(
         sys.executable, standins.server.__file__, *arguments, env=environment, stdout=asyncio.subprocess.PIPE
     )
     await wait_port(port)
+    address = f"http://127.0.0.1:{port}"
     agents = []
     for number in range(clients):
-        address = f"http://127.0.0.1:{port}"
         agent = Client(f"node-{number}", f"token-node-{number}", lambda: address, shape, free_memory=1 << 40)
         agent.body, agent.number = body, number
         agents.append(asyncio.create_task(agent.run()))
@@ -186,7 +187,7 @@ FLOOR = """
 import asyncio, os, sys
 import numpy as np
 from aiohttp import web
-directory, port, clients, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+directory, port, clients, size, durable = sys.argv[1], *map(int, sys.argv[2:])
 state = {"round": 0, "got": 0}
 turned = asyncio.Event()
 open(f"{directory}/global", "wb").write(bytes(size))
@@ -208,6 +209,9 @@ async def put(request):
     with open(f"{directory}/{request.match_info['node']}", "wb") as out:
         async for chunk in request.content.iter_any():
             out.write(chunk)
+        if durable:
+            out.flush()
+            await asyncio.to_thread(os.fsync, out.fileno())
     state["got"] += 1
     if state["got"] == clients:
         await asyncio.to_thread(average)
@@ -221,11 +225,13 @@ web.run_app(app, host="127.0.0.1", port=port, print=None)
 """
 
 
-async def floor_round(directory: Path, clients: int, body: Body, rounds: int) -> dict[str, float]:
+async def floor_round(
+    directory: Path, clients: int, body: Body, rounds: int, *, durable: bool
+) -> dict[str, float]:
     """Return the median seconds of a round of the bare server, and its memory."""
     port = free_port()
     size = body.size // 4 * 4
-    arguments = ["-c", FLOOR, str(directory), str(port), str(clients), str(size)]
+    arguments = ["-c", FLOOR, str(directory), str(port), str(clients), str(size), str(int(durable))]
     server = await asyncio.create_subprocess_exec(sys.executable, *arguments)
     await wait_port(port)
     ends: list[list[float]] = [[] for _ in range(rounds + 1)]
@@ -250,12 +256,41 @@ async def floor_round(directory: Path, clients: int, body: Body, rounds: int) ->
     return {"seconds": statistics.median(took), "memory_mb": memory}
 
 
+async def measure(clients: int, body: Body, shape: ModelShape, rounds: int) -> dict[str, Any]:
+    """Return both floors, the engine, and its ratio to each."""
+    with ExitStack() as stack:
+        first, second, third = (Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(3))
+        floor = await floor_round(first, clients, body, rounds, durable=False)
+        durable = await floor_round(second, clients, body, rounds, durable=True)
+        engine = await engine_round(third, clients, body, shape, rounds)
+    return {
+        "engine": engine,
+        "floor": floor,
+        "durable_floor": durable,
+        "ratio": engine["seconds"] / floor["seconds"],
+        "durable_ratio": engine["seconds"] / durable["seconds"],
+    }
+
+
+def tell(row: dict[str, Any]) -> None:
+    """Print a line."""
+    engine = row["engine"]
+    print(
+        f"{row['megabytes']:6.1f} MB × {row['clients']:2d}: {engine['seconds']:7.3f} s, "
+        f"floor {row['floor']['seconds']:7.3f} s, ratio {row['ratio']:.2f}; "
+        f"durable {row['durable_floor']['seconds']:7.3f} s, ratio {row['durable_ratio']:.2f}; "
+        f"server {engine['memory_mb']:.0f} MB, loop blocked at most {engine['longest_block_ms']:.0f} ms, "
+        f"{engine['longest_lag_ms']:.0f} ms with waits for a core",
+        flush=True,
+    )
+
+
 async def main() -> None:
     """Measure every combination and write them down."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[4, 8, 16, 64])
     parser.add_argument("--megabytes", type=float, nargs="+", default=[0.5, 10, 100])
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "control_plane.json")
     options = parser.parse_args()
     rows = []
@@ -263,24 +298,9 @@ async def main() -> None:
         shape = shape_for(megabytes)
         body = Body(shape)
         for clients in options.clients:
-            with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
-                floor = await floor_round(Path(a), clients, body, options.rounds)
-                engine = await engine_round(Path(b), clients, body, shape, options.rounds)
-            row = {
-                "megabytes": megabytes,
-                "clients": clients,
-                "engine": engine,
-                "floor": floor,
-                "ratio": engine["seconds"] / floor["seconds"],
-            }
-            rows.append(row)
-            print(
-                f"{megabytes:6.1f} MB × {clients:2d}: {engine['seconds']:7.3f} s, floor {floor['seconds']:7.3f} s, "
-                f"ratio {row['ratio']:.2f}, server {engine['memory_mb']:.0f} MB, "
-                f"loop blocked at most {engine['longest_block_ms']:.0f} ms, "
-                f"{engine['longest_lag_ms']:.0f} ms with waits for a core",
-                flush=True,
-            )
+            row = await measure(clients, body, shape, options.rounds)
+            rows.append({"megabytes": megabytes, "clients": clients} | row)
+            tell(rows[-1])
             options.out.parent.mkdir(exist_ok=True)
             options.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 

@@ -57,7 +57,7 @@ def prepare_news(data: Path, work: Path, options: argparse.Namespace) -> dict[st
                   "task": "sequence-classification", "labels": labels},
         "data": {"volume": {"hostPath": {"path": "/data"}}, "train": "train.jsonl", "evaluation": "test.jsonl",
                  "maxLength": 64},
-        "optimizer": {"learningRate": 0.004},
+        "optimizer": {"learningRate": 0.006, "schedule": "linear"},
     }  # fmt: skip
 
 
@@ -126,18 +126,10 @@ def main() -> None:
         ],
     }
     (inputs / "fleet.yaml").write_text(yaml.safe_dump(fleet, sort_keys=False))
-    command = [
-        "fedpipe",
-        "run",
-        str(inputs / "job.yaml"),
-        "--fleet",
-        str(inputs / "fleet.yaml"),
-        "--out",
-        str(out),
-    ]
-    command[0] = str(Path(sys.executable).parent / "fedpipe")
+    fedpipe = Path(sys.executable).with_name("fedpipe")
+    command = [fedpipe, "run", inputs / "job.yaml", "--fleet", inputs / "fleet.yaml", "--out", out]
     if (out / "run.json").exists():
-        command.append("--resume")
+        command.append("--resume")  # type: ignore[arg-type]
     status = subprocess.run(command, check=False).returncode
     if status:
         sys.exit(status)

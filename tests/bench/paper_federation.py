@@ -64,10 +64,10 @@ class Federation:
         begin = time.monotonic()
         assigned, scores = self._plan()
         profile = {"seconds": self.seconds, "down": self.down, "up": self.up}
-        adapter: Path | None = None
+        adapter, sent = None, None
         rounds: list[dict[str, Any]] = []
         for number in range(1, self.spec.rounds.count + 1):
-            adapter, row = self._round(number, adapter, assigned)
+            adapter, sent, row = self._round(number, adapter, sent, assigned)
             rounds.append(row)
             tell(number, _line(row))
         assert adapter is not None
@@ -123,14 +123,16 @@ class Federation:
             seconds += steps * speed.step_time(work, self.devices[name], configuration, ranks)
         return seconds
 
-    def _round(self, number: int, adapter: Path | None, assigned: Assigned) -> tuple[Path, dict[str, Any]]:
-        """Train and aggregate one round; return the new global adapter and what was measured."""
+    def _round(
+        self, number: int, adapter: Path | None, sent: Path | None, assigned: Assigned
+    ) -> tuple[Path, Path, dict[str, Any]]:
+        """Train and aggregate one round; return the new global adapter, the same as sent, and the measures."""
         shares: dict[str, fleet.Share] = {}
         updates: list[NodeUpdate] = []
         losses: list[float] = []
         for name, plan in assigned.nodes.items():
             facts = self.devices[name]
-            down = self._download(adapter, plan) if adapter and self._moves else 0
+            down = self._download(sent, plan) if sent and self._moves else 0
             up = self._upload(plan) if self._moves else 0
             shares[name] = part = fleet.share(
                 speed.transfer_time(facts, down),
@@ -141,7 +143,7 @@ class Federation:
             )
             self.down += down
             if part.done:
-                path, loss = self.nodes[name].train(adapter, plan, self._start, number, part.done)
+                path, loss = self.nodes[name].train(sent, plan, self._start, number, part.done)
                 updates.append(NodeUpdate(name, path, len(self.task.nodes[name]), plan.ranks))
                 losses.append(loss)
                 self.up += size(path) if self._moves else 0
@@ -159,6 +161,10 @@ class Federation:
         )
         kept = self.work / f"global-{number % 2}.safetensors"
         shutil.move(report.adapter.path, kept)
+        sent = kept
+        if report.sent is not None:
+            sent = kept.with_name(f"sent-{number % 2}.safetensors")
+            shutil.move(report.sent.path, sent)
         self.server.hold(kept)
         planned, done = fleet.under_training(
             shares, len(assigned.left_out), self.spec.rounds.local_steps or 0
@@ -176,12 +182,12 @@ class Federation:
             **_aggregated(report),
             **(_spectrum(kept) if self.system.method is Method.EXACT and report.matrices else {}),
         }
-        return kept, row
+        return kept, sent, row
 
-    def _download(self, adapter: Path, plan: wire.NodePlan) -> int:
+    def _download(self, sent: Path, plan: wire.NodePlan) -> int:
         """Return the bytes a node needs: the whole global adapter, or only its rank's part of it."""
         if self.system.layout == "full" or self._start in (Start.SPLIT, Start.FRESH):
-            return size(adapter)
+            return size(sent)
         head = sum(int(np.prod(tensor.shape)) for tensor in self.task.shape.head)
         return 4 * (head + self._values(plan))
 

@@ -94,12 +94,27 @@ class Round:
     def change(self, node: Node, name: str, method: Method) -> np.ndarray:
         """Return D_k."""
         rank = 0 if method is Method.STACK else len(node.factors[name][1])
-        return self.product(node, name) - self.dense_start(name, rank)
+        start = self.dense_received(name, rank) if method is Method.EXACT else self.dense_start(name, rank)
+        return self.product(node, name) - start
+
+    def dense_received(self, name: str, rank: int) -> np.ndarray | float:
+        """Return the leading components of G as a node of the exact method received them."""
+        if not self.start or name not in self.start:
+            return 0.0
+        left, right = self.start[name]
+        pairs = zip(left.T[:rank], right[:rank], strict=True)
+        return sum((np.outer(in_steps(one), in_steps(other)) for one, other in pairs), start=0.0)
 
     def target(self, name: str, method: Method) -> np.ndarray:
         """Return G + Σ w D."""
         trained = self.trained(name)
         return self.dense_start(name) + sum(w * self.change(node, name, method) for node, w in trained)
+
+
+def in_steps(component: np.ndarray) -> np.ndarray:
+    """Return a component in whole steps, of which 127 make its largest entry."""
+    step = np.float32(max(abs(component)) / np.float32(127))
+    return np.array([float(np.rint(value / step) * step) if step else 0.0 for value in component])
 
 
 def svd_form(dense: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from fedpipe_agent.train.model import Source
 from fedpipe_api import wire
 from fedpipe_api.job import Precision, Task
 from fedpipe_api.wire import Start
+from fedpipe_operator.aggregate.sent import quantize, received
 
 CPU = torch.device("cpu")
 TASK = Task.SEQUENCE_CLASSIFICATION
@@ -246,6 +247,43 @@ def test_a_plan_for_an_unknown_matrix_is_refused(bases, tmp_path):
     _, adapters = loaded(bases, "bert", Precision.FP32, tmp_path)
     with pytest.raises(Failure, match=r"bert.nothing is not a candidate"):
         adapters.install(None, {"bert.nothing": 2}, Start.SPLIT, 1)
+
+
+def test_a_global_adapter_sent_as_int8_is_what_the_engine_counts_from(bases, tmp_path):
+    shape = bases["bert"][2]
+    tensors = global_adapter(shape, 4)
+    with opened(tmp_path, shape, as_sent(tensors)) as adapter:
+        for matrix in shape.matrices:
+            wanted = received({s: tensors[matrix.name + s] for s in (wire.LORA_A, wire.LORA_B)})
+            b, a = adapter.factors(matrix.name)
+            assert a.dtype == b.dtype == np.float32
+            assert np.array_equal(a, wanted[wire.LORA_A])
+            assert np.array_equal(b, wanted[wire.LORA_B])
+
+
+def as_sent(tensors):
+    """Return the tensors of a global adapter as the engine sends them."""
+    found = {name: value for name, value in tensors.items() if name.startswith(wire.HEAD)}
+    for name in tensors.keys() - found.keys():
+        stem = name.removesuffix(wire.LORA_A).removesuffix(wire.LORA_B)
+        suffix = name.removeprefix(stem)
+        found |= {stem + end: value for end, value in quantize({suffix: tensors[name]}).items()}
+    return found
+
+
+@pytest.mark.parametrize("change", ["none", "short", "type", "orphan"])
+def test_int8_without_its_scales_is_refused(bases, tmp_path, change):
+    shape = bases["bert"][2]
+    tensors = as_sent(global_adapter(shape, 4))
+    name = shape.matrices[0].name + wire.LORA_A
+    scales = tensors.pop(name + wire.SCALE)
+    if change != "none":
+        others = {"short": scales[:-1], "type": scales.astype(np.float64), "orphan": scales}
+        tensors[name + wire.SCALE] = others[change]
+    if change == "orphan":
+        del tensors[name]
+    with pytest.raises(Failure, match="does not fit the model"):
+        opened(tmp_path, shape, tensors)
 
 
 def broken(tensors, change):

@@ -1,4 +1,6 @@
+import gc
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,3 +174,14 @@ def test_a_repository_may_name_its_revision():
     source = Source("google-bert/bert-base-uncased@86b5e09")
     assert (source.name, source.arguments["revision"]) == ("google-bert/bert-base-uncased", "86b5e09")
     assert "revision" not in Source("gpt2").arguments
+
+
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.INT8, Precision.NF4])
+def test_a_smaller_base_does_not_keep_the_checkpoint_in_memory(models, precision):
+    task = Task.CAUSAL_LM
+    source = Source(str(models["gpt2"]))
+    model = base.load(source, config_of(models["gpt2"], task), task, precision, CPU)
+    gc.collect()
+    assert model is not None
+    mapped = Path("/proc/self/maps").read_text()
+    assert str(models["gpt2"] / "model.safetensors") not in mapped

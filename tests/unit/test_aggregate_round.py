@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedpipe_api.base import UserError
 from fedpipe_api.job import Aggregation, Checks, Method, ServerOptimizer
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B
+from fedpipe_api.wire import HEAD, LORA_A, LORA_B, SCALE
 from fedpipe_operator.aggregate import AggregationRequest, NodeUpdate, aggregate_round
 from fedpipe_operator.aggregate.files import MalformedFileError
 from property.aggregate_reference import Node, Round, product_of, svd_form
@@ -93,7 +93,7 @@ def test_clipping_is_of_the_change_not_of_the_product(tmp_path):
     nodes = honest(4)
     start = {M: svd_form(10 * Round(nodes).target(M, Method.EXACT), 4)}
     base = Round(nodes, start)
-    left, right = svd_form(base.dense_start(M) / base.scale(4), 4)
+    left, right = svd_form(base.dense_received(M, 4) / base.scale(4), 4)
     for index, node in enumerate(nodes):
         step = np.random.default_rng(index).standard_normal(left.shape)
         node.factors[M] = (np.float32(left + (100 if index == 3 else 1) * 1e-3 * step), right)
@@ -257,7 +257,9 @@ def test_a_worker_process_gives_the_same_bytes_a_round_later(tmp_path, method):
         other = pool.submit(aggregate_round, request).result()
     assert other.adapter.digest == report.adapter.digest
     assert other.server_state.digest == report.server_state.digest
-    assert replace(other, adapter=report.adapter, server_state=report.server_state) == report
+    files = {"adapter": report.adapter, "sent": report.sent, "server_state": report.server_state}
+    assert (other.sent and other.sent.digest) == (report.sent and report.sent.digest)
+    assert replace(other, **files) == report
     for old, new in ((before.adapter, report.adapter), (before.server_state, report.server_state)):
         was, now = load_file(old.path), load_file(new.path)
         kept = [name for name in was if name.startswith(("layer.0.key", HEAD))]
@@ -288,10 +290,32 @@ def test_the_file_is_plain_safetensors_and_its_digest_is_right(tmp_path):
     assert stored.path.parent == tmp_path
 
 
+def test_what_is_sent_has_a_quarter_of_the_bytes_and_half_a_step_of_error(tmp_path):
+    report, tensors = many_matrices().run(tmp_path, Aggregation())
+    sent = load_file(report.sent.path)
+    factors = [name for name in tensors if not name.startswith(HEAD)]
+    assert sent.keys() == tensors.keys() | {name + SCALE for name in factors}
+    for name in factors:
+        assert sent[name].dtype == np.int8
+        steps = np.expand_dims(sent[name + SCALE], 0 if name.endswith(LORA_B) else 1)
+        assert (np.abs(sent[name] * steps - tensors[name]) <= 0.5001 * steps).all()
+        assert sum(tensors[name].nbytes for name in factors) > 3.5 * sum(
+            sent[key].nbytes for name in factors for key in (name, name + SCALE)
+        )
+    assert np.array_equal(sent[HEAD + "classifier.weight"], tensors[HEAD + "classifier.weight"])
+
+
+@pytest.mark.parametrize("method", [Method.ZERO_PAD, Method.TRUNCATE, Method.STACK])
+def test_methods_of_other_papers_send_float32(tmp_path, method):
+    report, _ = many_matrices().run(tmp_path, Aggregation(method=method))
+    assert report.sent is None
+
+
 def test_no_file_is_left_beside_those_of_the_report(tmp_path):
     before = {f"edge-{k}.safetensors" for k in range(5)}
     report, _ = Round(poisoned(honest(5), 0, -1000)).run(tmp_path, Aggregation(checks=REJECT))
-    assert {path.name for path in tmp_path.iterdir()} == before | {report.adapter.path.name}
+    files = {report.adapter.path.name, report.sent.path.name}
+    assert {path.name for path in tmp_path.iterdir()} == before | files
 
 
 def test_average_of_unequal_ranks_is_a_users_mistake(tmp_path):

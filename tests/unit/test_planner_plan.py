@@ -83,7 +83,7 @@ def planned(*nodes, importance=SCORES, spec=None, **changes):
 def test_unequal_nodes_get_unequal_plans_and_each_says_why():
     found = planned(
         facts("large", 8),
-        facts("small", 0.9),
+        facts("small", 1.0),
         facts("tiny", 0.55),
         facts("slow", 8, speed=0.004),
         facts("none", 0),
@@ -94,14 +94,14 @@ def test_unequal_nodes_get_unequal_plans_and_each_says_why():
     assert set(large.ranks.values()) == {16}
     assert small.limited_by == "memory"
     assert "would take" in small.reason
-    assert small.predicted_bytes <= 0.9 * 0.9 * GIB
+    assert small.predicted_bytes <= 0.9 * GIB
     assert slow.limited_by == "time"
     assert slow.local_steps < 50
     assert slow.reason.startswith("50 local steps do not fit the deadline of 20m; it does ")
     assert (
-        found.left_out["none"] == f"needs {found.left_out['none'].split()[1]} MiB at nf4 ×1, r 2; has 0 MiB"
+        found.left_out["none"] == f"needs {found.left_out['none'].split()[1]} MiB at bf16 ×1, r 2; has 0 MiB"
     )
-    assert found.left_out["tiny"].endswith("at nf4 ×1, r 2; has 506 MiB")
+    assert found.left_out["tiny"].endswith("at bf16 ×1, r 2; has 506 MiB")
     assert "for one step at" in found.left_out["late"]
     assert "the round closes after 20m" in found.left_out["late"]
     assert len(found.selected) == 24
@@ -184,7 +184,7 @@ def test_a_plan_in_use_is_kept_until_another_is_clearly_better():
 
 
 def test_a_measurement_corrects_the_next_plan():
-    request = PlanRequest(BERT, job(), (facts("n", 0.9),), SCORES)
+    request = PlanRequest(BERT, job(), (facts("n", 1.0),), SCORES)
     first = plan(request).nodes["n"]
     net = first.predicted_bytes - 400 * 2**20
     report = wire.ProfileReport(
@@ -195,8 +195,8 @@ def test_a_measurement_corrects_the_next_plan():
     calibration = calibrate(request, "n", first, report, remainder=True)
     assert calibration.seconds_factor == pytest.approx(2, rel=0.01)
     assert calibration.bytes_factor >= 1.29
-    second = planned(facts("n", 0.9, calibration=calibration)).nodes["n"]
-    assert second.predicted_bytes <= 0.9 * 0.9 * GIB
+    second = planned(facts("n", 1.0, calibration=calibration)).nodes["n"]
+    assert second.predicted_bytes <= 0.9 * GIB
     assert needs_replan(first, report.step_seconds, report.peak_bytes)
     bare = calibrate(request, "n", first, report, remainder=False)
     assert bare.bytes_factor >= calibration.bytes_factor

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nvml import golden
+from nvml import golden, plans
 
 README = Path(__file__).parents[2] / "edge-agent/README.md"
 
@@ -19,3 +19,19 @@ def test_board_yields_its_golden_node(name: str, tmp_path: Path) -> None:
 
 def test_there_is_no_golden_file_without_a_board() -> None:
     assert sorted(path.stem for path in golden.GOLDEN.glob("*.json")) == golden.NAMES
+
+
+def test_the_plan_of_each_board_is_the_one_in_the_readme() -> None:
+    """`python tests/nvml/plans.py` writes the table anew."""
+    lines = README.read_text().splitlines()
+    made = plans.table()
+    assert [line for line in lines if line in made] == made
+    assert [line.split("|")[1].strip(" `") for line in made] == golden.NAMES
+
+
+def test_every_plan_keeps_its_board_s_budget() -> None:
+    found, _ = plans.planned()
+    assert found.nodes
+    for name, chosen in found.nodes.items():
+        assert chosen.predicted_bytes <= found.budgets[name]
+        assert chosen.predicted_round_seconds <= plans.JOB.rounds.deadline

@@ -32,6 +32,8 @@ HEADER_LIMIT = 16 * 1024
 LORA_A = ".lora_A"
 LORA_B = ".lora_B"
 HEAD = "head."
+SCALE = ".scale"
+"""Of a factor sent as int8: one float32 for each component; a value is int8 · scale."""
 """Tensor names. Of matrix m (a full module name): `m.lora_B` (d, r), `m.lora_A` (r, c), float32; of a fully
 trained tensor t: `head.t`. In the global adapter the matrix is the plain product lora_B @ lora_A, scale
 included. In an update the increment is scale(r) * lora_B @ lora_A."""

@@ -61,30 +61,49 @@ class GlobalAdapter:
         self._file.__exit__(kind, error, trace)
 
     def _check(self, name: str) -> None:
-        part = self._file.get_slice(name)
-        shape = tuple(part.get_shape())
+        kind, shape = self._look(name)
         if name.startswith(wire.HEAD):
-            fits = self._head.get(name.removeprefix(wire.HEAD)) == shape
+            fits = kind == "F32" and self._head.get(name.removeprefix(wire.HEAD)) == shape
+        elif name.endswith(wire.SCALE):
+            fits = kind == "F32" and name.removesuffix(wire.SCALE) in self._names
         else:
-            matrix = self._matrices.get(name.removesuffix(wire.LORA_A).removesuffix(wire.LORA_B))
-            other = name[: -len(wire.LORA_A)] + (wire.LORA_B if name.endswith(wire.LORA_A) else wire.LORA_A)
-            fits = matrix is not None and len(shape) == 2 and other in self._names
-            if matrix is not None and fits and name.endswith(wire.LORA_A):
-                self.ranks[matrix.name] = shape[0]
-                fits = shape[1] == matrix.columns and self._file.get_slice(other).get_shape() == [
-                    matrix.rows,
-                    shape[0],
-                ]
-        if not fits or part.get_dtype() != "F32":
-            raise Failure(
-                f"global adapter: tensor {name} {part.get_dtype()}{list(shape)} does not fit the model"
-            )
+            fits = self._is_factor(name, kind, shape)
+        if not fits:
+            raise Failure(f"global adapter: tensor {name} {kind}{list(shape)} does not fit the model")
+
+    def _is_factor(self, name: str, kind: str, shape: tuple[int, ...]) -> bool:
+        """Tell whether a tensor is one of a matrix's two factors, with its scales if it is int8."""
+        matrix = self._matrices.get(name.removesuffix(wire.LORA_A).removesuffix(wire.LORA_B))
+        if matrix is None or len(shape) != 2:
+            return False
+        rank = self.ranks.setdefault(matrix.name, shape[0 if name.endswith(wire.LORA_A) else 1])
+        wanted = {
+            matrix.name + wire.LORA_A: (rank, matrix.columns),
+            matrix.name + wire.LORA_B: (matrix.rows, rank),
+        }
+        if kind == "I8" and self._look(name + wire.SCALE) != ("F32", (rank,)):
+            return False
+        return kind in {"F32", "I8"} and wanted.get(name) == shape and wanted.keys() <= self._names
+
+    def _look(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Return a tensor's type and shape."""
+        if name not in self._names:
+            return "", ()
+        part = self._file.get_slice(name)
+        return part.get_dtype(), tuple(part.get_shape())
 
     def factors(self, matrix: str) -> Factors | None:
         """Return B and A of a matrix, None where it has none."""
         if matrix not in self.ranks:
             return None
-        return self._tensor(matrix + wire.LORA_B), self._tensor(matrix + wire.LORA_A)
+        return self._factor(matrix + wire.LORA_B, 0), self._factor(matrix + wire.LORA_A, 1)
+
+    def _factor(self, name: str, axis: int) -> np.ndarray:
+        """Return a factor; one sent as int8 has a scale for each component, which lies along `axis`."""
+        value = self._tensor(name)
+        if name + wire.SCALE not in self._names:
+            return value
+        return value * np.expand_dims(self._tensor(name + wire.SCALE), axis)
 
     def head(self) -> dict[str, np.ndarray]:
         """Return the head tensors by state-dict name."""

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,15 @@ ABORTED_PAUSE = 0.2
 """Seconds before asking for work again when the last was not wanted any more."""
 UPLOAD_RESERVE = 1.0
 """Seconds kept free before a round's deadline beside the expected upload."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of one round: when it began (monotonic), and the seconds of its download and evaluation."""
+
+    begin: float
+    download: float
+    evaluate: float
 
 
 class Agent:
@@ -191,11 +201,9 @@ class Agent:
         order = self._order(plan, number)
         outcome = loop.train(self._model, self._samples, order, settings, self._device, after=after)
         work.report(state="uploading")
-        self._upload(number, plan, outcome, downloaded, evaluated)
+        self._upload(number, plan, outcome, Times(begin, downloaded, evaluated))
 
-    def _upload(
-        self, number: int, plan: wire.NodePlan, outcome: loop.Outcome, downloaded: float, evaluated: float
-    ) -> None:
+    def _upload(self, number: int, plan: wire.NodePlan, outcome: loop.Outcome, times: Times) -> None:
         head = {
             name: parameter.detach().cpu().numpy()
             for name, parameter in base.head_parameters(self._model, self._task)
@@ -218,9 +226,10 @@ class Agent:
             step_seconds=outcome.step_seconds,
             peak_bytes=outcome.peak_bytes,
             tokens=outcome.tokens,
-            download_seconds=downloaded,
-            evaluate_seconds=evaluated,
-            train_seconds=outcome.seconds,
+            download_seconds=times.download,
+            evaluate_seconds=times.evaluate,
+            # With all that training needs around its steps: installing the adapter, writing the update.
+            train_seconds=time.monotonic() - times.begin - times.download - times.evaluate,
         )
         begin = time.monotonic()
         taken = self._transport.update(number, path, manifest)

@@ -52,7 +52,6 @@ class Outcome:
 
     steps: int
     loss: float
-    seconds: float
     step_seconds: float
     tokens: int
     micro_batch: int
@@ -180,7 +179,6 @@ def train(
     history: list[float] = []
     times: list[float] = []
     tokens = 0
-    begin = time.perf_counter()
     for number, chosen in enumerate(islice(order, settings.steps), 1):
         step_begin = time.perf_counter()
         loss, step_tokens = work.accumulate(chosen)
@@ -201,7 +199,6 @@ def train(
     return Outcome(
         steps=len(history),
         loss=fmean(history),
-        seconds=time.perf_counter() - begin,
         # The first step pays for allocation and kernel selection.
         step_seconds=median(times[1:] or times),
         tokens=tokens,

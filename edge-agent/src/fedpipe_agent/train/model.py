@@ -195,6 +195,8 @@ def load(source: Source, config: Any, task: Task, precision: Precision, device: 
             module.float().register_forward_pre_hook(_to_float)
             module.requires_grad_(True)
     _keep_training_kernels(model)
+    if quantized and device.type == "cpu":
+        _own_memory(model)
     return model.to(device).train()
 
 
@@ -276,6 +278,13 @@ def _sides(module: Any) -> tuple[int, int]:
 
 def _to_float(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.float() if isinstance(value, torch.Tensor) else value for value in inputs)
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Copy what was not quantized: as views of it, it would keep the whole float32 checkpoint in memory."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def _keep_training_kernels(model: nn.Module) -> None:

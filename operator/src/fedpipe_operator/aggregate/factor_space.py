@@ -11,6 +11,7 @@ from .checks import Comparison, NotFiniteError
 from .factors import Factorization, Float64, Geometry, Stack, rounding_error
 from .files import Float32
 from .matrix import Aggregated, Contribution, Matrix, factors, figures, probed, probed_sum, saved
+from .sent import received
 
 FOLD_ROOM, FOLD_KEEP = 768, 128
 """Terms of nodes stacked at a time, and what they fold into beyond that; more of both for large ranks."""
@@ -71,27 +72,33 @@ def _append(stack: Stack, matrix: Matrix, part: Contribution) -> None:
     stack.append(left.T, right, part.scale)
 
 
-def in_factor_space(matrix: Matrix, starts_from_best: bool, untrained: Untrained) -> Aggregated:
+def in_factor_space(
+    matrix: Matrix, starts_from_best: bool, untrained: Untrained, *, sent_as_int8: bool = False
+) -> Aggregated:
     """Aggregate a matrix in SVD form.
 
     Args:
         matrix: the matrix.
         starts_from_best: whether a node started from the best rank-r_k part of G; otherwise from nothing.
-        untrained: what becomes of G's components.
+        untrained: what becomes of the components that nodes start from: G's, or those of what was sent.
+        sent_as_int8: whether nodes received G as `sent` has it, and so started from that.
 
     Raises:
         NotFiniteError: an update holds NaN or infinity.
     """
     previous = saved(matrix.previous, matrix.name, (LORA_A, LORA_B))
     state = saved(matrix.state, matrix.name, (LORA_A, LORA_B, optimizer.SECOND_MOMENT, optimizer.STEPS))
-    terms = _Terms(matrix, sum(len(stored[LORA_A]) for stored in (previous, state) if stored))
-    ours, theirs = terms.append_stored(previous), terms.append_stored(state)
+    start = received(previous) if sent_as_int8 else {}
+    terms = _Terms(matrix, sum(len(stored[LORA_A]) for stored in (previous, start, state) if stored))
+    ours, begun, theirs = (terms.append_stored(stored) for stored in (previous, start, state))
+    if not sent_as_int8:
+        start, begun = previous, ours
     factorization = terms.factorize()
     started = matrix.started(ours.stop - ours.start) * starts_from_best
     mean_change = np.array(terms.coefficients)  # Σ w c D
     change = mean_change.copy()  # S
-    mean_change[ours] = -(matrix.weights * matrix.clips) @ started
-    change[ours] = untrained(matrix.weights, matrix.clips, started)
+    mean_change[begun] = -(matrix.weights * matrix.clips) @ started
+    change[begun] = untrained(matrix.weights, matrix.clips, started)
     step, scalars = _step(matrix, state, factorization.geometry.square(change))
     before, velocity = np.zeros(len(change)), np.zeros(len(change))
     before[ours], velocity[theirs] = 1, step.keep
@@ -106,14 +113,15 @@ def in_factor_space(matrix: Matrix, starts_from_best: bool, untrained: Untrained
         moved = scalars | factors(kept.left, kept.right)
     if terms.folded:
         mean = factorization.compress(mean_change, terms.keep)
-        squares, dots = _compare_again(matrix, mean, previous, started)
+        squares, dots = _compare_again(matrix, mean, start, started)
         # What was folded away is no longer among the terms: the exact target is met through probes instead.
         target = step.gain * step.new * probed_sum(matrix)
-        for stored, place in ((previous, ours), (state, theirs)):
+        places = [(previous, ours), (state, theirs), *([(start, begun)] if sent_as_int8 else [])]
+        for stored, place in places:
             target += probed(stored, reference[place]) if stored else 0
         error, energy = float(np.linalg.norm(probed(tensors) - target)), float(np.sum(target * target))
     else:
-        squares, dots = _compare(matrix, factorization.geometry, mean_change, ours, started)
+        squares, dots = _compare(matrix, factorization.geometry, mean_change, begun, started)
         energy = factorization.geometry.square(reference)
         error = float(np.hypot(new.error, rounding_error(new, tensors[LORA_B].T, tensors[LORA_A])))
     comparison = _comparison(matrix, squares, dots, factorization.geometry.square(mean_change))
@@ -158,7 +166,7 @@ def _comparison(matrix: Matrix, squares: Float64, dots: Float64, total: float) -
 
 
 def _compare(
-    matrix: Matrix, geometry: Geometry, mean_change: Float64, ours: slice, started: Float64
+    matrix: Matrix, geometry: Geometry, mean_change: Float64, begun: slice, started: Float64
 ) -> tuple[Float64, Float64]:
     """Return ‖D_k‖² and <D_k, Σ w c D> of every node from the inner products of all terms."""
     each = np.zeros((len(matrix.contributions), len(mean_change)))  # D_k in the terms
@@ -166,19 +174,19 @@ def _compare(
     for row, part in zip(each, matrix.contributions, strict=True):
         row[first : first + part.rank] = 1
         first += part.rank
-    each[:, ours] = -started
+    each[:, begun] = -started
     products = each @ geometry.products
     return np.sum(products * each, axis=1), products @ mean_change
 
 
 def _compare_again(
-    matrix: Matrix, mean: tuple[Float64, Float64], previous: Mapping[str, Float32], started: Float64
+    matrix: Matrix, mean: tuple[Float64, Float64], start: Mapping[str, Float32], started: Float64
 ) -> tuple[Float64, Float64]:
-    """Return the same for folded nodes, reading each once more beside Σ w c D and G."""
+    """Return the same for folded nodes, reading each once more beside Σ w c D and what nodes started from."""
     beside, rank = Stack(*matrix.shape, len(mean[0]) + started.shape[1]), len(mean[0])
     beside.append(*mean)
-    if previous:
-        beside.append(previous[LORA_B].T, previous[LORA_A])
+    if start:
+        beside.append(start[LORA_B].T, start[LORA_A])
     among = (beside.left @ beside.left.T) * (beside.right @ beside.right.T)
     node = Stack(*matrix.shape, max(part.rank for part in matrix.contributions))
     squares, dots = np.zeros(len(started)), np.zeros(len(started))

@@ -31,6 +31,7 @@ HEADER_LIMIT = 16 * 1024 * 1024
 _PREFIX = 8
 _BLOCK = 1024 * 1024
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.int8): "I8"}
 
 
 class MalformedFileError(ValueError):
@@ -47,7 +48,7 @@ class Entry:
     size: int
 
 
-def _bytes(array: Float32) -> memoryview:
+def _bytes(array: NDArray[Any]) -> memoryview:
     return memoryview(array.data).cast("B") if array.size else memoryview(b"")
 
 
@@ -162,7 +163,7 @@ class TensorFile:
 
 
 class TensorWriter:
-    """Writes float32 tensors as they come; use as a context manager, then `stored` tells the outcome.
+    """Writes float32 and int8 tensors as they come; a context manager that tells the outcome in `stored`.
 
     The header's place is kept free for the given names and filled in at the end, padded with blanks as the
     format allows. The same tensors in the same order give the same bytes. A failure leaves no file behind.
@@ -182,11 +183,15 @@ class TensorWriter:
     def __enter__(self) -> Self:
         return self
 
-    def add(self, name: str, tensor: Float32) -> None:
+    def add(self, name: str, tensor: Float32 | NDArray[np.int8]) -> None:
         """Append one tensor."""
         view = _bytes(np.ascontiguousarray(tensor))
         offsets = [self._end, self._end + len(view)]
-        self._entries[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}
+        self._entries[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
         self._end += len(view)
         self._write(view)
 

@@ -89,12 +89,15 @@ class NodeReport:
 class AggregationReport:
     """The outcome of one round.
 
+    `sent` is what nodes download in place of `adapter`; None where they download that.
+
     `relative_error` is over all matrices together (root of the summed squares), `discarded_energy` the
     share of the summed σ², `effective_rank` the mean over matrices; over the matrices that some node
     trained.
     """
 
     adapter: StoredFile
+    sent: StoredFile | None
     server_state: StoredFile | None
     matrices: Mapping[str, MatrixReport]
     nodes: Mapping[str, NodeReport]

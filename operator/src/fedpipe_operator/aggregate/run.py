@@ -13,7 +13,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fedpipe_api.base import UserError
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B, scale
+from fedpipe_api.wire import HEAD, LORA_A, LORA_B, SCALE, scale
 
 from . import server as optimizer
 from .checks import Comparison, Findings, NotFiniteError, judge_cosines, judge_norms
@@ -21,7 +21,8 @@ from .elementwise import Source, average
 from .files import Float32, MalformedFileError, TensorFile, TensorWriter
 from .matrix import Contribution, Figures, Matrix, saved
 from .messages import AggregationReport, AggregationRequest, StoredFile
-from .methods import RULES
+from .methods import RULES, SENT_AS_INT8
+from .sent import quantize
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,16 @@ class _Pass:
     """One pass over all updates under given findings."""
 
     adapter: StoredFile
+    sent: StoredFile | None
     server_state: StoredFile | None
     comparison: Comparison
     figures: dict[str, Figures]
 
     def discard(self) -> None:
         """Remove its files."""
-        self.adapter.path.unlink()
-        if self.server_state is not None:
-            self.server_state.path.unlink()
+        for file in (self.adapter, self.sent, self.server_state):
+            if file is not None:
+                file.path.unlink()
 
 
 def aggregate_round(request: AggregationRequest) -> AggregationReport:
@@ -98,7 +100,7 @@ class _Round:
         }
         reports = {name: figures.report for name, figures in done.figures.items()}
         totals = _totals(list(done.figures.values()))
-        return AggregationReport(done.adapter, done.server_state, reports, nodes, *totals)
+        return AggregationReport(done.adapter, done.sent, done.server_state, reports, nodes, *totals)
 
     def _finite_pass(self) -> _Pass:
         while True:
@@ -115,19 +117,26 @@ class _Round:
         with ExitStack() as opened:
             pool = opened.enter_context(ThreadPoolExecutor(threads, "aggregate"))
             adapter = opened.enter_context(TensorWriter(request.directory, "adapter", _tensor_names(calls)))
+            sent = None
+            if request.aggregation.method in SENT_AS_INT8:
+                names = [name + suffix for name in _tensor_names(calls) for suffix in ("", SCALE)]
+                sent = opened.enter_context(TensorWriter(request.directory, "sent", names))
             state = None
             if optimizer.has_momentum(server):
                 names = _state_names(calls)
                 state = opened.enter_context(TensorWriter(request.directory, "server-state", names))
             for piece in _in_order(pool, calls.values(), threads + 1):
                 _add_all(adapter, piece.tensors)
+                if sent is not None:
+                    _add_sent(sent, piece)
                 if state is not None:
                     _add_all(state, piece.state)
                 if piece.comparison is not None:
                     comparison.merge(piece.comparison)
                 if piece.figures is not None:
                     figures[piece.name] = piece.figures
-        return _Pass(adapter.stored, state.stored if state else None, comparison, figures)
+        stored, kept = (file.stored if file else None for file in (sent, state))
+        return _Pass(adapter.stored, stored, kept, comparison, figures)
 
     def _calls(self) -> dict[str, Callable[[], _Piece]]:
         """Return what is to be done for each matrix and head tensor, in the order of their names."""
@@ -259,6 +268,16 @@ def _add_all(writer: TensorWriter, tensors: Mapping[str, Float32]) -> None:
                 "spec.aggregation.checks.mode reject, or lower spec.optimizer.learningRate."
             )
         writer.add(name, tensor)
+
+
+def _add_sent(writer: TensorWriter, piece: _Piece) -> None:
+    """Write a piece as nodes receive it: factors quantized, head tensors as they are."""
+    if piece.name.startswith(HEAD):
+        _add_all(writer, piece.tensors)
+        return
+    found = quantize({name.removeprefix(piece.name): tensor for name, tensor in piece.tensors.items()})
+    for suffix, tensor in found.items():
+        writer.add(piece.name + suffix, tensor)
 
 
 def _in_order(

@@ -22,10 +22,11 @@ async def aggregate(
     started = time.monotonic()
     report = await worker.run(aggregate_round, request_of(blobs, state))
     assert state.current is not None
-    files = [file for file in (report.adapter, report.server_state) if file is not None]
+    files = [file for file in (report.adapter, report.sent, report.server_state) if file is not None]
     record = RoundAggregated(
         round=state.current.opened.round,
         adapter=_blob(report.adapter),
+        sent=_blob(report.sent) if report.sent else None,
         server_state=_blob(report.server_state) if report.server_state else None,
         matrices={name: MatrixReport(**vars(found)) for name, found in report.matrices.items()},
         checks={node: NodeCheck(**vars(found)) for node, found in report.nodes.items()},

@@ -296,7 +296,7 @@ def assignment(state: JobState, node: str, now: float) -> Assignment | None:
             kind=AssignmentKind.TRAIN,
             round=number,
             plan=state.plan.nodes[node],
-            adapter=state.adapter_of(number - 1),
+            adapter=state.sent_after(number - 1),
             start=start,
             learning_rate=learning_rate(state.spec, number),
             evaluate=node in awaited_evaluations(state, number - 1),
@@ -307,7 +307,7 @@ def assignment(state: JobState, node: str, now: float) -> Assignment | None:
             kind=AssignmentKind.EVALUATE,
             round=number,
             plan=state.plan.nodes[node],
-            adapter=state.adapter_of(number),
+            adapter=state.sent_after(number),
             start=start,
         )
     return None

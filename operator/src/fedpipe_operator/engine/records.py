@@ -204,6 +204,7 @@ class RoundAggregated(Model):
     kind: Literal["aggregated"] = "aggregated"
     round: int
     adapter: Blob
+    sent: Blob | None = None
     server_state: Blob | None = None
     matrices: dict[str, MatrixReport]
     checks: dict[str, NodeCheck]

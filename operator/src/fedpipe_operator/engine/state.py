@@ -85,12 +85,13 @@ class JobState:
     @property
     def adapter(self) -> Blob | None:
         """The global adapter after the last aggregated round."""
-        return self.adapter_of(self.done)
-
-    def adapter_of(self, round_number: int) -> Blob | None:
-        """Return the global adapter a round ended with; None for round 0, which has only the base."""
-        known = self.rounds.get(round_number)
+        known = self.rounds.get(self.done)
         return known.result.adapter if known and known.result else None
+
+    def sent_after(self, round_number: int) -> Blob | None:
+        """Return the global adapter of a round as nodes download it; None for round 0, which has none."""
+        known = self.rounds.get(round_number)
+        return (known.result.sent or known.result.adapter) if known and known.result else None
 
     @property
     def live(self) -> tuple[str, ...]:
@@ -189,9 +190,8 @@ def blobs_in_use(state: JobState) -> set[str]:
     for number in (state.done, state.done - 1):
         known = state.rounds.get(number)
         if known and known.result:
-            keep.add(known.result.adapter.digest)
-            if known.result.server_state:
-                keep.add(known.result.server_state.digest)
+            files = (known.result.adapter, known.result.sent, known.result.server_state)
+            keep |= {file.digest for file in files if file}
     current = state.current
     if current and current.result is None:
         keep |= {manifest.digest for manifest in current.updates.values()}

@@ -23,6 +23,16 @@ the workspace of cuBLAS."""
 CUDA_ROUNDING = 1.06
 """What CUDA's caching allocator rounds up and cannot reuse, as a factor on activations."""
 
+CPU_UNUSED = 0.75
+"""Share of what a forward pass frees that glibc cannot use again before the backward pass: tensors are
+aligned, and the hole of one is too small for the next of its size. Smaller ones fit into the holes of an MLP
+of four times the model's width; of a narrower one the share is more. Fitted (tests/bench/memory_model.py)."""
+CPU_HEAP = 32 * 2**20
+"""The largest block glibc keeps in its heap; larger ones leave no holes."""
+CPU_UNPACKED = (8, 24)
+"""Unpacked int8 and NF4 weights, of the largest layer, that glibc's holes come to: where activations are
+smaller than they are and fit in, and where not. Fitted in the same way."""
+
 
 def base_bytes(shape: wire.ModelShape, device: wire.DeviceFacts, precision: Precision) -> int:
     """Return the bytes of the frozen base: linear layers at the precision, the rest at the compute type."""
@@ -46,7 +56,10 @@ def fixed_bytes(work: Workload, device: wire.DeviceFacts, configuration: Configu
     saved, layer = _saved(work, device, configuration), _transient(work, device, configuration)
     vocabulary = work.shape.vocabulary if work.shape.causal else 0
     # Log-probabilities and two gradients of them in float32; in evaluation logits and log-probabilities.
-    training = saved + max(layer, 12 * vocabulary * tokens)
+    losses = 12 * vocabulary * tokens
+    if device.kind == "cpu" and 4 * vocabulary * tokens <= CPU_HEAP:
+        losses *= 2  # the holes of these and of the logits
+    training = saved + max(layer, losses)
     evaluating = (
         2 * tokens * (8 * vocabulary + element * (work.shape.intermediate * 2 + 4 * work.shape.hidden))
     )
@@ -106,7 +119,11 @@ def _saved(work: Workload, device: wire.DeviceFacts, configuration: Configuratio
     element = compute_bytes(device, configuration.precision)
     tokens = configuration.micro_batch * work.length
     layers = shape.layers - work.first_layer
-    within = tokens * _saved_per_token(work, device, configuration.precision)
+    kept = _saved_per_token(work, device, configuration.precision)
+    if device.kind == "cpu":
+        unused = max(CPU_UNUSED, CPU_UNUSED + 0.5 - shape.intermediate / (8 * shape.hidden))
+        kept += math.ceil(unused * _freed_per_token(work, device, configuration.precision))
+    within = tokens * kept
     if configuration.checkpointing:
         return layers * tokens * shape.hidden * element + within
     return layers * within
@@ -131,6 +148,17 @@ def _saved_per_token(work: Workload, device: wire.DeviceFacts, precision: Precis
     return attention + norms + mlp + 16 + quantizer + element * work.adapter_inputs
 
 
+def _freed_per_token(work: Workload, device: wire.DeviceFacts, precision: Precision) -> int:
+    """Return the bytes one layer computes per token in its forward pass and does not keep.
+
+    Of each adapter its output, that scaled, and the sum with the layer's (a frozen one counts half: fitted),
+    both residual sums, and what the MLP's last layer takes in.
+    """
+    adapters = 1.5 if work.remainder_rank and precision is not Precision.FP32 else 1
+    values = 3 * adapters * work.adapter_outputs + 2 * work.shape.hidden + work.shape.intermediate
+    return math.ceil(values * compute_bytes(device, precision))
+
+
 def _transient(work: Workload, device: wire.DeviceFacts, configuration: Configuration) -> int:
     """Return the bytes a layer needs for a moment in its backward pass."""
     shape = work.shape
@@ -139,4 +167,7 @@ def _transient(work: Workload, device: wire.DeviceFacts, configuration: Configur
     unpacked = 0
     if configuration.precision in (Precision.INT8, Precision.NF4):
         unpacked = shape.hidden * shape.intermediate * element
-    return 2 * tokens * (shape.intermediate + shape.hidden) * element + unpacked
+        if device.kind == "cpu":
+            unpacked *= CPU_UNPACKED[tokens > shape.hidden]
+    gradients = 3 if device.kind == "cpu" else 2  # with a hole
+    return gradients * tokens * (shape.intermediate + shape.hidden) * element + unpacked

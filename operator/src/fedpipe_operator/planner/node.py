@@ -259,13 +259,14 @@ class Problem:
                 candidates.append((option.value + programme.bound(), option, programme))
         best: Choice | None = None
         for bound, option, programme in sorted(candidates, key=lambda candidate: -candidate[0]):
-            if bound <= max(above, best.value if best else above):
+            least = best.value if best else above
+            if bound <= least:
                 break
-            found = programme.solve()
+            found = programme.solve(above=least - option.value)
             if found is None or not (chosen := ranks[np.arange(len(found)), found]).any():
                 continue
             value = option.value + programme.total(found)[0]
-            if best is None or value > best.value:
+            if value > least:
                 named = {name: int(rank) for name, rank in zip(self._names, chosen, strict=True) if rank}
                 best = Choice(option.configuration, named, steps, value)
         return best

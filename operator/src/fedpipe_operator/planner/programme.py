@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array, eye_array, kron
+from scipy.sparse import csr_array
 
 Floats = NDArray[np.float64]
+
+HIGHS_TOLERANCE = 1e-6
+"""HiGHS keeps limits and finds the optimum to this."""
 
 
 @dataclass(frozen=True)
@@ -35,52 +38,102 @@ class Programme:
 
     def bound(self) -> float:
         """Return an upper bound of the value: the smaller of the relaxations to a single limit."""
-        alone = [self._relaxed(costs, limit) for costs, limit in zip(self.costs, self.limits, strict=True)]
+        alone = [self._relaxed(costs, limit)[0] for costs, limit in zip(self.costs, self.limits, strict=True)]
         return min([float(self.values.max(axis=1).sum()), *alone])
 
-    def _relaxed(self, costs: Floats, limit: float) -> float:
-        """Return the optimum with fractions of options and one limit, by falling value per cost."""
+    def _relaxed(self, costs: Floats, limit: float) -> tuple[float, float]:
+        """Return the optimum with fractions of options and one limit, and what a unit of the limit is worth.
+
+        By falling value per cost.
+        """
         spare = limit - costs[:, 0].sum()
         value = self.values[:, 0].sum()
         if spare < 0:
-            return -np.inf
+            return -np.inf, 0.0
         gains, prices = np.diff(self.values).ravel(), np.diff(costs).ravel()
         with np.errstate(all="ignore"):
-            order = np.argsort(np.where(gains > 0, -gains / prices, 0), kind="stable")
-        gains, prices = gains[order], prices[order]
-        left = spare - np.concatenate([[0.0], np.cumsum(prices)[:-1]])
+            ratios = np.where(gains > 0, gains / prices, 0)
+            order = np.argsort(-ratios, kind="stable")
+        gains, prices, ratios = gains[order], prices[order], ratios[order]
+        spent = np.cumsum(prices)
+        left = spare - spent + prices
         with np.errstate(all="ignore"):
             shares = np.where(prices > 0, np.clip(left / prices, 0, 1), 1.0)
-        return float(value + (gains * shares).sum())
+        last = np.searchsorted(spent, spare, side="right")
+        return float(value + (gains * shares).sum()), float(ratios[last]) if last < len(ratios) else 0.0
 
-    def solve(self) -> NDArray[np.int64] | None:
-        """Return the optimal option of each matrix, exactly (HiGHS); None where nothing fits."""
+    def solve(self, above: float = -np.inf) -> NDArray[np.int64] | None:
+        """Return the optimal option of each matrix, exactly; None where none fits or beats `above`.
+
+        Options that no better choice can have are struck out first; HiGHS chooses among the others.
+        """
         matrices, options = self.values.shape
         smallest, largest = np.zeros(matrices, np.int64), np.full(matrices, options - 1)
         if not self.fits(smallest):
             return None
         if self.fits(largest):
             return largest
-        most = self.total(largest)[1]
-        binding = most > self.limits
-        limits = self.limits[binding]
+        start = self._filled()
+        reached = self.total(start)[0]
+        best = start if reached > above else None
+        open_ = self._open(max(reached, above))
+        margin = 0.0
+        while (choice := self._chosen(open_, margin)) is not None and not self.fits(choice):
+            margin += HIGHS_TOLERANCE
+        return best if choice is None else choice
+
+    def _filled(self) -> NDArray[np.int64]:
+        """Return a good choice: upwards from the lowest options, by falling value per cost, while it fits."""
+        gains, prices = np.diff(self.values), np.diff(self.costs)
+        scarce = self.limits - self.costs[:, :, 0].sum(axis=1)
+        with np.errstate(all="ignore"):
+            share = np.nan_to_num(prices / scarce[:, None, None], nan=0.0, posinf=np.inf).max(axis=0)
+            ratios = np.nan_to_num(gains / share, nan=np.inf, posinf=np.inf)
+        choice = np.zeros(len(gains), np.int64)
+        for flat in np.argsort(-ratios, axis=None, kind="stable"):
+            row, step = divmod(int(flat), gains.shape[1])
+            if choice[row] == step and (prices[:, row, step] <= scarce).all():
+                choice[row] += 1
+                scarce = scarce - prices[:, row, step]
+        return choice if self.fits(choice) else np.zeros(len(gains), np.int64)
+
+    def _open(self, reached: float) -> NDArray[np.bool_]:
+        """Return which options (matrices, options) a choice worth clearly more than `reached` can have.
+
+        Lagrangian bound: with a limit priced at any rate, an option costs at least its distance to the best
+        option of its matrix.
+        """
+        found = np.ones(self.values.shape, bool)
+        for costs, limit in zip(self.costs, self.limits, strict=True):
+            price = self._relaxed(costs, limit)[1]
+            priced = self.values - price * costs
+            best = priced.max(axis=1, keepdims=True)
+            found &= price * limit + best.sum() - (best - priced) >= reached + HIGHS_TOLERANCE
+        return found
+
+    def _chosen(self, open_: NDArray[np.bool_], margin: float) -> NDArray[np.int64] | None:
+        """Return the best choice of open options, limits lowered by a share; None where there is none."""
+        matrices, options = np.nonzero(open_)
+        if len(np.unique(matrices)) < len(open_):
+            return None
+        costs, limits = self.costs[:, matrices, options], self.limits
         # In units of the limit, so that tolerances are relative to it; a limit of zero is none to divide by.
-        unit = np.maximum(limits, 1e-6 * most[binding])
-        scaled = self.costs[binding].reshape(-1, matrices * options) / unit[:, None]
-        one_each = csr_array(kron(eye_array(matrices), np.ones((1, options))))
-        allowed = limits / unit
-        while True:
-            found = milp(
-                -self.values.ravel(),
-                integrality=np.ones(matrices * options),
-                bounds=Bounds(0, 1),
-                constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(scaled, -np.inf, allowed)],
-                options={"mip_rel_gap": 0.0},
-            )
-            if found.x is None:
-                return smallest
-            choice = found.x.reshape(matrices, options).argmax(axis=1)
-            if self.fits(choice):
-                return np.asarray(choice, np.int64)
-            # HiGHS keeps limits to 1e-6 only.
-            allowed = allowed - 1e-6
+        unit = np.maximum(limits, 1e-6 * self.costs.max(axis=2).sum(axis=1))
+        found = milp(
+            -self.values[matrices, options],
+            integrality=np.ones(len(matrices)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(
+                    csr_array((np.ones(len(matrices)), (matrices, np.arange(len(matrices))))), 1, 1
+                ),
+                LinearConstraint(costs / unit[:, None], -np.inf, limits / unit - margin),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
+        if found.x is None:
+            return None
+        choice = np.zeros(len(open_), np.int64)
+        taken = found.x > 0.5
+        choice[matrices[taken]] = options[taken]
+        return choice

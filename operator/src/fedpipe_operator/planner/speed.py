@@ -100,7 +100,9 @@ def evaluation_time(
 def download_bytes(work: Workload) -> int:
     """Return the bytes of the global adapter, at its full rank."""
     return 4 * work.head + sum(
-        4 * min(work.download_rank, matrix.rows, matrix.columns) * (matrix.rows + matrix.columns)
+        work.download_width
+        * min(work.download_rank, matrix.rows, matrix.columns)
+        * (matrix.rows + matrix.columns)
         for matrix in work.selected
     )
 

@@ -42,6 +42,7 @@ class Workload:
         batch: samples of an optimizer step.
         remainder_rank: rank of the frozen remainder (METHOD §4); 0 for none.
         download_rank: rank of the global adapter.
+        download_width: bytes of one of its values on the way down.
         proximal: whether FedProx keeps a copy of the start.
     """
 
@@ -51,6 +52,7 @@ class Workload:
     batch: int
     remainder_rank: int
     download_rank: int
+    download_width: int
     proximal: bool
 
     @cached_property
@@ -82,6 +84,15 @@ class Workload:
                 per_layer.setdefault(_depth(matrix.name), {})[group] = matrix.columns
         return max((sum(inputs.values()) for inputs in per_layer.values()), default=0)
 
+    @cached_property
+    def adapter_outputs(self) -> int:
+        """Values per token that adapters put out, in the layer with most."""
+        per_layer: dict[int, int] = {}
+        for matrix in self.selected:
+            depth = _depth(matrix.name)
+            per_layer[depth] = per_layer.get(depth, 0) + matrix.rows
+        return max(per_layer.values(), default=0)
+
 
 def workload(
     shape: wire.ModelShape, spec: FedPipeJobSpec, selected: tuple[wire.MatrixShape, ...]
@@ -96,6 +107,7 @@ def workload(
         batch=spec.rounds.batch_size,
         remainder_rank=full if method in (Method.EXACT, Method.STACK) else 0,
         download_rank=spec.adapter.ranks.max if method in (Method.ZERO_PAD, Method.AVERAGE) else full,
+        download_width=1 if method is Method.EXACT else 4,
         proximal=spec.optimizer.proximal > 0,
     )
 
