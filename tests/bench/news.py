@@ -121,7 +121,7 @@ def main() -> None:
     fleet = {
         "model": minilm() if options.task == "news" else str(inputs / "model"),
         "nodes": [
-            {"name": f"node-{n}", "data": str(inputs / f"node-{n}")} | KINDS[n * len(KINDS) // options.nodes]
+            {"name": f"node-{n}", "data": f"node-{n}"} | KINDS[n * len(KINDS) // options.nodes]
             for n in range(options.nodes)
         ],
     }

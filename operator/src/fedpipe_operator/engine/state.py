@@ -96,7 +96,8 @@ class JobState:
     @property
     def live(self) -> tuple[str, ...]:
         """Offered nodes whose agent registered and is not lost, in order of name."""
-        return tuple(n for n in sorted(self.agents) if n in self.offered and n not in self.lost)
+        offered = set(self.offered)
+        return tuple(n for n in sorted(self.agents) if n in offered and n not in self.lost)
 
     @property
     def planned(self) -> tuple[str, ...]:
