@@ -21,6 +21,7 @@ from fedpipe_api.conditions import Reason
 from ..coordinator import Tokens, application
 from ..engine import Engine
 from ..engine.jobs import Job
+from ..engine.notes import Note
 from ..engine.state import JobState
 from . import manifest
 from .agents import Agents, agent_command
@@ -182,7 +183,13 @@ async def _session(
     for sign in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(sign, interrupted.set)
     seen = view(local.job)
-    engine = Engine(directory.store, clock=_clock(last_at), notify=lambda _, note: seen.note(note))
+
+    def tell(uid: str, note: Note) -> None:
+        # A mistake that an agent finds before the first round ends the run, and is told there, once.
+        if note.reason is not Reason.AGENT_LOST or engine.jobs[uid].state.rounds:
+            seen.note(note)
+
+    engine = Engine(directory.store, clock=_clock(last_at), notify=tell)
     await engine.start()
     tokens = Tokens()
     coordinator = web.AppRunner(application(engine, tokens), access_log=None, shutdown_timeout=1.0)
