@@ -129,9 +129,9 @@ def test_the_agent_trains_a_round(tmp_path: Path) -> None:
             Assignment(kind=AssignmentKind.STOP),
         ]
         done = inside(
-            "agent", "fedpipe-agent", "train", f"--coordinator={coordinator.url}", "--model=/work/model",
-            "--data=/work", "--token-file=/work/token", "--capacity=/work/capacity.json",
-            volume=f"{tmp_path}:/work:ro",
+            "agent", "fedpipe-agent", "train", f"--coordinator={coordinator.url}", "--model=/node/model",
+            "--data=/node", "--token-file=/node/token", "--capacity=/node/capacity.json",
+            volume=f"{tmp_path}:/node:ro",
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     [(manifest, update)] = coordinator.updates

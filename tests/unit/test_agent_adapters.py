@@ -271,6 +271,14 @@ def as_sent(tensors):
     return found
 
 
+def test_scales_of_a_float32_factor_are_refused(bases, tmp_path):
+    shape = bases["bert"][2]
+    tensors = global_adapter(shape, 4)
+    tensors[shape.matrices[0].name + wire.LORA_A + wire.SCALE] = np.ones(3, np.float32)
+    with pytest.raises(Failure, match="does not fit the model"):
+        opened(tmp_path, shape, tensors)
+
+
 @pytest.mark.parametrize("change", ["none", "short", "type", "orphan"])
 def test_int8_without_its_scales_is_refused(bases, tmp_path, change):
     shape = bases["bert"][2]

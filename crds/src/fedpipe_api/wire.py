@@ -15,7 +15,7 @@ from enum import StrEnum
 from pydantic import Field, FiniteFloat
 
 from .base import Model
-from .job import Adapter, DataSource, ModelSource, Name, Optimizer, Precision
+from .job import Adapter, DataSource, Method, ModelSource, Name, Optimizer, Precision
 
 MANIFEST_HEADER = "FedPipe-Manifest"
 """HTTP header of an update: the UpdateManifest as compact JSON."""
@@ -32,11 +32,21 @@ HEADER_LIMIT = 16 * 1024
 LORA_A = ".lora_A"
 LORA_B = ".lora_B"
 HEAD = "head."
-SCALE = ".scale"
-"""Of a factor sent as int8: one float32 for each component; a value is int8 · scale."""
 """Tensor names. Of matrix m (a full module name): `m.lora_B` (d, r), `m.lora_A` (r, c), float32; of a fully
 trained tensor t: `head.t`. In the global adapter the matrix is the plain product lora_B @ lora_A, scale
 included. In an update the increment is scale(r) * lora_B @ lora_A."""
+
+SCALE = ".scale"
+"""Ending of the float32 scales (r,) of a factor sent as int8: a value is int8 * its component's scale."""
+
+
+def sent_as_int8(method: Method) -> bool:
+    """Return whether the global adapter's factors travel to the nodes as int8, not as float32.
+
+    Only where a node's change is counted from what it received; the methods of other papers send float32.
+    """
+    return method is Method.EXACT
+
 
 Sha256 = str
 

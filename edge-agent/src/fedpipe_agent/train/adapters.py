@@ -65,7 +65,8 @@ class GlobalAdapter:
         if name.startswith(wire.HEAD):
             fits = kind == "F32" and self._head.get(name.removeprefix(wire.HEAD)) == shape
         elif name.endswith(wire.SCALE):
-            fits = kind == "F32" and name.removesuffix(wire.SCALE) in self._names
+            # The factor itself then wants scales of this type and one for each component.
+            fits = self._look(name.removesuffix(wire.SCALE))[0] == "I8"
         else:
             fits = self._is_factor(name, kind, shape)
         if not fits:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from fedpipe_api.wire import LORA_A, LORA_B
+from fedpipe_api.wire import LORA_A, LORA_B, sent_as_int8
 
 from . import server as optimizer
 from .checks import Comparison, NotFiniteError
@@ -72,26 +72,24 @@ def _append(stack: Stack, matrix: Matrix, part: Contribution) -> None:
     stack.append(left.T, right, part.scale)
 
 
-def in_factor_space(
-    matrix: Matrix, starts_from_best: bool, untrained: Untrained, *, sent_as_int8: bool = False
-) -> Aggregated:
+def in_factor_space(matrix: Matrix, starts_from_best: bool, untrained: Untrained) -> Aggregated:
     """Aggregate a matrix in SVD form.
 
     Args:
         matrix: the matrix.
         starts_from_best: whether a node started from the best rank-r_k part of G; otherwise from nothing.
         untrained: what becomes of the components that nodes start from: G's, or those of what was sent.
-        sent_as_int8: whether nodes received G as `sent` has it, and so started from that.
 
     Raises:
         NotFiniteError: an update holds NaN or infinity.
     """
     previous = saved(matrix.previous, matrix.name, (LORA_A, LORA_B))
     state = saved(matrix.state, matrix.name, (LORA_A, LORA_B, optimizer.SECOND_MOMENT, optimizer.STEPS))
-    start = received(previous) if sent_as_int8 else {}
+    rounded = sent_as_int8(matrix.aggregation.method)
+    start = received(previous) if rounded else {}
     terms = _Terms(matrix, sum(len(stored[LORA_A]) for stored in (previous, start, state) if stored))
     ours, begun, theirs = (terms.append_stored(stored) for stored in (previous, start, state))
-    if not sent_as_int8:
+    if not rounded:
         start, begun = previous, ours
     factorization = terms.factorize()
     started = matrix.started(ours.stop - ours.start) * starts_from_best
@@ -116,7 +114,7 @@ def in_factor_space(
         squares, dots = _compare_again(matrix, mean, start, started)
         # What was folded away is no longer among the terms: the exact target is met through probes instead.
         target = step.gain * step.new * probed_sum(matrix)
-        places = [(previous, ours), (state, theirs), *([(start, begun)] if sent_as_int8 else [])]
+        places = [(previous, ours), (state, theirs), *([(start, begun)] if rounded else [])]
         for stored, place in places:
             target += probed(stored, reference[place]) if stored else 0
         error, energy = float(np.linalg.norm(probed(tensors) - target)), float(np.sum(target * target))

@@ -22,13 +22,7 @@ Rule = Callable[[Matrix], Aggregated]
 
 def exact(matrix: Matrix) -> Aggregated:
     """G ← G + Σ w D; a node starts from the best rank-r_k part of G as sent, the remainder stays frozen."""
-    return in_factor_space(
-        matrix, True, lambda weights, clips, started: -(weights * clips) @ started, sent_as_int8=True
-    )
-
-
-SENT_AS_INT8 = frozenset({Method.EXACT})
-"""Methods whose global adapter travels as `sent` has it; the others, of other papers, send float32."""
+    return in_factor_space(matrix, True, lambda weights, clips, started: -(weights * clips) @ started)
 
 
 def truncate(matrix: Matrix) -> Aggregated:

@@ -13,7 +13,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fedpipe_api.base import UserError
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B, SCALE, scale
+from fedpipe_api.wire import HEAD, LORA_A, LORA_B, SCALE, scale, sent_as_int8
 
 from . import server as optimizer
 from .checks import Comparison, Findings, NotFiniteError, judge_cosines, judge_norms
@@ -21,7 +21,7 @@ from .elementwise import Source, average
 from .files import Float32, MalformedFileError, TensorFile, TensorWriter
 from .matrix import Contribution, Figures, Matrix, saved
 from .messages import AggregationReport, AggregationRequest, StoredFile
-from .methods import RULES, SENT_AS_INT8
+from .methods import RULES
 from .sent import quantize
 
 
@@ -118,7 +118,7 @@ class _Round:
             pool = opened.enter_context(ThreadPoolExecutor(threads, "aggregate"))
             adapter = opened.enter_context(TensorWriter(request.directory, "adapter", _tensor_names(calls)))
             sent = None
-            if request.aggregation.method in SENT_AS_INT8:
+            if sent_as_int8(request.aggregation.method):
                 names = [name + suffix for name in _tensor_names(calls) for suffix in ("", SCALE)]
                 sent = opened.enter_context(TensorWriter(request.directory, "sent", names))
             state = None

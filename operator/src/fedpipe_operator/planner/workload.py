@@ -107,7 +107,7 @@ def workload(
         batch=spec.rounds.batch_size,
         remainder_rank=full if method in (Method.EXACT, Method.STACK) else 0,
         download_rank=spec.adapter.ranks.max if method in (Method.ZERO_PAD, Method.AVERAGE) else full,
-        download_width=1 if method is Method.EXACT else 4,
+        download_width=1 if wire.sent_as_int8(method) else 4,
         proximal=spec.optimizer.proximal > 0,
     )
 
