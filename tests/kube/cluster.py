@@ -83,6 +83,10 @@ class Cluster:
         self._set_up()
 
     def _set_up(self) -> None:
+        for kind in (f"{CUSTOM}/{NODES}", "/api/v1/nodes"):
+            # They belong to no namespace, and tests of before may have left some.
+            status, answer = self.plane.request("DELETE", kind)
+            assert status == 200, answer
         for namespace in (self.namespace, self.own):
             self.create("/api/v1/namespaces", {"metadata": {"name": namespace}})
             self.create(f"/api/v1/namespaces/{namespace}/serviceaccounts", {"metadata": {"name": "default"}})
@@ -218,7 +222,9 @@ class Cluster:
             if found:
                 return found
             if time.monotonic() > until:
-                raise AssertionError(f"{what}: not in {seconds} s\n{self.status()}\n{self.log()}")
+                jobs = self.plane.request("GET", self.job_path())[1]["items"]
+                found = {job["metadata"]["name"]: job.get("status") for job in jobs}
+                raise AssertionError(f"{what}: not in {seconds} s\n{found}\n{self.log()}")
             time.sleep(0.1)
 
     def wait_phase(self, phase: str, name: str = "tickets", seconds: float = 60) -> dict[str, Any]:
