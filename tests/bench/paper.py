@@ -31,10 +31,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench import paper_base
 from bench.bench_machine import machine
 from bench.paper_fleet import FLEETS
 from bench.paper_systems import SYSTEMS
-from bench.paper_tasks import TASKS, Scenario, Setting
+from bench.paper_tasks import TASKS, Scenario, Setting, read_rows
 from fedpipe_api.base import UserError
 
 RESULTS = Path(__file__).parent / "results"
@@ -102,6 +103,8 @@ def run(options: argparse.Namespace) -> int:
     scenarios.sort(key=lambda scenario: scenario.seed)
     done = {_key(found) for found in results["runs"]}
     wanted = [scenario for scenario in scenarios if _key(vars(scenario)) not in done]
+    if setting.e2e is None and any(scenario.task == "e2e" for scenario in wanted):
+        paper_base.make(read_rows(options.data_root, "e2e", "train"))
     print(f"{len(wanted)} of {len(scenarios)} trainings to do, {setting.rounds} rounds each", flush=True)
     failed = _train(wanted, setting, options, results)
     print(f"{len(results['runs'])} trainings in {options.out}")

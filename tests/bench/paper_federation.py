@@ -19,9 +19,9 @@ from fedpipe_agent.train.importance import RANK
 from fedpipe_api import wire
 from fedpipe_api.job import Method
 from fedpipe_api.node import Capacity
-from fedpipe_api.wire import LORA_A, LORA_B, Start
+from fedpipe_api.wire import LORA_A, LORA_B, START_OF_METHOD, Start, uploaded_as_bf16
 from fedpipe_operator.aggregate import AggregationReport, AggregationRequest, NodeUpdate, aggregate_round
-from fedpipe_operator.engine.decide import CALIBRATION_STEPS, START_OF_METHOD
+from fedpipe_operator.engine.decide import CALIBRATION_STEPS
 from fedpipe_operator.planner import memory, speed
 from fedpipe_operator.planner.workload import Configuration, workload
 
@@ -101,25 +101,25 @@ class Federation:
         first = assign(request)
         if self.system.layout != "planned":
             return first, {}
-        steps, scores = CALIBRATION_STEPS, {}
+        scores = {}
         if self.system.selection == "importance":
-            steps = self.spec.adapter.selection.warmup_steps
             total = sum(samples[name] for name in first.nodes)
             found = {name: self.nodes[name].scores(plan) for name, plan in first.nodes.items()}
             scores = {
                 matrix.name: sum(samples[name] / total * found[name][matrix.name] for name in found)
                 for matrix in self.task.shape.matrices
             }
-        self.seconds = max(self._profile_seconds(name, plan, steps) for name, plan in first.nodes.items())
+        self.seconds = max(self._profile_seconds(name, plan) for name, plan in first.nodes.items())
         self.up = 8 * len(scores) * len(first.nodes)
         return assign(request, scores or None, first), scores
 
-    def _profile_seconds(self, name: str, plan: wire.NodePlan, steps: int) -> float:
-        seconds = steps * plan.predicted_step_seconds
+    def _profile_seconds(self, name: str, plan: wire.NodePlan) -> float:
+        seconds = CALIBRATION_STEPS * plan.predicted_step_seconds
         if self.system.selection == "importance":
             work = workload(self.task.shape, self.spec, self.task.shape.matrices)
             configuration = Configuration(plan.precision, plan.micro_batch, plan.checkpointing)
             ranks = dict.fromkeys(work.sides, RANK)
+            steps = self.spec.adapter.selection.warmup_steps
             seconds += steps * speed.step_time(work, self.devices[name], configuration, ranks)
         return seconds
 
@@ -193,8 +193,9 @@ class Federation:
 
     def _upload(self, plan: wire.NodePlan) -> int:
         head = sum(int(np.prod(tensor.shape)) for tensor in self.task.shape.head)
-        body = self.task.shape.parameters if self.system.layout == "full" else self._values(plan)
-        return 4 * (head + body)
+        if self.system.layout == "full":
+            return 4 * (head + self.task.shape.parameters)
+        return 4 * head + (2 if uploaded_as_bf16(self._start) else 4) * self._values(plan)
 
     def _values(self, plan: wire.NodePlan) -> int:
         """Return how many values the factors of a plan have."""
@@ -202,7 +203,9 @@ class Federation:
         return sum(rank * sides[name] for name, rank in plan.ranks.items())
 
     def _trainable(self, assigned: Assigned) -> dict[str, int]:
-        return {name: self._upload(plan) // 4 for name, plan in assigned.nodes.items()}
+        head = sum(int(np.prod(tensor.shape)) for tensor in self.task.shape.head)
+        whole = self.task.shape.parameters if self.system.layout == "full" else 0
+        return {name: head + (whole or self._values(plan)) for name, plan in assigned.nodes.items()}
 
     def _levers(self, adapter: Path) -> dict[str, dict[str, float]]:
         """Measure what a smaller download would cost: fewer components, or fewer bits, of the last adapter."""

@@ -106,7 +106,8 @@ def deadline(shape: wire.ModelShape, spec: FedPipeJobSpec, steps: int) -> float:
     facts = device(ORIN, shape, spec)
     configuration, rank = common((ORIN,), work.batch)
     ranks = dict.fromkeys(work.sides, rank)
-    moved = 2 * speed.upload_bytes(work, ranks)
+    values = work.head + sum(rank * work.sides[name] for name, rank in ranks.items())
+    moved = 2 * 4 * values  # down and up in float32, whatever a system sends
     step = speed.step_time(work, facts, configuration, ranks)
     # FedPipe's durations are of whole milliseconds; a deadline is at least a second.
     return max(1.0, round(speed.transfer_time(facts, moved) + DEADLINE_SHARE * steps * step, 3))

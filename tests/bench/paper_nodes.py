@@ -15,7 +15,7 @@ from fedpipe_agent.train.adapters import Adapters, GlobalAdapter, save
 from fedpipe_agent.train.device import Device
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision
-from fedpipe_api.wire import HEAD, Start
+from fedpipe_api.wire import HEAD, Start, uploaded_as_bf16
 
 
 class Trainer:
@@ -57,7 +57,12 @@ class Trainer:
         outcome = loop.train(self.model, self.samples, self._order(plan, number), settings, self._device)
         head = base.head_parameters(self.model, self._spec.model.task)
         path = self._work / "update.safetensors"
-        save(path, self._adapters.tensors(), {name: _array(value) for name, value in head})
+        save(
+            path,
+            self._adapters.tensors(),
+            {name: _array(value) for name, value in head},
+            uploaded_as_bf16(rule),
+        )
         return path, outcome.loss
 
     def hold(self, adapter: Path) -> None:
@@ -125,7 +130,7 @@ class FullTrainer:
             self.model, self.samples, order, settings(self._spec, plan, steps, self._rate), self._device
         )
         path = self._work / "update.safetensors"
-        save(path, {}, {name: _array(value) for name, value in self.model.named_parameters()})
+        save(path, {}, {name: _array(value) for name, value in self.model.named_parameters()}, False)
         return path, outcome.loss
 
     def hold(self, adapter: Path) -> None:

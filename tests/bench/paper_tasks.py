@@ -6,13 +6,13 @@ import json
 import math
 import random
 import re
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import paper_base
 from bench.paper_bleu import bleu
 from bench.paper_fleet import deadline
 from fedpipe_agent.train import data, loop
@@ -25,15 +25,17 @@ from fedpipe_operator.local.split import split
 
 TASKS = ("news", "e2e")
 DATA = {"news": "20newsgroups", "e2e": "e2e_nlg"}
-LEARNING_RATE = {"news": 4e-3, "e2e": 1e-2}
-FULL_LEARNING_RATE = {"news": 5e-4, "e2e": 2e-3}
+LEARNING_RATE = 4e-3
+"""Of adapters on a node, by every system."""
+FULL_LEARNING_RATE = {"news": 5e-4, "e2e": 1e-3}
 """Of full fine-tuning, where the rate of adapters diverges."""
+CENTRAL_LEARNING_RATE = {"news": 1e-3, "e2e": 2e-3}
+"""Of centralised LoRA, which takes the steps of all nodes one after the other: at their rate it diverges."""
 ALPHA = 0.5
 """Of the Dirichlet split."""
 GENERATED, GENERATED_TOKENS = 40, 40
 """Meaning representations of the BLEU subset, and tokens generated for each at most."""
 EVALUATION_BATCH = 32
-VOCABULARY_ROWS = 20_000
 
 
 @dataclass(frozen=True)
@@ -87,17 +89,20 @@ class Task:
 
 
 def prepare(scenario: Scenario, setting: Setting, root: Path, nodes: tuple[str, ...], work: Path) -> Task:
-    """Read and cut the data, write the model where it is random, tokenise.
+    """Read and cut the data, tokenise.
 
-    The test subset, the BLEU subset and a random model do not depend on the seed.
+    The test subset and the BLEU subset do not depend on the seed. Where the setting names no model, MiniLM and the
+    GPT-2 of `paper_base.make` are used.
     """
     kind = scenario.task
-    rows = _read(root / DATA[kind] / "train.jsonl.gz")
+    rows = read_rows(root, kind, "train")
+    if kind == "e2e":
+        rows = paper_base.halves(rows)[1]
     train = random.Random(f"train {scenario.seed}").sample(rows, min(setting.documents, len(rows)))
-    held = _read(root / DATA[kind] / "test.jsonl.gz")
+    held = read_rows(root, kind, "test")
     test = random.Random("test").sample(held, min(setting.test, len(held)))
     labels = json.loads((root / DATA[kind] / "labels.json").read_text()) if kind == "news" else []
-    source = base.Source(getattr(setting, kind) or (_minilm() if kind == "news" else str(_gpt2(work, rows))))
+    source = base.Source(getattr(setting, kind) or (_minilm() if kind == "news" else str(paper_base.MODEL)))
     tokenizer = base.read_tokenizer(source)
     spec = job(scenario, setting, labels)
     config = base.read_config(source, spec.model, tokenizer.pad_token_id)
@@ -136,6 +141,7 @@ def prepare(scenario: Scenario, setting: Setting, root: Path, nodes: tuple[str, 
 def job(scenario: Scenario, setting: Setting, labels: list[str]) -> FedPipeJobSpec:
     """Return the job of LoRA on every candidate matrix, its deadline yet to be set; systems change a copy of it."""
     news = scenario.task == "news"
+    central = scenario.system == "centralised"
     document: dict[str, Any] = {
         "model": {"hostPath": {"path": "/model"}, "task": "sequence-classification", "labels": labels}
         if news
@@ -157,7 +163,7 @@ def job(scenario: Scenario, setting: Setting, labels: list[str]) -> FedPipeJobSp
             "modules": [] if news else ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
             "selection": {"mode": "all", "keep": setting.keep, "warmupSteps": setting.warmup},
         },
-        "optimizer": {"learningRate": LEARNING_RATE[scenario.task]},
+        "optimizer": {"learningRate": CENTRAL_LEARNING_RATE[scenario.task] if central else LEARNING_RATE},
         "aggregation": {"maxGlobalRank": setting.global_rank, "checks": {"mode": "none"}},
         "seed": scenario.seed,
     }
@@ -203,7 +209,9 @@ def _restaurant(row: dict[str, Any]) -> str:
     return found.group(1) if found else ""
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_rows(root: Path, kind: str, split: str) -> list[dict[str, Any]]:
+    """Return the rows of a task's split; raises UserError where the file is not there."""
+    path = root / DATA[kind] / f"{split}.jsonl.gz"
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder that holds {path.parent.name} as --data-root")
     with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -216,37 +224,3 @@ def _minilm() -> str:
         raise UserError("no MiniLM: install requirements-quickstart.txt, or give a BERT as --model news=DIR")
     package = Path(found.submodule_search_locations[0])
     return str(next(package.rglob("config.json")).parent)
-
-
-def _gpt2(work: Path, rows: list[dict[str, Any]]) -> Path:
-    """Write a small GPT-2 with random weights; its tokens are the words of the train split.
-
-    A vocabulary made for all English would make logits of this model larger than all the rest of it.
-    """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    counts: Counter[str] = Counter()
-    for row in rows[:VOCABULARY_ROWS]:
-        for text in (row["meaning_representation"], row["reference"]):
-            counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
-    words = ["[PAD]", "[UNK]", "[END]", *sorted(word for word, count in counts.items() if count > 1)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
-    directory = work / "gpt2"
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
-    ).save_pretrained(directory)
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(words),
-        n_positions=128,
-        n_embd=256,
-        n_layer=4,
-        n_head=4,
-        bos_token_id=words.index("[END]"),
-        eos_token_id=words.index("[END]"),
-    )
-    GPT2LMHeadModel(config).save_pretrained(directory)
-    return directory

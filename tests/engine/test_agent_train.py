@@ -8,8 +8,9 @@ import time
 
 import numpy as np
 import pytest
-from safetensors.numpy import load as load_tensors
+import torch
 from safetensors.numpy import save as dump_tensors
+from safetensors.torch import load as load_tensors
 
 from agent_fixtures import Coordinator, global_adapter, refusal, registered, save_tiny_model, write_rows
 from fedpipe_agent import cli
@@ -125,7 +126,8 @@ def test_a_whole_job(models, tmp_path):
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-3)
 
         assert [manifest.steps for manifest, _ in coordinator.updates] == [3] * 5
-        for manifest, body in coordinator.updates:
+        splits = [True, True, True, False, False]  # by the rule they started by, as assigned
+        for (manifest, body), split in zip(coordinator.updates, splits, strict=True):
             assert hashlib.sha256(body).hexdigest() == manifest.digest
             assert manifest.samples == 36
             update = load_tensors(body)
@@ -133,6 +135,8 @@ def test_a_whole_job(models, tmp_path):
                 "head.classifier.weight",
                 "head.classifier.bias",
             }
+            types = {n.startswith(wire.HEAD): tensor.dtype for n, tensor in update.items()}
+            assert types == {True: torch.float32, False: torch.bfloat16 if split else torch.float32}
         # Work that is assigned again gives the same bytes.
         assert coordinator.updates[1][1] == coordinator.updates[2][1]
         states = {p.state for p in coordinator.progress}

@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch_file
 
 from fedpipe_api.job import Aggregation, Method
 from fedpipe_api.wire import HEAD, LORA_A, LORA_B, scale
@@ -14,12 +16,13 @@ from fedpipe_operator.aggregate import AggregationReport, AggregationRequest, No
 
 @dataclass
 class Node:
-    """One update: factors by matrix, head tensors, samples."""
+    """One update: factors by matrix, head tensors, samples; `bf16` says in which type the factors are written."""
 
     name: str
     samples: int
     factors: dict[str, tuple[np.ndarray, np.ndarray]]
     head: dict[str, np.ndarray] = field(default_factory=dict)
+    bf16: bool = False
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -27,7 +30,10 @@ class Node:
 
     def write(self, directory: Path) -> NodeUpdate:
         path = directory / f"{self.name}.safetensors"
-        save_file(as_tensors(self.factors, self.head), path)
+        tensors = {n: torch.from_numpy(v) for n, v in as_tensors(self.factors, self.head).items()}
+        if self.bf16:
+            tensors = {n: v if n.startswith(HEAD) else v.bfloat16() for n, v in tensors.items()}
+        save_torch_file(tensors, path)
         return NodeUpdate(self.name, path, self.samples, self.ranks)
 
 
@@ -126,6 +132,11 @@ def product_of(tensors: dict, name: str) -> np.ndarray:
     return tensors[name + LORA_B].astype(float) @ tensors[name + LORA_A].astype(float)
 
 
+def rounded(factor: np.ndarray) -> np.ndarray:
+    """Return a factor as bfloat16 holds it."""
+    return torch.from_numpy(factor).bfloat16().float().numpy()
+
+
 MATRICES = ("layer.0.query", "layer.0.value")
 
 
@@ -151,7 +162,10 @@ def rounds(draw, equal_ranks: bool = False, largest: int = 24, max_nodes: int = 
             if draw(st.booleans())
             else {}
         )
-        nodes.append(Node(f"node-{index}", draw(st.integers(1, 5000)), factors, head))
+        bf16 = draw(st.booleans())
+        if bf16:
+            factors = {name: (rounded(left), rounded(right)) for name, (left, right) in factors.items()}
+        nodes.append(Node(f"node-{index}", draw(st.integers(1, 5000)), factors, head, bf16))
     start, start_head = None, {}
     if draw(st.booleans()):
         start = {}

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from agent_fixtures import KINDS, global_adapter, registered, save_tiny_model
@@ -189,7 +190,7 @@ def test_an_update_is_the_increment_of_what_was_trained(bases, tmp_path):
     logits(model).square().sum().backward()
     optimizer.step()
     after = logits(model).detach()
-    save(tmp_path / "update", adapters.tensors(), {"score.weight": np.ones((3, 32))})
+    save(tmp_path / "update", adapters.tensors(), {"score.weight": np.ones((3, 32))}, bf16=False)
     update = load_file(tmp_path / "update")
     assert {value.dtype for value in update.values()} == {np.dtype(np.float32)}
     assert set(update) == {m.name + s for m in shape.matrices for s in (wire.LORA_A, wire.LORA_B)} | {
@@ -210,6 +211,17 @@ def test_an_update_is_the_increment_of_what_was_trained(bases, tmp_path):
         moved[matrix.name + wire.LORA_B] = (b @ a + delta).astype(np.float32)
         moved[matrix.name + wire.LORA_A] = np.eye(matrix.columns, dtype=np.float32)
     torch.testing.assert_close(after, dense_logits(bases, "gpt2", moved), atol=2e-4, rtol=1e-4)
+
+
+def test_an_update_may_hold_its_factors_as_bfloat16(tmp_path):
+    values = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    save(tmp_path / "update", {"m.lora_B": values, "m.lora_A": values.T}, {"score.weight": values}, bf16=True)
+    with safe_open(tmp_path / "update", framework="pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert found["m.lora_B"].dtype == found["m.lora_A"].dtype == torch.bfloat16
+    assert torch.equal(found["m.lora_A"], torch.from_numpy(values.T).bfloat16())
+    assert found["head.score.weight"].dtype == torch.float32
+    assert np.array_equal(found["head.score.weight"].numpy(), values)
 
 
 @pytest.mark.parametrize("precision", Precision)

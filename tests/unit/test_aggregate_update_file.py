@@ -4,14 +4,21 @@ import io
 import json
 import os
 import pickle
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save
+from safetensors.torch import save as torch_save
 
 from fedpipe_operator.aggregate import Refused, check_update_file
+from fedpipe_operator.aggregate.files import TensorFile
 
 SHAPES = {"m.lora_B": (4, 2), "m.lora_A": (2, 3), "head.bias": (5,)}
 LIMIT = 10_000
@@ -60,6 +67,43 @@ def test_values_that_are_not_finite(tmp_path, name, reason, says, value):
     found = refusal(tmp_path, save(bad))
     assert found.reason == reason
     assert says in found.message
+
+
+def halves(**values) -> bytes:
+    """Return an update whose factors are bfloat16, some values given by tensor."""
+    found = {name: torch.from_numpy(tensor) for name, tensor in tensors().items()}
+    found |= {name: tensor.bfloat16() for name, tensor in found.items() if not name.startswith("head.")}
+    for name, value in values.items():
+        found[name].view(-1)[-1] = value
+    return torch_save(found)
+
+
+def test_factors_may_be_bfloat16(tmp_path):
+    path = tmp_path / "update"
+    path.write_bytes(halves())
+    check_update_file(path, SHAPES, LIMIT)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["m.lora_B", "m.lora_A", "head.bias"])
+def test_values_that_are_not_finite_as_bfloat16(tmp_path, name, value):
+    found = refusal(tmp_path, halves(**{name: value}))
+    assert found.reason == "NotFinite"
+    assert name in found.message
+
+
+@given(values=st.lists(st.floats(width=32), min_size=1, max_size=40), data=st.data())
+def test_bfloat16_is_read_as_torch_widens_it(values, data):
+    tensor = torch.tensor(values).bfloat16()
+    first = data.draw(st.integers(0, len(values) - 1))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "file"
+        path.write_bytes(torch_save({"other": torch.ones(3), "t": tensor}))
+        file = TensorFile(path)
+        whole, part = file.read("t"), np.empty(len(values) - first, np.float32)
+        file.read_into("t", first, part)
+    assert np.array_equal(whole, tensor.float().numpy(), equal_nan=True)
+    assert np.array_equal(part, whole[first:], equal_nan=True)
 
 
 def changed(**updates) -> bytes:

@@ -19,6 +19,7 @@ from bench.paper_systems import ABLATIONS, BASELINES, SYSTEMS, Request, assign, 
 from bench.paper_tasks import Scenario, Setting, job
 from fedpipe_api import wire
 from fedpipe_api.base import UserError
+from fedpipe_api.job import Method
 from fedpipe_operator.planner import memory, speed
 from fedpipe_operator.planner.workload import workload
 
@@ -102,7 +103,7 @@ def test_declared_memory_carries_the_kinds_rank() -> None:
 
 
 def test_the_deadline_lets_the_slowest_do_a_quarter() -> None:
-    work = workload(SHAPE, SPEC, SHAPE.matrices)
+    work = workload(SHAPE, spec_of(SYSTEMS["fedit"], SPEC, 8), SHAPE.matrices)
     facts = device(ORIN, SHAPE, SPEC)
     configuration, rank = common((ORIN,), work.batch)
     ranks = dict.fromkeys(work.sides, rank)
@@ -183,8 +184,9 @@ def test_a_training_is_measured_whole(name: str, inputs: tuple[Path, Setting], t
         return
     assert first["down"] == 0  # there is no global adapter yet
     assert last["down"] > 0
-    # Factors and head as they are on the wire; the rest is the files' headers.
-    uploads = sum(4 * run["trainable"][node] for node in run["plans"])
+    # Factors as they are on the wire; the rest is the files' headers and the head, always float32.
+    width = 2 if SYSTEMS[name].method is Method.EXACT and name != "vanilla" else 4
+    uploads = sum(width * run["trainable"][node] for node in run["plans"])
     assert uploads <= first["up"] - run["profile"]["up"] < uploads + 8 * 8192
     assert all(run["peak"][node] <= run["budget"][node] for node in run["peak"])
     if name == "fedpipe":

@@ -32,9 +32,10 @@ HEADER_LIMIT = 16 * 1024
 LORA_A = ".lora_A"
 LORA_B = ".lora_B"
 HEAD = "head."
-"""Tensor names. Of matrix m (a full module name): `m.lora_B` (d, r), `m.lora_A` (r, c), float32; of a fully
-trained tensor t: `head.t`. In the global adapter the matrix is the plain product lora_B @ lora_A, scale
-included. In an update the increment is scale(r) * lora_B @ lora_A."""
+"""Tensor names. Of matrix m (a full module name): `m.lora_B` (d, r), `m.lora_A` (r, c); of a fully trained
+tensor t: `head.t`. In the global adapter the matrix is the plain product lora_B @ lora_A, scale included. In
+an update the increment is scale(r) * lora_B @ lora_A. All are float32; the factors of an update may be
+bfloat16, those of the global adapter int8."""
 
 SCALE = ".scale"
 """Ending of the float32 scales (r,) of a factor sent as int8: a value is int8 * its component's scale."""
@@ -142,6 +143,23 @@ class Start(StrEnum):
     TRUNCATE = "truncate"  # best rank-r part trainable, the remainder dropped (FlexLoRA)
     PREFIX = "prefix"  # first r rows and columns as they are (FedIT, HetLoRA)
     FRESH = "fresh"  # a fresh adapter, the whole global adapter frozen (FLoRA)
+
+
+START_OF_METHOD = {
+    Method.EXACT: Start.SPLIT,
+    Method.TRUNCATE: Start.TRUNCATE,
+    Method.AVERAGE: Start.PREFIX,
+    Method.ZERO_PAD: Start.PREFIX,
+    Method.STACK: Start.FRESH,
+}
+
+
+def uploaded_as_bf16(start: Start) -> bool:
+    """Return whether nodes upload the factors they trained as bfloat16, not as float32.
+
+    Rounding is a thousandth of a value, at random; the methods of other papers send float32.
+    """
+    return start is Start.SPLIT
 
 
 class NodePlan(Model):

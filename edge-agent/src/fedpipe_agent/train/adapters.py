@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from fedpipe_api import wire
@@ -350,7 +350,16 @@ def fresh_rows(rank: int, columns: int, *names: object) -> np.ndarray:
     return (generator(*names).uniform(-1.0, 1.0, (rank, columns)) / math.sqrt(columns)).astype(np.float32)
 
 
-def save(path: Path, tensors: dict[str, np.ndarray], head: dict[str, np.ndarray]) -> None:
-    """Write an update as safetensors, float32, named as on the wire; the same tensors give the same bytes."""
-    named = {**tensors, **{wire.HEAD + name: value for name, value in head.items()}}
-    save_file({name: np.ascontiguousarray(named[name], dtype=np.float32) for name in sorted(named)}, path)
+def save(path: Path, factors: dict[str, np.ndarray], head: dict[str, np.ndarray], bf16: bool) -> None:
+    """Write an update as safetensors, named as on the wire; the same tensors give the same bytes.
+
+    Args:
+        path: the file.
+        factors: by name; bfloat16 in the file if `bf16`, else float32 like the head.
+        head: by parameter's name.
+        bf16: see there.
+    """
+    kind = torch.bfloat16 if bf16 else torch.float32
+    named = {name: torch.from_numpy(value).to(kind) for name, value in factors.items()}
+    named |= {wire.HEAD + name: torch.from_numpy(value).float() for name, value in head.items()}
+    save_file({name: named[name].contiguous() for name in sorted(named)}, path)

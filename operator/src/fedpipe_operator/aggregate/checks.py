@@ -9,8 +9,11 @@ import numpy as np
 from fedpipe_api.job import Checks
 
 from .factors import Float64
-from .files import Entry, MalformedFileError, read_header
+from .files import READABLE, Entry, MalformedFileError, read_header
 from .messages import NodeReport, Verdict
+
+BF16_EXPONENT = np.uint16(0x7F80)
+"""All ones: NaN or infinity."""
 
 _BLOCK = 1024 * 1024
 
@@ -37,7 +40,7 @@ def check_update_file(path: Path, expected_shapes: Mapping[str, tuple[int, ...]]
 
     Args:
         path: the file.
-        expected_shapes: exactly the tensors it must hold; all of them float32.
+        expected_shapes: exactly the tensors it must hold, each float32 or bfloat16.
         max_bytes: its largest length.
 
     Raises:
@@ -64,22 +67,26 @@ def _check_layout(entries: Mapping[str, Entry], expected: Mapping[str, tuple[int
     if surplus := sorted(entries.keys() - expected.keys()):
         raise Refused("WrongTensors", f"tensor {surplus[0]!r:.80} is not asked for ({len(surplus)} in all)")
     for name, entry in entries.items():
-        if entry.dtype != "F32":
-            raise Refused("WrongType", f"tensor {name} is {entry.dtype}, F32 is wanted")
+        if entry.dtype not in READABLE:
+            raise Refused("WrongType", f"tensor {name} is {entry.dtype}, F32 or BF16 is wanted")
         if entry.shape != tuple(expected[name]):
             raise Refused("WrongShape", f"tensor {name} is {list(entry.shape)}, not {list(expected[name])}")
 
 
 def _check_finite(descriptor: int, entries: Mapping[str, Entry]) -> None:
     buffer = bytearray(_BLOCK)
-    values = np.frombuffer(buffer, np.float32)
+    single, half = np.frombuffer(buffer, np.float32), np.frombuffer(buffer, np.uint16)
     for name, entry in entries.items():
         position, end = entry.start, entry.start + entry.size
         while position < end:
             count = min(_BLOCK, end - position)
             if os.preadv(descriptor, [memoryview(buffer)[:count]], position) != count:
                 raise Refused("Malformed", f"tensor {name} is cut short")
-            if not np.isfinite(values[: count // 4]).all():
+            if entry.dtype == "BF16":
+                finite = (half[: count // 2] & BF16_EXPONENT) != BF16_EXPONENT
+            else:
+                finite = np.isfinite(single[: count // 4])
+            if not finite.all():
                 raise Refused("NotFinite", f"tensor {name} holds NaN or infinity")
             position += count
 

@@ -33,6 +33,9 @@ _BLOCK = 1024 * 1024
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _NAMES = {np.dtype(np.float32): "F32", np.dtype(np.int8): "I8"}
 
+READABLE = ("F32", "BF16")
+"""Types of the tensors that are read as float32."""
+
 
 class MalformedFileError(ValueError):
     """A file that is not in the safetensors format; the message is one line."""
@@ -135,7 +138,7 @@ class TensorFile:
         return self.entries[name].shape
 
     def read(self, name: str) -> Float32:
-        """Return a whole float32 tensor as an array of its own."""
+        """Return a whole tensor as a float32 array of its own."""
         entry = self.entries[name]
         found = np.empty(entry.shape, np.float32)
         self.read_into(name, 0, found.reshape(-1))
@@ -145,12 +148,20 @@ class TensorFile:
         """Fill a contiguous vector with the tensor's elements from the `first` on.
 
         Raises:
-            MalformedFileError: the tensor is not float32, or the file has become shorter.
+            MalformedFileError: the tensor is neither float32 nor bfloat16, or the file has become shorter.
         """
         entry = self.entries[name]
-        if entry.dtype != "F32":
-            raise MalformedFileError(f"{self._path}: tensor {name} is {entry.dtype}, not F32")
-        view, position = _bytes(target), entry.start + 4 * first
+        if entry.dtype == "BF16":
+            # It is the upper half of a float32.
+            half = np.empty(target.shape, np.uint16)
+            self._fill(name, _bytes(half), entry.start + 2 * first)
+            np.left_shift(half, 16, out=target.view(np.uint32), dtype=np.uint32)
+        elif entry.dtype == "F32":
+            self._fill(name, _bytes(target), entry.start + 4 * first)
+        else:
+            raise MalformedFileError(f"{self._path}: tensor {name} is {entry.dtype}, not F32 or BF16")
+
+    def _fill(self, name: str, view: memoryview, position: int) -> None:
         descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             while view:

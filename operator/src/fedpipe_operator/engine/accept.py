@@ -104,7 +104,7 @@ def update(state: JobState, node: str, round_number: int, manifest: UpdateManife
 
 
 def update_shapes(state: JobState, node: str) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every float32 tensor that the node's update must hold."""
+    """Return the name and shape of every tensor that the node's update must hold."""
     assert state.model is not None
     assert state.plan is not None
     shapes: dict[str, tuple[int, ...]] = {}

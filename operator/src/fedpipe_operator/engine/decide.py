@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedpipe_api.conditions import Reason
-from fedpipe_api.job import FedPipeJobSpec, Method
+from fedpipe_api.job import FedPipeJobSpec
 from fedpipe_api.status import Phase
-from fedpipe_api.wire import Assignment, AssignmentKind, Start
+from fedpipe_api.wire import START_OF_METHOD, Assignment, AssignmentKind
 
 from ..planner import needs_replan
 from .state import JobState, Round, evaluation_of
@@ -17,14 +17,6 @@ REGISTRATION_SECONDS = 60.0
 
 CALIBRATION_STEPS = 3
 """Measured steps of profiling; the first warms up."""
-
-START_OF_METHOD = {
-    Method.EXACT: Start.SPLIT,
-    Method.TRUNCATE: Start.TRUNCATE,
-    Method.AVERAGE: Start.PREFIX,
-    Method.ZERO_PAD: Start.PREFIX,
-    Method.STACK: Start.FRESH,
-}
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def download_bytes(work: Workload) -> int:
 
 def upload_bytes(work: Workload, ranks: Mapping[str, int]) -> int:
     """Return the bytes of an update: the factors trained, and the head."""
-    return 4 * work.head + sum(4 * rank * work.sides[name] for name, rank in ranks.items())
+    return 4 * work.head + sum(work.upload_width * rank * work.sides[name] for name, rank in ranks.items())
 
 
 def transfer_time(device: wire.DeviceFacts, size: int) -> float:

@@ -43,6 +43,7 @@ class Workload:
         remainder_rank: rank of the frozen remainder (METHOD §4); 0 for none.
         download_rank: rank of the global adapter.
         download_width: bytes of one of its values on the way down.
+        upload_width: bytes of a trained factor's value on the way up.
         proximal: whether FedProx keeps a copy of the start.
     """
 
@@ -53,6 +54,7 @@ class Workload:
     remainder_rank: int
     download_rank: int
     download_width: int
+    upload_width: int
     proximal: bool
 
     @cached_property
@@ -108,6 +110,7 @@ def workload(
         remainder_rank=full if method in (Method.EXACT, Method.STACK) else 0,
         download_rank=spec.adapter.ranks.max if method in (Method.ZERO_PAD, Method.AVERAGE) else full,
         download_width=1 if wire.sent_as_int8(method) else 4,
+        upload_width=2 if wire.uploaded_as_bf16(wire.START_OF_METHOD[method]) else 4,
         proximal=spec.optimizer.proximal > 0,
     )
 
