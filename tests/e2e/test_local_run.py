@@ -165,6 +165,7 @@ def test_export_merge_writes_a_whole_model(finished, inputs, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(merged(tokens).logits, adapted(tokens).logits, atol=1e-5, rtol=1e-5)
     AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()} == {0o644}
 
 
 def everything_under(root):

@@ -135,7 +135,10 @@ def test_the_config_alone_names_base_head_and_every_rank(tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     assert "base_model: org/base" in card
     assert "Facts." in card
-    assert "2. c" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert "labels = ['a', 'b', 'c']\n" in code
+    assert "from_pretrained('org/base', revision='abc', id2label=dict(enumerate(labels)))" in code
 
 
 def test_an_adapter_is_replaced_whole(tmp_path):

@@ -31,7 +31,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         merged.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        # Temporary directories, and weights as safetensors writes them, are for their owner alone.
         temporary.chmod(0o755)
+        for path in temporary.iterdir():
+            path.chmod(0o644)
         temporary.rename(options.out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

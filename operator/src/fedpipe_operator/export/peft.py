@@ -113,8 +113,7 @@ def _card(spec: FedPipeJobSpec, facts: str) -> str:
     if revision:
         base += f", revision={revision!r}"
     if spec.model.labels:
-        base += f", num_labels={len(spec.model.labels)}"
-    classes = "".join(f"{i}. {label}\n" for i, label in enumerate(spec.model.labels))
+        base += ", id2label=dict(enumerate(labels))"
     auto = _AUTO_CLASSES[spec.model.task]
     return "\n".join(
         [
@@ -123,9 +122,9 @@ def _card(spec: FedPipeJobSpec, facts: str) -> str:
             *([facts, ""] if facts else []),
             "```python",
             f"from peft import PeftModel\nfrom transformers import {auto}\n",
+            *([f"labels = {list(spec.model.labels)}"] if spec.model.labels else []),
             f"base = {auto}.from_pretrained({base})",
             'model = PeftModel.from_pretrained(base, "PATH/OF/THIS/DIRECTORY")',
             "```", "",
-            *(["Classes, by index from 0:", "", classes] if classes else []),
         ]
     )  # fmt: skip
