@@ -119,6 +119,18 @@ def test_api_server_forbids_change(case: Case, control_plane: ControlPlane, exis
     assert case.text in causes[case.field]
 
 
+def test_an_ended_job_cannot_get_more_rounds(control_plane: ControlPlane, existing: dict[str, Any]) -> None:
+    more = Case("more rounds", {"spec.rounds.count": existing["spec"]["rounds"]["count"] + 1})
+    for phase, wanted in {"Succeeded": 422, "Failed": 422, "Training": 200}.items():
+        body, merge = {"status": {"phase": phase}}, "application/merge-patch+json"
+        assert control_plane.request("PATCH", f"{JOBS}/existing/status", body, merge)[0] == 200
+        status, answer = change(control_plane, existing, more)
+        assert status == wanted
+        if wanted == 422:
+            assert "spec.rounds.count: " in answer["message"]
+            assert "the job has ended" in answer["message"]
+
+
 def test_api_server_fills_in_the_models_defaults(control_plane: ControlPlane) -> None:
     status, answer = control_plane.request("POST", f"{JOBS}?dryRun=All&{STRICT}", job({}))
     assert status == 201

@@ -136,7 +136,9 @@ ADVICE: dict[Reason, Advice] = {
     Reason.NO_IMPROVEMENT: Advice(
         "rounds.until.patience rounds passed without a better metric; the job ended early."
     ),
-    Reason.ROUNDS_COMPLETED: Advice("All rounds are done.", "Raise rounds.count to train on."),
+    Reason.ROUNDS_COMPLETED: Advice(
+        "All rounds are done.", "Nothing. To train longer, raise rounds.count before the last round ends."
+    ),
     Reason.DEADLINE_EXCEEDED: Advice(
         "The job ran longer than activeDeadlineSeconds and failed.",
         "Raise activeDeadlineSeconds in another job; the last adapter stays available.",

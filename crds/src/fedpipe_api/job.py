@@ -199,7 +199,7 @@ class Until(Model):
 class Rounds(Model):
     """How long to train and when a round closes."""
 
-    count: int = Field(ge=1, le=10000, description="Rounds to train; may grow.")
+    count: int = Field(ge=1, le=10000, description="Rounds to train; may grow until the job ends.")
     local_steps: int | None = Field(
         default=None,
         ge=1,
@@ -448,3 +448,13 @@ class FedPipeJob(Model):
     metadata: JobMeta
     spec: FedPipeJobSpec
     status: FedPipeJobStatus | None = None
+
+    rules: ClassVar = (
+        Rule(
+            field="spec.rounds.count",
+            message="the job has ended and cannot train on; create another job instead",
+            cel="!has(oldSelf.status) || !has(oldSelf.status.phase) || "
+            "!(oldSelf.status.phase in ['Succeeded', 'Failed']) || "
+            "self.spec.rounds.count == oldSelf.spec.rounds.count",
+        ),
+    )
