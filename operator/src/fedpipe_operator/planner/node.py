@@ -12,7 +12,6 @@ from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision
 
 from . import memory, speed, words
-from .calibration import Calibration
 from .programme import Floats, Programme
 from .workload import Configuration, Workload
 
@@ -45,18 +44,20 @@ class Case:
     Attributes:
         device: facts, without name and uuid where they do not matter.
         budget: bytes it may use, runtime included.
+        room: bytes that the memory model may predict for it, runtime excluded.
         seconds: of a round it may use.
         steps: optimizer steps it is asked for.
         evaluation_samples: evaluated before training.
-        calibration: of the models.
+        seconds_factor: measured over predicted step time.
     """
 
     device: wire.DeviceFacts
     budget: int
+    room: int
     seconds: float
     steps: int
     evaluation_samples: int
-    calibration: Calibration | None
+    seconds_factor: float
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,6 @@ class Problem:
         sides = np.array([[min(matrix.rows, matrix.columns)] for matrix in work.selected])
         self._ranks: NDArray[np.int64] = np.minimum(np.array([ranks]), sides)
         self._options = list(self._configurations()) if self._precisions else []
-        room = case.budget - case.device.overhead
-        self._room = case.calibration.uncorrected(room) if case.calibration else room
 
     @property
     def _precisions(self) -> tuple[Precision, ...]:
@@ -169,7 +168,7 @@ class Problem:
             if batch % size == 0
             for checkpointing in (False, True)
         ]
-        factor = self.case.calibration.seconds_factor if self.case.calibration else 1.0
+        factor = self.case.seconds_factor
         seconds = {choice: factor * speed.fixed_time(work, device, choice) for choice in choices}
         fastest = min(seconds.values())
         sides = np.array([work.sides[name] for name in self._names])
@@ -193,9 +192,9 @@ class Problem:
         """Return the best choice and what limits it, or why there is none."""
         if not self._options:
             return Infeasible(words.no_precision(self.case.device, PRECISIONS[self._spec.quantization]))
-        partial = not any(option.bytes(self._ranks[:, 0]) <= self._room for option in self._options)
+        partial = not any(option.bytes(self._ranks[:, 0]) <= self.case.room for option in self._options)
         smallest = self._smallest() if partial else self._ranks[:, 0]
-        roomy = [option for option in self._options if option.bytes(smallest) <= self._room]
+        roomy = [option for option in self._options if option.bytes(smallest) <= self.case.room]
         if not roomy:
             return Infeasible(self._no_room(smallest))
         possible = max(option.steps_within(self.case.seconds, self._ranks[:, 0]) for option in roomy)
@@ -204,7 +203,7 @@ class Problem:
         steps = self.case.steps
         if possible < steps:
             steps = max(1, math.floor(STEPS_FOR_RANKS * possible))
-        found = self._best(steps, self._room, self.case.seconds, partial)
+        found = self._best(steps, self.case.room, self.case.seconds, partial)
         assert found is not None
         return self._explained(found, possible)
 
@@ -221,7 +220,7 @@ class Problem:
             return False
         chosen = np.array([ranks.get(name, 0) for name in self._names])
         known = bool(((chosen[:, None] == self._ranks).any(axis=1) | (chosen == 0)).all())
-        return known and option.fits(chosen, self._room, self.case.seconds, steps)
+        return known and option.fits(chosen, self.case.room, self.case.seconds, steps)
 
     def highest_common_rank(self) -> int | None:
         """Return the index of the largest rank that all matrices can have at the steps planned."""
@@ -231,7 +230,8 @@ class Problem:
         for index in reversed(range(self._ranks.shape[1])):
             ranks = self._ranks[:, index]
             if any(
-                option.fits(ranks, self._room, self.case.seconds, chosen.steps) for option in self._options
+                option.fits(ranks, self.case.room, self.case.seconds, chosen.steps)
+                for option in self._options
             ):
                 return index
         return None
@@ -282,7 +282,7 @@ class Problem:
             )
         for limited_by, room, seconds in (
             ("memory", math.inf, case.seconds),
-            ("time", self._room, math.inf),
+            ("time", self.case.room, math.inf),
             ("memory", math.inf, math.inf),
         ):
             freed = self._best(found.steps, room, seconds, partial=False, above=found.value + SAME)
@@ -309,10 +309,8 @@ class Problem:
         return text + (f"; {untrained} selected weights are not trained here" if untrained else "")
 
     def _peak(self, option: _Option, ranks: NDArray[np.int64]) -> int:
-        net = math.ceil(option.bytes(ranks))
-        if self.case.calibration:
-            net = self.case.calibration.bytes(net)
-        return self.case.device.overhead + net
+        """Return the bytes of a choice: within the budget where the prediction is within the room."""
+        return math.ceil(option.bytes(ranks)) + self.case.budget - self.case.room
 
     def _smallest(self) -> NDArray[np.int64]:
         """Return the smallest ranks of all: one matrix, the cheapest, at the lowest rank."""

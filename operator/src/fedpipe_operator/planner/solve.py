@@ -138,19 +138,20 @@ def _case(facts: NodeFacts, request: PlanRequest) -> Case:
     link = device.link_rate and max(1, math.floor(_rounded(device.link_rate, up=False)))
     changes = {"name": name, "uuid": None, "free_memory": 0, "kernels": kernels, "link_rate": link}
     unit = memory.coarseness(device.overhead)
-    seen = facts.calibration
+    overhead = -(-device.overhead // unit) * unit
+    budget = memory.budget(device, request.headroom)
+    room, seen = budget - overhead, facts.calibration
+    if seen:
+        room = seen.uncorrected(room)
+        room = room // memory.coarseness(room) * memory.coarseness(room)
     return Case(
-        device=device.model_copy(update={**changes, "overhead": -(-device.overhead // unit) * unit}),
-        budget=memory.budget(device, request.headroom),
+        device=device.model_copy(update={**changes, "overhead": overhead}),
+        budget=budget,
+        room=room,
         seconds=request.spec.rounds.deadline * (1 - request.headroom),
         steps=math.ceil(_rounded(asked_steps(request.spec.rounds, facts.samples), digits=STEP_DIGITS)),
         evaluation_samples=math.ceil(_rounded(facts.evaluation_samples)) if facts.evaluation_samples else 0,
-        calibration=seen
-        and Calibration(
-            seconds_factor=_rounded(seen.seconds_factor),
-            bytes_factor=_rounded(seen.bytes_factor),
-            bytes_offset=-(-seen.bytes_offset // 2**22) * 2**22,
-        ),
+        seconds_factor=_rounded(seen.seconds_factor) if seen else 1.0,
     )
 
 
