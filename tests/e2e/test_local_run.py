@@ -177,6 +177,7 @@ def test_a_second_run_says_what_is_there_and_does_nothing(finished, inputs):
     before = everything_under(directory.root)
     done = fedpipe(command(job, inputs, directory.root))
     assert done.returncode == 0
+    assert done.stdout.startswith(f"{directory.root}: holds this run, finished")
     assert "done in" in done.stdout
     kept = {path: at for path, at in everything_under(directory.root).items() if path.suffix != ".sqlite"}
     assert kept == {path: at for path, at in before.items() if path.suffix != ".sqlite"}

@@ -194,6 +194,8 @@ def _node_state(state: JobState, name: str, left_out: bool, heard: Progress | No
         return "lost"
     if name not in state.agents:
         return "starting"
+    if state.finished:
+        return "done"
     if current and not current.closed and name in current.updates:
         return "uploaded"
     return heard.state if heard else "ready"
