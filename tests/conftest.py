@@ -1,10 +1,13 @@
 """Fixtures that several folders share."""
 
-from kube.controlplane import control_plane, describe_binaries
+from importlib.metadata import version
+
+from kube.controlplane import control_plane, describe_binaries, find_binaries
 
 __all__ = ["control_plane"]
 
 
 def pytest_report_header() -> str:
     """Say what the tests of the cluster run against."""
-    return f"API server: {describe_binaries()}"
+    emulated = "" if find_binaries() else f"; emulated by kmock {version('kmock')}"
+    return f"API server: {describe_binaries()}{emulated}"

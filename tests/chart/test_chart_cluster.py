@@ -28,7 +28,7 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """A control plane without anything of FedPipe: Helm is to bring it."""
     binaries = find_binaries()
     if binaries is None:
-        pytest.skip(f"real API server: {describe_binaries()}")
+        pytest.skip(f"needs a real API server for Helm; {describe_binaries()}")
     with start_control_plane(tmp_path_factory.mktemp("chart-cluster"), binaries) as plane:
         for name in (NAMESPACE, "support", "elsewhere"):
             labels = {"pod-security.kubernetes.io/enforce": "restricted"}

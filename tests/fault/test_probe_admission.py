@@ -40,6 +40,7 @@ ClusterFor = Callable[..., Cluster]
 @pytest.fixture(scope="module")
 def policed(control_plane: ControlPlane) -> ControlPlane:
     """The control plane with the kinds, the role, the policy and two Nodes."""
+    control_plane.needs("RBAC and admission policies")
     control_plane.install_crds()
     for manifest in yaml.safe_load_all(MANIFESTS.read_text()):
         path = f"{PATHS[manifest['kind']]}/{manifest['metadata']['name']}?fieldManager=test&force=true"

@@ -1,8 +1,8 @@
-"""A real Kubernetes control plane for tests: etcd and kube-apiserver on loopback, RBAC on.
+"""A Kubernetes control plane for tests: etcd and kube-apiserver on loopback, RBAC on; else an emulator.
 
 Binaries are looked for as envtest does: `KUBEBUILDER_ASSETS`, else `/usr/local/kubebuilder/bin`; etcd also on
-PATH. Nothing else runs: no controllers (no garbage collection, no ServiceAccount `default`), no scheduler and
-no kubelet.
+PATH. Where there are none, `kube.emulator` takes the API server's place. Nothing else runs: no controllers (no
+garbage collection, no ServiceAccount `default`), no scheduler and no kubelet.
 """
 
 import ctypes
@@ -26,6 +26,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from kube.emulator import start_emulator
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_SECONDS = 60
@@ -64,13 +66,18 @@ def describe_binaries() -> str:
 
 @dataclass(frozen=True)
 class ControlPlane:
-    """A running control plane and the administrator's way in."""
+    """A running control plane and the administrator's way in; an emulated one has no binaries."""
 
     url: str
     token: str
     ca: Path
     directory: Path
-    binaries: Binaries
+    binaries: Binaries | None
+
+    def needs(self, what: str) -> None:
+        """Skip the test unless the API server is a real one: the emulator does not have this."""
+        if self.binaries is None:
+            pytest.skip(f"needs a real API server for {what}; the emulator has none")
 
     @cached_property
     def kubeconfig(self) -> Path:
@@ -122,6 +129,8 @@ class ControlPlane:
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run kubectl as the administrator; skips the test when there is none."""
+        self.needs("kubectl")
+        assert self.binaries is not None
         if self.binaries.kubectl is None:
             pytest.skip("no kubectl beside kube-apiserver")
         command = [self.binaries.kubectl, "--kubeconfig", self.kubeconfig, *arguments]
@@ -171,6 +180,14 @@ def start_control_plane(directory: Path, binaries: Binaries) -> Iterator[Control
         command = _apiserver_command(binaries, directory, certificates, etcd_port)
         with _server(directory / "apiserver.log", command, ready) as port:
             yield plane(port)
+
+
+@contextmanager
+def start_emulated_plane(directory: Path) -> Iterator[ControlPlane]:
+    """Run the emulator in this process until the block ends."""
+    token = secrets.token_hex(16)
+    with start_emulator(directory, token) as (url, ca):
+        yield ControlPlane(url, token, ca, directory, None)
 
 
 def _etcd_command(binaries: Binaries, directory: Path) -> Callable[[int], list[str]]:
@@ -267,10 +284,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="session")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
-    """A real control plane with FedPipe's CRDs, shared by all tests of the run; skips where there is none."""
+    """A control plane with FedPipe's CRDs, shared by all tests of the run: real, or emulated where it must be."""
+    directory = tmp_path_factory.mktemp("control-plane")
     binaries = find_binaries()
-    if binaries is None:
-        pytest.skip(f"real API server: {describe_binaries()}")
-    with start_control_plane(tmp_path_factory.mktemp("control-plane"), binaries) as plane:
+    start = start_control_plane(directory, binaries) if binaries else start_emulated_plane(directory)
+    with start as plane:
         plane.install_crds()
         yield plane

@@ -151,6 +151,9 @@ class Kubelet:
         path = f"/api/v1/namespaces/{self.namespace}/pods/{meta['name']}"
         binding = {"apiVersion": "v1", "kind": "Binding", "metadata": {"name": meta["name"]}}
         status, answer = self.plane.request("POST", f"{path}/binding", binding | {"target": {"name": node}})
+        if _is_gone(status):
+            del self._running[meta["uid"]]
+            return
         assert status == 201, answer
         images = {container["image"] for container in pod["spec"]["containers"]}
         if images & self.missing_images:
@@ -159,14 +162,16 @@ class Kubelet:
                 meta["uid"], {"phase": "Pending", "containerStatuses": [_container(waiting=waiting)]}
             )
             return
-        self._project(pod, directory)
+        if not self._project(pod, directory):
+            del self._running[meta["uid"]]
+            return
         known = self._running[meta["uid"]]
         known.process, known.phase = self.start(pod, directory), "Running"
         running = {"startedAt": _now()}
         self._status(meta["uid"], {"phase": "Running", "containerStatuses": [_container(running=running)]})
 
-    def _project(self, pod: dict[str, Any], directory: Path) -> None:
-        """Write the token, bound to the Pod, and the CA, as the projected volume has them."""
+    def _project(self, pod: dict[str, Any], directory: Path) -> bool:
+        """Write the token, bound to the Pod, and the CA, as the projected volume has them; False if it is gone."""
         meta, spec = pod["metadata"], pod["spec"]
         directory.mkdir(parents=True, exist_ok=True)
         sources = next(v for v in spec["volumes"] if v["name"] == "identity")["projected"]["sources"]
@@ -185,12 +190,15 @@ class Kubelet:
         account = spec.get("serviceAccountName", "default")
         path = f"/api/v1/namespaces/{self.namespace}/serviceaccounts/{account}/token"
         status, answer = self.plane.request("POST", path, request)
+        if _is_gone(status):
+            return False
         assert status == 201, answer
         (directory / "token").write_text(answer["status"]["token"])
         name = sources[1]["configMap"]["name"]
         status, answer = self.plane.request("GET", f"/api/v1/namespaces/{self.namespace}/configmaps/{name}")
         assert status == 200, answer
         (directory / "ca.crt").write_text(answer["data"]["ca.crt"])
+        return True
 
     def _end(self, pod: dict[str, Any], known: Running | None) -> None:
         meta = pod["metadata"]
@@ -250,6 +258,11 @@ def _container(**state: Any) -> dict[str, Any]:
         "name": "agent", "image": "agent", "imageID": "", "restartCount": 0,
         "ready": "running" in state, "state": state,
     }  # fmt: skip
+
+
+def _is_gone(status: int) -> bool:
+    """Whether the answer means that the Pod was deleted since it was listed."""
+    return status in (404, 409)
 
 
 def _now() -> str:

@@ -60,6 +60,12 @@ def test_a_job_trains_and_succeeds(cluster: Cluster, name: str) -> None:
     assert "Planned" in reasons
     proven = cluster.plane.request("GET", f"{CUSTOM}/fedpipenodes/operator-edge-1")[1]["status"]["precisions"]
     assert all(entry["verified"] for entry in proven)
+
+
+def test_kubectl_shows_a_finished_job(cluster: Cluster, name: str) -> None:
+    cluster.plane.needs("kubectl")
+    cluster.submit(name)
+    cluster.wait_phase("Succeeded", name)
     line = cluster.plane.kubectl("get", "fpj", name, "-n", cluster.namespace).stdout.splitlines()[1]
     assert line.split()[:4] == [name, "Succeeded", "3/3", "3/3"], line
 
@@ -87,6 +93,7 @@ def _tar(name: str) -> bytes:
 
 
 async def test_fedpipe_get_goes_through_the_service_proxy(cluster: Cluster, name: str) -> None:
+    cluster.plane.needs("the Service proxy")
     cluster.submit(name)
     cluster.wait_phase("Succeeded", name)
     _expose(cluster)
@@ -153,6 +160,7 @@ def test_a_selector_without_nodes_says_why(cluster: Cluster, name: str) -> None:
 
 
 def test_a_podtemplate_that_kubernetes_refuses_is_invalid(cluster: Cluster, name: str) -> None:
+    cluster.plane.needs("the validation of Pods")
     cluster.submit(name, podTemplate={"spec": {"restartPolicy": "Perhaps"}})
     cluster.wait("refused", lambda: cluster.condition("Accepted", name)[:2] == ("False", "Invalid"))
     assert "restartPolicy" in cluster.condition("Accepted", name)[2]
@@ -216,6 +224,7 @@ def test_an_active_deadline_fails_the_job(cluster: Cluster, name: str) -> None:
 
 
 def test_rounds_may_grow_but_not_shrink(cluster: Cluster, name: str) -> None:
+    cluster.plane.needs("CEL")
     cluster.submit(name, rounds={"count": 50, "minUpdates": 2}, podTemplate=taking(0.3))
     cluster.wait_phase("Training", name)
     path = cluster.job_path(name)
@@ -259,6 +268,7 @@ def test_two_jobs_share_a_gpu_node_one_after_the_other(cluster: Cluster, name: s
     cluster.wait_phase("Succeeded", "second")
     cluster.patch(cluster.job_path(name), {"spec": {"suspend": False}})
     cluster.wait_phase("Training", name)
+    cluster.wait("it has its nodes back", lambda: cluster.status(name)["nodes"]["summary"] == "2/2")
     cluster.plane.request("DELETE", cluster.job_path("second"))
 
 

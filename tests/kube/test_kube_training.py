@@ -21,6 +21,7 @@ AGENT = Path(sys.executable).with_name("fedpipe-agent")
 
 
 def test_the_first_sample_trains_for_real(control_plane: ControlPlane, tmp_path: Path) -> None:
+    control_plane.needs("kubectl")
     model = save_tiny_model("bert", tmp_path / "model")
     nodes = ("edge-1", "edge-2", "edge-3")
     cluster = Cluster(control_plane, "training", tmp_path)
