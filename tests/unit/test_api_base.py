@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -69,6 +69,7 @@ def test_duration_may_be_seconds_in_python_but_not_in_a_manifest() -> None:
 
 
 @given(st.integers(0, 2**62), st.sampled_from(list(SIZES)))
+@example(9_922_605_536_776_076, "Ti")
 def test_quantity_is_exact(count: int, unit: str) -> None:
     assert parse_quantity(f"{count}{unit}") == count * SIZES[unit]
 

@@ -1,8 +1,8 @@
 """The base of every model on the wire or in the cluster, and the types they share."""
 
 import re
-from decimal import Decimal
 from enum import StrEnum
+from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
@@ -167,7 +167,7 @@ def parse_quantity(value: object) -> int:
     if match is None:
         raise ValueError(f"{value!r} is not a size; write it like 600Mi, 16Gi or 2000000")
     unit = match.group(2) or ""
-    return int(Decimal(match.group().removesuffix(unit)) * _QUANTITY_UNITS[unit])
+    return int(Fraction(match.group().removesuffix(unit)) * _QUANTITY_UNITS[unit])
 
 
 Duration = Annotated[

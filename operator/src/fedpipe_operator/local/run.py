@@ -69,7 +69,7 @@ def run(local: LocalJob, out: Path | None, resume: bool, port: int) -> int:
     directory = RunDirectory(out or Path("runs") / local.job.metadata.name)
     found = _look(directory, local, resume)
     if found.finished:
-        print(f"{directory.root}: holds this run, finished; nothing is trained anew")
+        sys.stdout.write(f"{directory.root}: holds this run, finished; nothing is trained anew\n")
         return conclude(directory)
     record = RunRecord(uid=found.uid, job=local.job, fleet=local.fleet, model=local.model)
     with _listen(port) as listener:
