@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -16,6 +17,9 @@ from bench.paper_systems import ABLATIONS, SYSTEMS
 
 Run = dict[str, Any]
 MIB, MB = 2**20, 1e6
+
+SETTLED = 3
+"""Round from which losses set the scale of a plot."""
 
 # Okabe and Ito's palette: told apart by colour-blind people too.
 COLOURS = {
@@ -166,13 +170,24 @@ def draw(task: str, runs: dict[str, list[Run]], colours: dict[str, str], path: P
 def _curves(
     axes: Axes, runs: dict[str, list[Run]], colours: dict[str, str], place: Callable[[Run], float], name: str
 ) -> None:
-    """Draw a line for each seed of each system; where there is no transfer at all nothing is drawn."""
+    """Draw a line for each system, the mean of its seeds, in a band from the lowest to the highest of them.
+
+    Where there is no transfer at all nothing is drawn. What only the first rounds lose, or full fine-tuning by
+    diverging, is above the frame: it would flatten all else.
+    """
+    early = []
     for system, found in runs.items():
-        for run in found:
-            places = [place(row) for row in run["rounds"]]
-            if places[-1] > 0:
-                values = [row[name] for row in run["rounds"]]
-                axes.plot(places, values, color=colours[system], alpha=0.9, linewidth=1.2)
+        places = np.mean([[place(row) for row in run["rounds"]] for run in found], axis=0)
+        values = np.array([[row[name] for row in run["rounds"]] for run in found])
+        early.append(values[:, min(SETTLED, values.shape[1]) - 1].max())
+        if places[-1] > 0:
+            axes.plot(places, values.mean(axis=0), color=colours[system])
+            axes.fill_between(
+                places, values.min(axis=0), values.max(axis=0), color=colours[system], alpha=0.15, linewidth=0
+            )
+    if name != "accuracy":
+        bottom = axes.get_ylim()[0]
+        axes.set_ylim(bottom, max(early) + 0.05 * (max(early) - bottom))
 
 
 def _bars(
