@@ -297,6 +297,32 @@ def test_the_programme_is_solved_exactly_and_bounded(data, matrices, options, li
     assert programme.bound() >= best - 1e-9
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    worth=st.lists(st.floats(0, 10), min_size=3, max_size=3),
+    prices=st.tuples(st.floats(0.01, 1e6), st.floats(0.01, 1e6)),
+    limits=st.tuples(st.floats(0, 50), st.floats(0, 50)),
+)
+def test_counting_in_steps_of_cost_changes_no_optimum(worth, prices, limits):
+    ranks = np.array([[2.0, 4.0, 8.0]] * len(worth))
+    programme = Programme(
+        np.array(worth)[:, None] * np.log2(1 + ranks),
+        np.stack([price * ranks for price in prices]),
+        np.array(limits) * prices,
+    )
+    counted, known = programme.in_steps(), {}
+    assert len(counted.limits) == 1
+    assert counted.bound() <= programme.bound() + 1e-9
+    found = programme.solve()
+    for _ in range(2):
+        again = counted.solve(known=known)
+        assert (again is None) == (found is None)
+        if found is not None:
+            assert programme.fits(again)
+            assert programme.total(again)[0] == pytest.approx(programme.total(found)[0], abs=1e-6)
+    assert len(known) <= 1
+
+
 @given(
     predicted=st.integers(1, 2**34),
     measured=st.integers(1, 2**34),

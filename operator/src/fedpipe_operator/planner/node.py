@@ -12,7 +12,7 @@ from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision
 
 from . import memory, speed, words
-from .programme import Floats, Programme
+from .programme import Floats, Known, Programme
 from .workload import Configuration, Workload
 
 PRECISION_VALUE = {Precision.FP32: 0.10, Precision.BF16: 0.09, Precision.INT8: 0.05, Precision.NF4: 0.0}
@@ -119,7 +119,7 @@ class _Option:
             costs.append(per_rank[:, None] * ranks)
             limits.append(seconds * (1 + 1e-9) - steps * self.step_seconds - self.other_seconds)
         shape = (len(costs), *ranks.shape)
-        return Programme(values, np.array(costs).reshape(shape), np.array(limits))
+        return Programme(values, np.array(costs).reshape(shape), np.array(limits)).in_steps()
 
 
 class Problem:
@@ -132,6 +132,8 @@ class Problem:
         weights: Mapping[str, float],
         ranks: tuple[int, ...],
         case: Case,
+        *,
+        known: Known,
     ):
         """Prepare the configurations.
 
@@ -141,8 +143,10 @@ class Problem:
             weights: importance of the selected matrices, summing to 1.
             ranks: to choose from, rising.
             case: the node.
+            known: programmes solved for other nodes.
         """
         self.case = case
+        self._known = known
         self._spec = spec
         self._work = work
         self._names = [matrix.name for matrix in work.selected]
@@ -262,7 +266,7 @@ class Problem:
             least = best.value if best else above
             if bound <= least:
                 break
-            found = programme.solve(above=least - option.value)
+            found = programme.solve(least - option.value, self._known)
             if found is None or not (chosen := ranks[np.arange(len(found)), found]).any():
                 continue
             value = option.value + programme.total(found)[0]

@@ -11,6 +11,13 @@ Floats = NDArray[np.float64]
 
 HIGHS_TOLERANCE = 1e-6
 """HiGHS keeps limits and finds the optimum to this."""
+ROUNDING = 1e-9
+"""Distance from a whole number that means nothing."""
+SPARE = 0.1
+"""Of a step, which whole limits keep above the last that counts: more than HiGHS's tolerance."""
+
+Known = dict[tuple[bytes, bytes, bytes], NDArray[np.int64]]
+"""Optimal choices by programme."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,20 @@ class Programme:
     values: Floats
     costs: Floats
     limits: Floats
+
+    def in_steps(self) -> "Programme":
+        """Return the same programme, counted in the smallest cost where all costs are multiples of it.
+
+        So they are where matrices have equal sides, as attention's often have. Then limits of memory and of
+        time become one, relaxations are tighter, and many nodes have equal programmes.
+        """
+        limits: dict[bytes, tuple[Floats, float]] = {}
+        for given in zip(self.costs, self.limits, strict=True):
+            costs, limit = _in_steps(*given)
+            same = limits.get(costs.tobytes())
+            limits[costs.tobytes()] = costs, min(limit, same[1]) if same else limit
+        kept = np.array([costs for costs, _ in limits.values()]).reshape(-1, *self.values.shape)
+        return Programme(self.values, kept, np.array([limit for _, limit in limits.values()]))
 
     def total(self, choice: NDArray[np.int64]) -> tuple[float, Floats]:
         """Return value and costs of choosing option choice[m] for each matrix m."""
@@ -62,10 +83,12 @@ class Programme:
         last = np.searchsorted(spent, spare, side="right")
         return float(value + (gains * shares).sum()), float(ratios[last]) if last < len(ratios) else 0.0
 
-    def solve(self, above: float = -np.inf) -> NDArray[np.int64] | None:
+    def solve(self, above: float = -np.inf, known: Known | None = None) -> NDArray[np.int64] | None:
         """Return the optimal option of each matrix, exactly; None where none fits or beats `above`.
 
-        Options that no better choice can have are struck out first; HiGHS chooses among the others.
+        Args:
+            above: see there.
+            known: what was solved before, to look up and to add to.
         """
         matrices, options = self.values.shape
         smallest, largest = np.zeros(matrices, np.int64), np.full(matrices, options - 1)
@@ -73,14 +96,20 @@ class Programme:
             return None
         if self.fits(largest):
             return largest
+        known = {} if known is None else known
+        key = (self.values.tobytes(), self.costs.tobytes(), self.limits.tobytes())
+        if key not in known:
+            known[key] = self._optimum()
+        return known[key] if self.total(known[key])[0] > above else None
+
+    def _optimum(self) -> NDArray[np.int64]:
+        """Return the best choice: what none better can have is struck out, HiGHS chooses from the rest."""
         start = self._filled()
-        reached = self.total(start)[0]
-        best = start if reached > above else None
-        open_ = self._open(max(reached, above))
+        open_ = self._open(self.total(start)[0])
         margin = 0.0
         while (choice := self._chosen(open_, margin)) is not None and not self.fits(choice):
             margin += HIGHS_TOLERANCE
-        return best if choice is None else choice
+        return start if choice is None else choice
 
     def _filled(self) -> NDArray[np.int64]:
         """Return a good choice: upwards from the lowest options, by falling value per cost, while it fits."""
@@ -137,3 +166,13 @@ class Programme:
         taken = found.x > 0.5
         choice[matrices[taken]] = options[taken]
         return choice
+
+
+def _in_steps(costs: Floats, limit: float) -> tuple[Floats, float]:
+    """Return costs and limit as multiples of the smallest cost, or as they are where costs are none."""
+    step = costs.min(initial=np.inf, where=costs > 0)
+    steps = costs / step
+    whole = np.rint(steps)
+    if not np.isfinite(step) or (np.abs(steps - whole) > ROUNDING * whole).any():
+        return costs, limit
+    return whole, float(np.floor(limit / step + ROUNDING)) + SPARE

@@ -17,6 +17,7 @@ from fedpipe_api.job import Method, Ranks, Rounds
 from . import memory, speed
 from .calibration import Calibration
 from .node import Case, Choice, Infeasible, Problem
+from .programme import Known
 from .request import NodeFacts, Plan, PlanRequest
 from .selection import selected_matrices
 from .workload import Configuration, Workload, workload
@@ -167,12 +168,13 @@ def _problems(request: PlanRequest, work: Workload, cases: list[Case]) -> list[P
     """Return the problem of each case; with method `average` all have the one rank that each can carry."""
     weights = _weights(work, request.importance)
     ranks = rank_choices(request.spec.adapter.ranks)
-    problems = [Problem(work, request.spec, weights, ranks, case) for case in cases]
+    known: Known = {}
+    problems = [Problem(work, request.spec, weights, ranks, case, known=known) for case in cases]
     if request.spec.aggregation.method is not Method.AVERAGE:
         return problems
     highest = [index for problem in problems if (index := problem.highest_common_rank()) is not None]
     common = (ranks[min(highest, default=0)],)
-    return [Problem(work, request.spec, weights, common, case) for case in cases]
+    return [Problem(work, request.spec, weights, common, case, known=known) for case in cases]
 
 
 def _weights(work: Workload, importance: Mapping[str, float] | None) -> dict[str, float]:
