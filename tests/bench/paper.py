@@ -35,7 +35,7 @@ from bench import paper_base
 from bench.bench_machine import machine
 from bench.paper_fleet import FLEETS
 from bench.paper_systems import SYSTEMS
-from bench.paper_tasks import TASKS, Scenario, Setting, read_rows
+from bench.paper_tasks import TASKS, Scenario, Setting, base_digest, read_rows
 from fedpipe_api.base import UserError
 
 RESULTS = Path(__file__).parent / "results"
@@ -105,6 +105,13 @@ def run(options: argparse.Namespace) -> int:
     wanted = [scenario for scenario in scenarios if _key(vars(scenario)) not in done]
     if setting.e2e is None and any(scenario.task == "e2e" for scenario in wanted):
         paper_base.make(read_rows(options.data_root, "e2e", "train"))
+    for task in sorted({scenario.task for scenario in wanted}):
+        found = base_digest(task, setting)
+        if results.setdefault("bases", {}).setdefault(task, found) != found:
+            raise UserError(
+                f"{options.out}: its trainings of {task} began from a base with sha256 {results['bases'][task]}, "
+                f"this one has {found}; give another --out"
+            )
     print(f"{len(wanted)} of {len(scenarios)} trainings to do, {setting.rounds} rounds each", flush=True)
     failed = _train(wanted, setting, options, results)
     print(f"{len(results['runs'])} trainings in {options.out}")

@@ -13,9 +13,10 @@ from fedpipe_agent.train import data, importance, loop
 from fedpipe_agent.train import model as base
 from fedpipe_agent.train.adapters import Adapters, GlobalAdapter, save
 from fedpipe_agent.train.device import Device
+from fedpipe_agent.train.seeds import generator
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision
-from fedpipe_api.wire import HEAD, Start, uploaded_as_bf16
+from fedpipe_api.wire import HEAD, Start, travels_as_int8
 
 
 class Trainer:
@@ -33,7 +34,7 @@ class Trainer:
         self._precision: Precision | None = None
         self._adapters: Any = None
 
-    def scores(self, plan: wire.NodePlan) -> dict[str, float]:
+    def scores(self, plan: wire.NodePlan, steps: int) -> dict[str, float]:
         """Return the importance of every candidate matrix, as the agent's profiling measures it."""
         self._install(None, plan.precision, {}, Start.FRESH, 0)
         self._adapters.remove()
@@ -42,7 +43,7 @@ class Trainer:
             matrices=self._task.shape.matrices,
             samples=self.samples,
             order=self._order(plan, 0),
-            settings=self._settings(plan, self._spec.adapter.selection.warmup_steps),
+            settings=self._settings(plan, steps),
             device=self._device,
             seed=self._spec.seed,
             after=lambda _: None,
@@ -61,7 +62,7 @@ class Trainer:
             path,
             self._adapters.tensors(),
             {name: _array(value) for name, value in head},
-            uploaded_as_bf16(rule),
+            generator(self._spec.seed, self.name, number, "upload") if travels_as_int8(rule) else None,
         )
         return path, outcome.loss
 
@@ -130,7 +131,7 @@ class FullTrainer:
             self.model, self.samples, order, settings(self._spec, plan, steps, self._rate), self._device
         )
         path = self._work / "update.safetensors"
-        save(path, {}, {name: _array(value) for name, value in self.model.named_parameters()}, False)
+        save(path, {}, {name: _array(value) for name, value in self.model.named_parameters()}, None)
         return path, outcome.loss
 
     def hold(self, adapter: Path) -> None:

@@ -1,6 +1,7 @@
 """The two tasks of the comparison: 20 Newsgroups with a BERT, and E2E NLG with a GPT-2; data, model, job, metrics."""
 
 import gzip
+import hashlib
 import importlib.util
 import json
 import math
@@ -102,7 +103,7 @@ def prepare(scenario: Scenario, setting: Setting, root: Path, nodes: tuple[str, 
     held = read_rows(root, kind, "test")
     test = random.Random("test").sample(held, min(setting.test, len(held)))
     labels = json.loads((root / DATA[kind] / "labels.json").read_text()) if kind == "news" else []
-    source = base.Source(getattr(setting, kind) or (_minilm() if kind == "news" else str(paper_base.MODEL)))
+    source = base.Source(base_model(kind, setting))
     tokenizer = base.read_tokenizer(source)
     spec = job(scenario, setting, labels)
     config = base.read_config(source, spec.model, tokenizer.pad_token_id)
@@ -216,6 +217,19 @@ def read_rows(root: Path, kind: str, split: str) -> list[dict[str, Any]]:
         raise UserError(f"{path}: no such file; give the folder that holds {path.parent.name} as --data-root")
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def base_model(kind: str, setting: Setting) -> str:
+    """Return the directory of a task's base model."""
+    return getattr(setting, kind) or (_minilm() if kind == "news" else str(paper_base.MODEL))
+
+
+def base_digest(kind: str, setting: Setting) -> str:
+    """Return the sha256 of the base's weights: trainings from different ones must not be compared."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(base_model(kind, setting)).glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _minilm() -> str:

@@ -270,7 +270,8 @@ def check_comparison(federated_round, method, report):
             assert cosine is None
             continue
         a, b = np.concatenate(shared), np.concatenate(others)
-        if np.linalg.norm(a) > 1e-6 * size and np.linalg.norm(b) > 1e-3:
+        # Beside a much larger change of its own, the mean of the others is rounding and no cosine is told.
+        if np.linalg.norm(a) > 1e-6 * size and np.linalg.norm(b) > max(1e-3, 1e-2 * np.linalg.norm(a)):
             assert cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-3)
 
 

@@ -42,8 +42,7 @@ class Workload:
         batch: samples of an optimizer step.
         remainder_rank: rank of the frozen remainder (METHOD §4); 0 for none.
         download_rank: rank of the global adapter.
-        download_width: bytes of one of its values on the way down.
-        upload_width: bytes of a trained factor's value on the way up.
+        width: bytes of a factor's value on its way down or up.
         proximal: whether FedProx keeps a copy of the start.
     """
 
@@ -53,8 +52,7 @@ class Workload:
     batch: int
     remainder_rank: int
     download_rank: int
-    download_width: int
-    upload_width: int
+    width: int
     proximal: bool
 
     @cached_property
@@ -109,8 +107,7 @@ def workload(
         batch=spec.rounds.batch_size,
         remainder_rank=full if method in (Method.EXACT, Method.STACK) else 0,
         download_rank=spec.adapter.ranks.max if method in (Method.ZERO_PAD, Method.AVERAGE) else full,
-        download_width=1 if wire.sent_as_int8(method) else 4,
-        upload_width=2 if wire.uploaded_as_bf16(wire.START_OF_METHOD[method]) else 4,
+        width=1 if wire.travels_as_int8(wire.START_OF_METHOD[method]) else 4,
         proximal=spec.optimizer.proximal > 0,
     )
 
