@@ -109,7 +109,10 @@ def _head(results: dict[str, Any]) -> list[str]:
         "# FedPipe and other systems, on a virtual clock",
         "",
         f"{said}. Seconds are virtual and memory is predicted: both follow from the declared fleet "
-        f"(`tests/bench/paper_fleet.py`). Trained on {machine['cpu']}, {machine['cores']} cores.",
+        f"(`tests/bench/paper_fleet.py`). Trained on {machine['cpu']}, {machine['cores']} cores. Bases by the sha256 of "
+        "their weights: "
+        + ", ".join(f"{task} {digest[:16]}…" for task, digest in results["bases"].items())
+        + ".",
         "",
     ]
 

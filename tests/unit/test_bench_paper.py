@@ -1,6 +1,7 @@
 """The paper comparison's arithmetic: targets on synthetic results, the virtual clock, BLEU, resuming."""
 
 import gzip
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -262,7 +263,12 @@ def _results(**fedpipe: Any) -> dict[str, Any]:
                     runs.append(_run(task, split, name, seed, 1.5 + 0.01 * seed, done=50))
                 for name in ABLATIONS:
                     runs.append(_run(task, split, name, seed, 1.1))
-    return {"machine": {"cpu": "x", "cores": 2}, "setting": SETTING.json(), "runs": runs}
+    return {
+        "machine": {"cpu": "x", "cores": 2},
+        "setting": SETTING.json(),
+        "bases": {"news": "a" * 64},
+        "runs": runs,
+    }
 
 
 def _beside(folder: Path) -> Path:
@@ -290,7 +296,7 @@ def _missed(results: dict[str, Any], folder: Path) -> set[str]:
 def test_all_targets_hold(tmp_path: Path) -> None:
     verdicts = _verdicts(_results(), _beside(tmp_path))
     assert all(found.ok for found in verdicts.values()), [str(f) for f in verdicts.values() if not f.ok]
-    assert len(verdicts) == 4 * 12 + 4
+    assert len(verdicts) == 2 * 12 + 2 * 6 + 4
 
 
 @pytest.mark.parametrize(
@@ -359,7 +365,7 @@ def test_check_ends_with_status(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "MISS    final loss below" in capsys.readouterr().out
     path.write_text(json.dumps({"setting": {}, "runs": []}))
     assert paper.main(["check", str(path)]) == 1
-    assert "0 of 52 hold, 0 missed" not in capsys.readouterr().out
+    assert "0 of 40 hold, 0 missed" not in capsys.readouterr().out
     assert paper.main(["check", str(tmp_path / "none.json")]) == 2
 
 
@@ -368,6 +374,20 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     path.write_text(json.dumps(_results()))
     with pytest.raises(UserError, match="made with rounds 10, not 3"):
         paper._opened(path, Setting(rounds=3))
+
+
+def test_trainings_from_another_base_are_not_mixed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "paper.json"
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    results = _results() | {"setting": Setting(rounds=ROUNDS, news=str(tmp_path)).json(), "runs": []}
+    path.write_text(json.dumps(results))
+    given = ["--data-root", str(tmp_path), "--rounds", str(ROUNDS), "--model", f"news={tmp_path}"]
+    assert paper.main(["run", *given, "--tasks", "news", "--out", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert f"began from a base with sha256 {'a' * 64}, this one has " in said
+    assert hashlib.sha256(b"weights").hexdigest() in said
 
 
 def test_finished_trainings_are_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
