@@ -13,8 +13,8 @@ HIGHS_TOLERANCE = 1e-6
 """HiGHS keeps limits and finds the optimum to this."""
 ROUNDING = 1e-9
 """Distance from a whole number that means nothing."""
-SPARE = 0.1
-"""Of a step, which whole limits keep above the last that counts: more than HiGHS's tolerance."""
+SPARE = 0.5
+"""Of a step, by which whole limits stay above the last that counts, far from HiGHS's tolerance of both."""
 
 Known = dict[tuple[bytes, bytes, bytes], NDArray[np.int64]]
 """Optimal choices by programme."""
