@@ -21,7 +21,7 @@ from fedpipe_api.job import Method
 from fedpipe_api.node import Capacity
 from fedpipe_api.wire import LORA_A, LORA_B, START_OF_METHOD, Start, travels_as_int8
 from fedpipe_operator.aggregate import AggregationReport, AggregationRequest, NodeUpdate, aggregate_round
-from fedpipe_operator.engine.decide import CALIBRATION_STEPS, importance_steps
+from fedpipe_operator.engine.decide import CALIBRATION_STEPS
 from fedpipe_operator.planner import memory, speed
 from fedpipe_operator.planner.workload import Configuration, workload
 
@@ -104,28 +104,24 @@ class Federation:
         scores = {}
         if self.system.selection == "importance":
             total = sum(samples[name] for name in first.nodes)
-            found = {
-                name: self.nodes[name].scores(plan, self._importance_steps(name, first))
-                for name, plan in first.nodes.items()
-            }
+            found = {name: self.nodes[name].scores(plan) for name, plan in first.nodes.items()}
             scores = {
                 matrix.name: sum(samples[name] / total * found[name][matrix.name] for name in found)
                 for matrix in self.task.shape.matrices
             }
-        self.seconds = max(self._profile_seconds(name, first) for name in first.nodes)
+        self.seconds = max(self._profile_seconds(name, plan) for name, plan in first.nodes.items())
         self.up = 8 * len(scores) * len(first.nodes)
         return assign(request, scores or None, first), scores
 
-    def _profile_seconds(self, name: str, assigned: Assigned) -> float:
-        plan = assigned.nodes[name]
-        work = workload(self.task.shape, self.spec, self.task.shape.matrices)
-        configuration = Configuration(plan.precision, plan.micro_batch, plan.checkpointing)
-        ranks = dict.fromkeys(work.sides, RANK)
-        step = speed.step_time(work, self.devices[name], configuration, ranks)
-        return CALIBRATION_STEPS * plan.predicted_step_seconds + self._importance_steps(name, assigned) * step
-
-    def _importance_steps(self, name: str, assigned: Assigned) -> int:
-        return importance_steps(self.spec.adapter.selection, assigned.nodes, name)
+    def _profile_seconds(self, name: str, plan: wire.NodePlan) -> float:
+        seconds = CALIBRATION_STEPS * plan.predicted_step_seconds
+        if self.system.selection == "importance":
+            work = workload(self.task.shape, self.spec, self.task.shape.matrices)
+            configuration = Configuration(plan.precision, plan.micro_batch, plan.checkpointing)
+            ranks = dict.fromkeys(work.sides, RANK)
+            steps = self.spec.adapter.selection.warmup_steps
+            seconds += steps * speed.step_time(work, self.devices[name], configuration, ranks)
+        return seconds
 
     def _round(
         self, number: int, adapter: Path | None, sent: Path | None, assigned: Assigned

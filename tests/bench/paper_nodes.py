@@ -34,7 +34,7 @@ class Trainer:
         self._precision: Precision | None = None
         self._adapters: Any = None
 
-    def scores(self, plan: wire.NodePlan, steps: int) -> dict[str, float]:
+    def scores(self, plan: wire.NodePlan) -> dict[str, float]:
         """Return the importance of every candidate matrix, as the agent's profiling measures it."""
         self._install(None, plan.precision, {}, Start.FRESH, 0)
         self._adapters.remove()
@@ -43,7 +43,7 @@ class Trainer:
             matrices=self._task.shape.matrices,
             samples=self.samples,
             order=self._order(plan, 0),
-            settings=self._settings(plan, steps),
+            settings=self._settings(plan, self._spec.adapter.selection.warmup_steps),
             device=self._device,
             seed=self._spec.seed,
             after=lambda _: None,

@@ -91,7 +91,7 @@ def test_a_whole_job(models, tmp_path):
     with Coordinator(registered()) as coordinator:
         blob = coordinator.add(dump_tensors(tensors))
         coordinator.assignments = [
-            Assignment(kind=AssignmentKind.PROFILE, plan=plan(ranks), profile_steps=2, importance_steps=3),
+            Assignment(kind=AssignmentKind.PROFILE, plan=plan(ranks), profile_steps=2, importance=True),
             train_assignment(1, ranks, evaluate=True),
             train_assignment(2, ranks, blob, evaluate=True),
             train_assignment(2, ranks, blob, evaluate=True),

@@ -94,8 +94,7 @@ async def assignment(session: aiohttp.ClientSession, served: Local, node: str) -
 
 async def profile(session: aiohttp.ClientSession, served: Local, node: str) -> None:
     work = await assignment(session, served, node)
-    assert (work.kind, work.profile_steps) == ("profile", 3)
-    assert 1 <= work.importance_steps <= 10
+    assert (work.kind, work.importance, work.profile_steps) == ("profile", True, 3)
     scores = {m.name: 1.0 for m in model_shape().matrices}
     body = json.dumps({"stepSeconds": 0.1, "peakBytes": 1, "microBatch": 1, "scores": scores})
     await post(session, served, node, "/v1/profile", body)

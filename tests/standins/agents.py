@@ -157,7 +157,7 @@ class StandIn:
 
     async def _profile(self, work: Assignment) -> None:
         assert work.plan is not None
-        scores = {m.name: 1.0 + i for i, m in enumerate(self.shape.matrices)} if work.importance_steps else {}
+        scores = {m.name: 1.0 + i for i, m in enumerate(self.shape.matrices)} if work.importance else {}
         report = ProfileReport(
             step_seconds=0.01, peak_bytes=1 << 28, micro_batch=work.plan.micro_batch, scores=scores
         )

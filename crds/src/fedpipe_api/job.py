@@ -264,12 +264,7 @@ class Selection(Model):
     matrices: tuple[ModuleName, ...] = Field(
         default=(), max_length=10000, description="Full module names, for mode list."
     )
-    warmup_steps: int = Field(
-        default=10,
-        ge=1,
-        le=10000,
-        description="Profiling steps; a node slower than the median does fewer, in the median's time.",
-    )
+    warmup_steps: int = Field(default=10, ge=1, le=10000, description="Profiling steps on every node.")
 
     rules: ClassVar = (
         Rule(

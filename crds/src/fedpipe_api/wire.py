@@ -189,8 +189,8 @@ class Assignment(Model):
 
     `train` for round n: load the global adapter of round n-1 (`adapter`, None before the first update),
     evaluate it when `evaluate` is set and post that as round n-1, train, put the update as round n.
-    `evaluate`: only the first half, for round `round`. `profile`: `profile_steps` measured steps and, if any,
-    `importance_steps` that score the matrices. `stop`: exit 0.
+    `evaluate`: only the first half, for round `round`. `profile`: `profile_steps` measured steps and, where
+    `importance` is set, matrix scores. `stop`: exit 0.
     """
 
     kind: AssignmentKind
@@ -201,7 +201,7 @@ class Assignment(Model):
     learning_rate: float = Field(default=0, ge=0)
     evaluate: bool = False
     profile_steps: int = Field(default=0, ge=0)
-    importance_steps: int = Field(default=0, ge=0)
+    importance: bool = False
     remaining_seconds: float | None = Field(default=None, description="Until the round's deadline.")
     reason: str = Field(default="", max_length=1024)
 

@@ -123,7 +123,8 @@ class Agent:
         """Measure a few steps of the plan, and the importance of every candidate matrix when asked."""
         self._load(plan.precision)
         scores: dict[str, float] = {}
-        if steps := assignment.importance_steps:
+        if assignment.importance:
+            steps = self._job.adapter.selection.warmup_steps
             work.report(state="profiling", steps=steps)
             self._install(None, {}, wire.Start.FRESH, 0)
             self._adapters.remove()

@@ -1,15 +1,13 @@
 """What to do next: pure functions of a job's state and the time."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import Literal
 
 from fedpipe_api.conditions import Reason
-from fedpipe_api.job import FedPipeJobSpec, Selection
+from fedpipe_api.job import FedPipeJobSpec
 from fedpipe_api.status import Phase
-from fedpipe_api.wire import START_OF_METHOD, Assignment, AssignmentKind, NodePlan
+from fedpipe_api.wire import START_OF_METHOD, Assignment, AssignmentKind
 
 from ..planner import needs_replan
 from .state import JobState, Round, evaluation_of
@@ -260,18 +258,6 @@ def learning_rate(spec: FedPipeJobSpec, round_number: int) -> float:
     return optimizer.learning_rate * factor
 
 
-def importance_steps(selection: Selection, plans: Mapping[str, NodePlan], node: str) -> int:
-    """Return the profiling steps in which a node scores the matrices.
-
-    A slow node does fewer, so that it holds nobody up; smoothed from zero, its scores then weigh less too.
-    """
-    if selection.mode != "importance":
-        return 0
-    seconds = median(plan.predicted_step_seconds for plan in plans.values())
-    own = plans[node].predicted_step_seconds
-    return math.ceil(selection.warmup_steps * min(1.0, seconds / own if own else 1.0))
-
-
 def assignment(state: JobState, node: str, now: float) -> Assignment | None:
     """Return a node's work, or None while there is nothing for it yet."""
     if state.finished:
@@ -290,7 +276,7 @@ def assignment(state: JobState, node: str, now: float) -> Assignment | None:
             kind=AssignmentKind.PROFILE,
             plan=state.plan.nodes[node],
             profile_steps=CALIBRATION_STEPS,
-            importance_steps=importance_steps(state.spec.adapter.selection, state.plan.nodes, node),
+            importance=state.spec.adapter.selection.mode == "importance",
             start=start,
             learning_rate=state.spec.optimizer.learning_rate,
         )
