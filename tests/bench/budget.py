@@ -1,30 +1,34 @@
-"""Is a plan made for a memory budget ever exceeded? Random budgets and jobs, on CPU.
+"""Is a plan made for a memory budget ever exceeded? Random budgets and jobs, on CPU, under an enforced cap.
 
 `OMP_NUM_THREADS=1 python tests/bench/budget.py [--pairs 200] [--seed 0]`
 
 Each pair is a random BERT-, GPT-2- or Llama-shaped model with random weights, a job (sequence length, batch,
-rank bounds, global rank, proximal term) with precision auto, and a budget around what the job needs. The
-planner plans for the budget; the agent's own code then evaluates and trains two steps by the plan in a process of its
-own. Compared are its peak resident size and the budget, both above the loaded runtime's.
+rank bounds, global rank, proximal term, quantization) and a budget between the least and the most that the job's
+precisions need. A process does what an agent does: it registers with its overhead, gets the planner's plan for
+the budget, loads the base, takes the global adapter in, evaluates, and trains two steps by the plan. It is forked
+from one that is about to register and has loaded and trained nothing; the pages of libraries that a fork drops
+are mapped in again, so that it is as large as if it had started afresh.
 
-To keep a pair short its process is forked from one that has trained before. What a first training takes beside
-the model (modules, kernels, thread buffers) is measured once per precision, in fresh processes, and added to
-every peak. Checkpoint pages read while loading are the kernel's to take back and do not count. Resumable.
+From the loaded base on, the process may not be larger than its budget, runtime included: a watcher reads its
+resident size every few milliseconds and kills it where it is larger. What slips between two looks shows in
+VmHWM, which is compared with the budget too. Loading is not part of the plan: its most anonymous memory is
+recorded, not capped. Resumable.
 """
 
 import argparse
 import ctypes
-import itertools
 import json
 import multiprocessing
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +40,20 @@ from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision, Task
 from fedpipe_api.node import Capacity
 from fedpipe_operator.planner import NodeFacts, PlanRequest, memory, plan
+from fedpipe_operator.planner.node import PRECISIONS
 from fedpipe_operator.planner.workload import Configuration, workload
 
 MIB = 2**20
 OPERATIONS = (2e9, 2e10)
 """Of one optimizer step, at least and at most: keeps a pair to a few seconds."""
 STEPS, ACCUMULATION = 2, 2
+LOOK_SECONDS = 0.002
+"""Between two looks of the watcher."""
+HEADROOM = 0.1
 MADV_POPULATE_READ = 22
+
+Span = tuple[int, int]
+"""First address of a run of pages, and its bytes."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ class Pair:
     high: int = 8
     global_rank: int = 16
     proximal: float = 0.0
+    quantization: str = "auto"
     share: float = 1.0
 
     @property
@@ -115,7 +127,7 @@ class Pair:
                 "adapter": {"ranks": {"min": self.low, "max": self.high}, "selection": {"mode": "all"}},
                 "aggregation": {"maxGlobalRank": self.global_rank},
                 "optimizer": {"proximal": self.proximal},
-                "quantization": "auto",
+                "quantization": self.quantization,
             }
         )
 
@@ -124,14 +136,14 @@ def drawn(seed: int, index: int) -> Pair:
     """Return a random pair that a core trains within seconds."""
     random_ = random.Random(f"budget {seed} {index}")
     while True:
-        heads = random_.choice((2, 4, 8))
+        heads = random_.choice((2, 4, 8, 12))
         hidden = heads * random_.choice((16, 32, 64))
         pair = Pair(
             kind=random_.choice(("bert", "gpt2", "llama")),
             hidden=hidden,
             heads=heads,
             inner=hidden * random_.choice((2, 3, 4)),
-            layers=random_.randint(1, 6),
+            layers=random_.randint(1, 12),
             vocabulary=random_.choice((500, 2000, 8000, 30000)),
             length=random_.choice((16, 32, 64, 128, 256, 512)),
             batch=random_.choice((1, 2, 4, 8, 16, 32)),
@@ -139,6 +151,7 @@ def drawn(seed: int, index: int) -> Pair:
             high=random_.choice((4, 8, 16, 32)),
             global_rank=random_.choice((8, 16, 32, 64)),
             proximal=random_.choice((0.0, 0.0, 0.01)),
+            quantization=random_.choice(("auto", "auto", "int8", "nf4")),
             share=random_.uniform(-0.1, 1.1),
         )
         if OPERATIONS[0] <= pair.operations() <= OPERATIONS[1]:
@@ -161,140 +174,180 @@ def device_facts(overhead: int, free: int) -> wire.DeviceFacts:
 
 
 def planned(pair: Pair, shape: wire.ModelShape, overhead: int) -> tuple[wire.NodePlan | str, int]:
-    """Return the plan, or why there is none, and the bytes it may use above the runtime."""
+    """Return the plan, or why there is none, and the bytes it may use, runtime included."""
     spec = pair.spec()
     work = workload(shape, spec, shape.matrices)
     empty = device_facts(overhead, overhead)
     needs = [
         memory.peak_bytes(work, empty, Configuration(precision, size, checkpointing), ranks)
-        for precision in Precision
+        for precision in PRECISIONS[pair.quantization]
         for size, ranks in ((1, {}), (pair.batch, dict.fromkeys(work.sides, pair.high)))
         for checkpointing in (False, True)
     ]
     needed = min(needs) + pair.share * (max(needs) - min(needs))
-    request = PlanRequest(shape, spec, (), headroom=0.1)
-    free = round(needed / (1 - request.headroom))
-    facts = NodeFacts("node", device_facts(overhead, free), samples=100)
-    found = plan(PlanRequest(shape, spec, (facts,), headroom=request.headroom))
-    return found.nodes.get("node") or found.left_out["node"], found.budgets["node"] - overhead
+    facts = NodeFacts("node", device_facts(overhead, round(needed / (1 - HEADROOM))), samples=100)
+    found = plan(PlanRequest(shape, spec, (facts,), headroom=HEADROOM))
+    return found.nodes.get("node") or found.left_out["node"], found.budgets["node"]
 
 
-def map_libraries() -> None:
-    """Map every page of the libraries in, so that none of them counts as growth."""
-    libc = ctypes.CDLL(None)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, rights, _, _, _, *name = line.split()
-        if name and name[0].startswith("/") and rights.startswith("r"):
+def mapped() -> list[Span]:
+    """Return the pages of libraries that this process has in memory."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    found = []
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as table:
+        for line in Path("/proc/self/maps").read_text(encoding="ascii").splitlines():
+            span, rights, _, _, _, *name = line.split()
+            if not (name and name[0].startswith("/") and rights.startswith("r")):
+                continue
             begin, end = (int(edge, 16) for edge in span.split("-"))
-            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_POPULATE_READ)
-
-
-def growth(pair: Pair, precision: Precision, chosen: wire.NodePlan, warm: bool, results: Any) -> None:
-    """Put the bytes of the process now, and the peak bytes above them of loading and training by a plan."""
-    from memory_run import Base, write_global_adapter, write_model
-
-    from fedpipe_agent.train.device import Device
-    from fedpipe_agent.train.loop import Settings
-    from fedpipe_agent.train.model import read_shape
-
-    device = Device(Capacity(threads=1))
-    shape = read_shape(pair.config(), pair.task)
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch)
-        write_model(pair.config(), pair.task, directory)
-        write_global_adapter(shape, pair.global_rank, directory / "global")
-        if warm:
-            map_libraries()
-        device.reset_peak()
-        before = device.used()
-        base = Base.load(directory, pair.spec(), precision, device)
-        settings = Settings(
-            steps=STEPS,
-            micro_batch=chosen.micro_batch,
-            accumulation=min(chosen.accumulation, ACCUMULATION),
-            learning_rate=1e-4,
-            proximal=pair.proximal,
-            checkpointing=chosen.checkpointing,
-        )
-        peak = base.train(directory / "global", chosen.ranks, settings, evaluate=True)
-    results.put((before, peak - before))
-
-
-def apart(kind: str, *arguments: Any) -> tuple[int, int]:
-    """Run `growth` in a process of its own and return what it put."""
-    context: Any = multiprocessing.get_context(kind)
-    results = context.SimpleQueue()
-    process = context.Process(target=growth, args=(*arguments, results))
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit(f"a measuring process ended with {process.exitcode}")
-    found: tuple[int, int] = results.get()
+            table.seek(begin // page * 8)
+            entries = table.read((end - begin) // page * 8)
+            present = [byte >> 7 for byte in entries[7::8]]
+            for at, here in enumerate(present):
+                if here and (at == 0 or not present[at - 1]):
+                    run = [*present[at:], 0].index(0)
+                    found.append((begin + at * page, run * page))
     return found
 
 
-def first_use() -> dict[Precision, tuple[int, int]]:
-    """Return by precision the loaded runtime's bytes and what its first training takes beside a tiny model."""
-    tiny = Pair("bert", hidden=32, heads=2, inner=64, layers=1, vocabulary=64, length=16)
-    names = [f"bert.encoder.layer.0.attention.self.{part}" for part in ("query", "key", "value")]
-    return {
-        precision: apart("spawn", tiny, precision, node_plan(precision, dict.fromkeys(names, 2)), False)
-        for precision in Precision
-    }
+def map_in(spans: list[Span]) -> None:
+    """Map pages in as they were before the fork."""
+    libc = ctypes.CDLL(None)
+    for begin, size in spans:
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), MADV_POPULATE_READ)
 
 
-def node_plan(precision: Precision, ranks: dict[str, int]) -> wire.NodePlan:
-    """Return a plan of one sample at once."""
-    return wire.NodePlan(
-        precision=precision,
-        micro_batch=1,
-        accumulation=1,
-        ranks=ranks,
-        local_steps=1,
-        predicted_bytes=0,
-        predicted_step_seconds=1.0,
-        predicted_round_seconds=1.0,
-        limited_by="ranks",
+def agent(pair: Pair, directory: Path, spans: list[Span], link: Connection) -> None:
+    """Register, load and train by the plan that comes back, telling what is done and the peak bytes at the end."""
+    from memory_run import Base
+
+    from fedpipe_agent.train.device import Device
+    from fedpipe_agent.train.loop import Settings
+    from fedpipe_agent.train.model import Source, read_config, read_shape
+
+    map_in(spans)
+    device = Device(Capacity(threads=1))
+    shape = read_shape(read_config(Source(str(directory)), pair.spec().model, 0), pair.task)
+    device.reset_peak()
+    link.send((shape, device.used()))
+    chosen: wire.NodePlan = link.recv()
+    base = Base.load(directory, pair.spec(), chosen.precision, device)
+    device.reset_peak()
+    link.send("loaded")
+    link.recv()
+    settings = Settings(
+        steps=STEPS,
+        micro_batch=chosen.micro_batch,
+        accumulation=min(chosen.accumulation, ACCUMULATION),
+        learning_rate=1e-4,
+        proximal=pair.proximal,
+        checkpointing=chosen.checkpointing,
     )
+    link.send(base.train(directory / "global", chosen.ranks, settings, evaluate=True))
 
 
-def measured(pair: Pair, first: dict[Precision, list[float]]) -> dict[str, Any]:
-    """Return what a pair came to; `first` holds MiB of the runtime and of the first use."""
+def resident(process: int) -> tuple[int, int]:
+    """Return the resident bytes of a process, and those of them that no file backs."""
+    pages = Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()
+    size, files = int(pages[1]), int(pages[2])
+    return size * os.sysconf("SC_PAGE_SIZE"), (size - files) * os.sysconf("SC_PAGE_SIZE")
+
+
+def watch(process: Any, link: Connection, cap: int | None) -> tuple[Any, int, int]:
+    """Wait for what a process sends, and kill it once it is larger than the cap.
+
+    Returns:
+        what it sent, None if it was killed; its most resident bytes seen, and those that no file backs.
+    """
+    largest, anonymous = 0, 0
+    while not link.poll(LOOK_SECONDS):
+        if not process.is_alive():
+            sys.exit(f"a training process ended with {process.exitcode}")
+        size, without_files = resident(process.pid)
+        largest, anonymous = max(largest, size), max(anonymous, without_files)
+        if cap is not None and size > cap:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            return None, largest, anonymous
+    return link.recv(), largest, anonymous
+
+
+def write(pair: Pair, directory: Path) -> None:
+    """Write a pair's model and global adapter."""
+    from memory_run import write_global_adapter, write_model
+
     from fedpipe_agent.train.model import read_shape
 
-    overhead = round(MIB * max(before for before, _ in first.values()))
-    chosen, budget = planned(pair, read_shape(pair.config(), pair.task), overhead)
-    result: dict[str, Any] = {**asdict(pair), "share": round(pair.share, 3)}
-    result["budgetMiB"] = round(budget / MIB, 1)
+    write_model(pair.config(), pair.task, directory)
+    write_global_adapter(read_shape(pair.config(), pair.task), pair.global_rank, directory / "global")
+
+
+def measured(pair: Pair, directory: Path, spans: list[Span]) -> dict[str, Any]:
+    """Return what a pair came to, in MiB above the runtime."""
+    context = multiprocessing.get_context("fork")
+    writer = context.Process(target=write, args=(pair, directory))
+    writer.start()
+    writer.join()
+    link, far = context.Pipe()
+    process = context.Process(target=agent, args=(pair, directory, spans, far))
+    process.start()
+    (shape, overhead), _, _ = watch(process, link, None)
+    _, bare = resident(process.pid or 0)
+    chosen, budget = planned(pair, shape, overhead)
+    result = asdict(pair) | {
+        "share": round(pair.share, 3),
+        "budgetMiB": mib(budget - overhead),
+        "overheadMiB": mib(overhead),
+    }
     if isinstance(chosen, str):
+        process.kill()
+        process.join()
         return result | {"infeasible": chosen}
-    _, grown = apart("fork", pair, chosen.precision, chosen, True)
-    peak = grown + MIB * first[chosen.precision][1]
+    link.send(chosen)
+    _, _, loading = watch(process, link, None)
+    link.send("go")
+    peak, largest, _ = watch(process, link, budget)
+    process.join()
+    used = (peak or largest) - overhead
     return result | {
         "precision": chosen.precision,
         "microBatch": chosen.micro_batch,
         "checkpointing": chosen.checkpointing,
         "ranks": sorted(set(chosen.ranks.values())),
         "limitedBy": chosen.limited_by,
-        "predictedMiB": round((chosen.predicted_bytes - overhead) / MIB, 1),
-        "grownMiB": round(grown / MIB, 1),
-        "measuredMiB": round(peak / MIB, 1),
-        "used": round(peak / budget, 4),
+        "predictedMiB": mib(chosen.predicted_bytes - overhead),
+        "loadingMiB": mib(loading - bare),
+        "measuredMiB": mib(used),
+        "killed": peak is None,
+        "used": round(used / (budget - overhead), 4),
     }
 
 
+def mib(size: int) -> float:
+    return round(size / MIB, 1)
+
+
 def summary(pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return how many pairs were infeasible and exceeded, and how much of the budget was used."""
+    """Return how many pairs were infeasible and exceeded, how much of the budget was used, and what was chosen."""
     run = [pair for pair in pairs if "used" in pair]
+    uses = sorted(pair["used"] for pair in run)
+
+    def chosen(name: str) -> dict[str, int]:
+        return {str(value): count for value, count in sorted(Counter(pair[name] for pair in run).items())}
+
     return {
         "pairs": len(pairs),
         "infeasible": len(pairs) - len(run),
+        "killed": sum(pair["killed"] for pair in run),
         "exceeded": sum(pair["used"] > 1 for pair in run),
         "underpredicted": sum(pair["measuredMiB"] > pair["predictedMiB"] for pair in run),
-        "medianUse": round(statistics.median(pair["used"] for pair in run), 3),
-        "highestUse": max(pair["used"] for pair in run),
-        "precisions": {p: sum(pair["precision"] == p for pair in run) for p in Precision},
-        "checkpointing": sum(pair["checkpointing"] for pair in run),
+        "loadingAboveBudget": sum(pair["loadingMiB"] > pair["budgetMiB"] for pair in run),
+        "medianUse": round(statistics.median(uses), 3),
+        "ninetiethUse": round(uses[len(uses) * 9 // 10], 3),
+        "highestUse": uses[-1],
+        "precisions": chosen("precision"),
+        "microBatches": chosen("microBatch"),
+        "checkpointing": chosen("checkpointing"),
     }
 
 
@@ -302,31 +355,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "budget.json")
     arguments = parser.parse_args()
     os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     part = arguments.out.with_suffix(".part")
+    done = [json.loads(line) for line in part.read_text().splitlines()] if part.exists() else []
     begin = time.monotonic()
-    if not part.exists():
-        keep(part, {precision: [size / MIB for size in sizes] for precision, sizes in first_use().items()})
-    lines = [json.loads(line) for line in part.read_text().splitlines()]
-    first = {Precision(precision): sizes for precision, sizes in lines[0].items()}
-    print("runtime and first use, MiB:", lines[0], flush=True)
-    done = lines[1:]
-    warm_up()
-    pairs = [drawn(arguments.seed, index) for index in range(len(done), arguments.pairs)]
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
-        for found in pool.map(measured, pairs, itertools.repeat(first)):
-            print(len(done), *(f"{name}={value}" for name, value in found.items()), flush=True)
-            keep(part, found)
-            done.append(found)
+    register()
+    spans = mapped()
+    for index in range(len(done), arguments.pairs):
+        with tempfile.TemporaryDirectory() as scratch:
+            found = measured(drawn(arguments.seed, index), Path(scratch), spans)
+        print(index, *(f"{name}={value}" for name, value in found.items()), flush=True)
+        with part.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        done.append(found)
     report = {
         "machine": machine(),
         "seed": arguments.seed,
         "seconds": round(time.monotonic() - begin),
-        "firstUseMiB": {precision: round(grown, 1) for precision, (_, grown) in first.items()},
         "summary": summary(done),
         "pairs": done,
     }
@@ -335,17 +382,9 @@ def main() -> None:
     part.unlink()
 
 
-def keep(part: Path, entry: dict[Any, Any]) -> None:
-    """Append a line to what is kept until all pairs are done."""
-    with part.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
-
-
-def warm_up() -> None:
-    """Import what a first training imports, so that the forked processes do not each do it."""
-    import bitsandbytes  # noqa: F401
+def register() -> None:
+    """Import what an agent has imported when it registers."""
     import memory_run  # noqa: F401
-    import peft  # noqa: F401
 
     from fedpipe_agent.train.model import read_shape
 

@@ -66,3 +66,41 @@ def test_on_a_cpu_a_narrow_mlp_leaves_less_room_to_use_again(shapes: dict[str, w
     narrow = wide.model_copy(update={"intermediate": 1536})
     shares = [activations("cpu", shape) / activations("cuda", shape) for shape in (wide, narrow)]
     assert 1.5 < shares[0] < shares[1]
+
+
+def test_checkpointing_does_not_free_what_bitsandbytes_keeps_in_int8(
+    shapes: dict[str, wire.ModelShape],
+) -> None:
+    """On CUDA, where no holes add to it: of 12 layers, the inputs of linear layers per token."""
+    device = wire.DeviceFacts(
+        kind="cuda", name="any", free_memory=0, overhead=0, threads=1, speed=1, kernels=()
+    )
+    shape = shapes["bert-base"]
+    work = workload(shape, memory_model.job("bert-base"), shape.matrices)
+
+    def added(precision: Precision) -> int:
+        two, sixteen = (
+            memory.fixed_bytes(work, device, Configuration(precision, size, checkpointing=True))
+            for size in (2, 16)
+        )
+        return sixteen - two
+
+    tokens = 14 * memory_model.LENGTH
+    kept = 12 * tokens * (3 * shape.hidden + shape.intermediate) * 4
+    assert added(Precision.INT8) - added(Precision.FP32) >= kept
+
+
+def test_deeper_models_leave_more_holes_of_unpacked_weights(shapes: dict[str, wire.ModelShape]) -> None:
+    device = wire.DeviceFacts(
+        kind="cpu", name="any", free_memory=0, overhead=0, threads=1, speed=1, kernels=()
+    )
+    shape = shapes["bert-base"]
+    least = Configuration(Precision.NF4, 1)
+
+    def holes(layers: int) -> int:
+        deep = shape.model_copy(update={"layers": layers})
+        work = workload(deep, memory_model.job("bert-base"), deep.matrices)
+        return memory.fixed_bytes(work, device, least) - memory.base_bytes(deep, device, Precision.NF4)
+
+    unpacked = shape.hidden * shape.intermediate * 4
+    assert holes(24) - holes(12) >= 12 * unpacked

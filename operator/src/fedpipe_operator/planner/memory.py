@@ -27,11 +27,13 @@ CPU_UNUSED = 0.75
 """Share of what a forward pass frees that glibc cannot use again before the backward pass: tensors are
 aligned, and the hole of one is too small for the next of its size. Smaller ones fit into the holes of an MLP
 of four times the model's width; of a narrower one the share is more. Fitted (tests/bench/memory_model.py)."""
+CPU_RECOMPUTED = 0.25
+"""How much less that share is of what checkpointing frees as well. Fitted in the same way."""
 CPU_HEAP = 32 * 2**20
 """The largest block glibc keeps in its heap; larger ones leave no holes."""
-CPU_UNPACKED = (8, 24)
-"""Unpacked int8 and NF4 weights, of the largest layer, that glibc's holes come to: where activations are
-smaller than they are and fit in, and where not. Fitted in the same way."""
+CPU_UNPACKED = {Precision.INT8: 0.7, Precision.NF4: 0.6}
+"""Share of a layer's MLP weights, unpacked to compute with, that turn into holes because what the layer keeps
+is put where they were. More in int8, which keeps more. Fitted to models of 2 to 24 layers."""
 
 
 def base_bytes(shape: wire.ModelShape, device: wire.DeviceFacts, precision: Precision) -> int:
@@ -115,18 +117,49 @@ def _saved(work: Workload, device: wire.DeviceFacts, configuration: Configuratio
 
     Layers before the first matrix to train need no backward pass and keep nothing.
     """
-    shape = work.shape
-    element = compute_bytes(device, configuration.precision)
     tokens = configuration.micro_batch * work.length
-    layers = shape.layers - work.first_layer
-    kept = _saved_per_token(work, device, configuration.precision)
-    if device.kind == "cpu":
-        unused = max(CPU_UNUSED, CPU_UNUSED + 0.5 - shape.intermediate / (8 * shape.hidden))
-        kept += math.ceil(unused * _freed_per_token(work, device, configuration.precision))
-    within = tokens * kept
+    layers = work.shape.layers - work.first_layer
+    within = tokens * _saved_per_token(work, device, configuration.precision)
+    held = layers * within
     if configuration.checkpointing:
-        return layers * tokens * shape.hidden * element + within
-    return layers * within
+        held = layers * tokens * _checkpointed_per_token(work, device, configuration.precision) + within
+    return held + (_holes(work, device, configuration) if device.kind == "cpu" else 0)
+
+
+def _holes(work: Workload, device: wire.DeviceFacts, configuration: Configuration) -> int:
+    """Return the bytes of glibc's heap that lie unused between what the layers keep.
+
+    Activations fill the holes of unpacked weights while they are smaller, so that the larger kind of holes
+    counts; the nearer their size comes to that of the weights the fewer fit, and the weights' holes come on
+    top. Checkpointing leaves the holes of all layers where it computes them first, and unpacks twice.
+    """
+    shape, precision = work.shape, configuration.precision
+    layers = shape.layers - work.first_layer
+    tokens = configuration.micro_batch * work.length
+    per_token = _freed_per_token(work, device, precision)
+    unused = max(CPU_UNUSED, CPU_UNUSED + 0.5 - shape.intermediate / (8 * shape.hidden))
+    if configuration.checkpointing:
+        per_token += _saved_per_token(work, device, precision)
+        per_token -= _checkpointed_per_token(work, device, precision)
+        unused -= CPU_RECOMPUTED
+    freed = unused * layers * tokens * per_token
+    weight = shape.hidden * shape.intermediate * compute_bytes(device, precision)
+    if precision not in CPU_UNPACKED or weight > CPU_HEAP:
+        return math.ceil(freed)
+    # The last layer's serve its own backward pass.
+    unpacked = (layers - 1) * (3 if shape.gated_mlp else 2) * weight
+    unfilled = min(1.0, tokens / shape.hidden) ** 2 * (2 if configuration.checkpointing else 1)
+    return math.ceil(max(CPU_UNPACKED[precision] * unpacked, freed) + unfilled * unpacked)
+
+
+def _checkpointed_per_token(work: Workload, device: wire.DeviceFacts, precision: Precision) -> int:
+    """Return the bytes one layer keeps per token under checkpointing: its input.
+
+    In int8 also what its linear layers take in: bitsandbytes keeps that where checkpointing does not see it.
+    """
+    hidden, inner = work.shape.hidden, work.shape.intermediate
+    values = 4 * hidden + inner if precision is Precision.INT8 else hidden
+    return values * compute_bytes(device, precision)
 
 
 def _saved_per_token(work: Workload, device: wire.DeviceFacts, precision: Precision) -> int:
@@ -152,10 +185,12 @@ def _freed_per_token(work: Workload, device: wire.DeviceFacts, precision: Precis
     """Return the bytes one layer computes per token in its forward pass and does not keep.
 
     Of each adapter its output, that scaled, and the sum with the layer's (a frozen one counts half: fitted),
-    both residual sums, and what the MLP's last layer takes in.
+    both residual sums, and what the MLP's last layer takes in; int8 keeps that, but of a gated MLP it leaves
+    twice as much (fitted).
     """
     adapters = 1.5 if work.remainder_rank and precision is not Precision.FP32 else 1
-    values = 3 * adapters * work.adapter_outputs + 2 * work.shape.hidden + work.shape.intermediate
+    inners = (2 if work.shape.gated_mlp else 0) if precision is Precision.INT8 else 1
+    values = 3 * adapters * work.adapter_outputs + 2 * work.shape.hidden + inners * work.shape.intermediate
     return math.ceil(values * compute_bytes(device, precision))
 
 
@@ -167,7 +202,5 @@ def _transient(work: Workload, device: wire.DeviceFacts, configuration: Configur
     unpacked = 0
     if configuration.precision in (Precision.INT8, Precision.NF4):
         unpacked = shape.hidden * shape.intermediate * element
-        if device.kind == "cpu":
-            unpacked *= CPU_UNPACKED[tokens > shape.hidden]
     gradients = 3 if device.kind == "cpu" else 2  # with a hole
     return gradients * tokens * (shape.intermediate + shape.hidden) * element + unpacked

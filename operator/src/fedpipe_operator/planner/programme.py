@@ -38,7 +38,7 @@ class Programme:
         """Return the same programme, counted in the smallest cost where all costs are multiples of it.
 
         So they are where matrices have equal sides, as attention's often have. Then limits of memory and of
-        time become one, relaxations are tighter, and many nodes have equal programmes.
+        time become one, and many nodes have equal programmes.
         """
         limits: dict[bytes, tuple[Floats, float]] = {}
         for given in zip(self.costs, self.limits, strict=True):
