@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from fedpipe_api.job import Aggregation, Method
 from fedpipe_api.wire import LORA_A, LORA_B, scale
 from fedpipe_operator.aggregate import AggregationReport, AggregationRequest, NodeUpdate, aggregate_round
-from fedpipe_operator.aggregate.files import TensorFile
+from fedpipe_operator.aggregate.sent import received
 
 RESULTS = Path(__file__).parent / "results"
 ALPHA, GLOBAL_RANK = 16.0, 32
@@ -121,12 +121,12 @@ def drift(method: Method, seed: int) -> dict[str, list[float]]:
     goal = basis[0] * np.linspace(1, 0.3, 24) @ basis[1].T
     goals = [goal + 0.02 * random.standard_normal(goal.shape) for _ in DRIFT_RANKS]
     found: dict[str, list[float]] = {"effective_rank": [], "distance": []}
-    adapter = sent = None
+    adapter = None
     with tempfile.TemporaryDirectory() as folder:
         for number in range(DRIFT_ROUNDS):
             updates = []
             for k, rank in enumerate(DRIFT_RANKS):
-                left, right, frozen = start(sent, rank, rows, columns, method, random)
+                left, right, frozen = start(adapter, rank, rows, columns, method, random)
                 trained = train(left, right, frozen - goals[k], scale(ALPHA, rank, False))
                 path = Path(folder) / f"{number}-{k}"
                 save_file({"m" + LORA_B: trained[0], "m" + LORA_A: trained[1]}, path)
@@ -135,7 +135,6 @@ def drift(method: Method, seed: int) -> dict[str, list[float]]:
             request = AggregationRequest(aggregation, ALPHA, False, tuple(updates), Path(folder), adapter)
             report: AggregationReport = aggregate_round(request)
             adapter = report.adapter.path
-            sent = report.sent.path if report.sent else adapter
             tensors = load_file(adapter)
             found["effective_rank"].append(report.effective_rank)
             distance = np.linalg.norm(tensors["m" + LORA_B] @ tensors["m" + LORA_A] - goal)
@@ -143,15 +142,17 @@ def drift(method: Method, seed: int) -> dict[str, list[float]]:
     return found
 
 
-def start(sent, rank, rows, columns, method, random):
+def start(adapter, rank, rows, columns, method, random):
     """Return a node's factors, the best part of G as sent filled up with fresh rows, and what stays frozen."""
     norm, s = 1 / np.sqrt(3), scale(ALPHA, rank, False)
     right = random.standard_normal((rank, columns))
     right *= norm / np.linalg.norm(right, axis=1, keepdims=True)
     left, frozen = np.zeros((rows, rank)), np.zeros((rows, columns))
-    if sent is not None:
-        file = TensorFile(sent)
-        whole = [file.read("m" + suffix).astype(float) for suffix in (LORA_B, LORA_A)]
+    if adapter is not None:
+        tensors = load_file(adapter)
+        factors = {suffix: tensors["m" + suffix] for suffix in (LORA_B, LORA_A)}
+        found = received(factors) if method is Method.EXACT else factors
+        whole = [found[suffix].astype(float) for suffix in (LORA_B, LORA_A)]
         held = min(rank, len(whole[1]))
         left[:, :held] = whole[0][:, :held] / (norm * s)
         right[:held] = norm * whole[1][:held]

@@ -19,7 +19,7 @@ from fedpipe_agent.train.importance import RANK
 from fedpipe_api import wire
 from fedpipe_api.job import Method
 from fedpipe_api.node import Capacity
-from fedpipe_api.wire import LORA_A, LORA_B, START_OF_METHOD, Start, travels_as_int8
+from fedpipe_api.wire import LORA_A, LORA_B, START_OF_METHOD, Start, uploaded_as_bf16
 from fedpipe_operator.aggregate import AggregationReport, AggregationRequest, NodeUpdate, aggregate_round
 from fedpipe_operator.engine.decide import CALIBRATION_STEPS
 from fedpipe_operator.planner import memory, speed
@@ -195,7 +195,7 @@ class Federation:
         head = sum(int(np.prod(tensor.shape)) for tensor in self.task.shape.head)
         if self.system.layout == "full":
             return 4 * (head + self.task.shape.parameters)
-        return 4 * head + (1 if travels_as_int8(self._start) else 4) * self._values(plan)
+        return 4 * head + (2 if uploaded_as_bf16(self._start) else 4) * self._values(plan)
 
     def _values(self, plan: wire.NodePlan) -> int:
         """Return how many values the factors of a plan have."""

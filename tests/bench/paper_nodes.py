@@ -13,10 +13,9 @@ from fedpipe_agent.train import data, importance, loop
 from fedpipe_agent.train import model as base
 from fedpipe_agent.train.adapters import Adapters, GlobalAdapter, save
 from fedpipe_agent.train.device import Device
-from fedpipe_agent.train.seeds import generator
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision
-from fedpipe_api.wire import HEAD, Start, travels_as_int8
+from fedpipe_api.wire import HEAD, Start, uploaded_as_bf16
 
 
 class Trainer:
@@ -62,7 +61,7 @@ class Trainer:
             path,
             self._adapters.tensors(),
             {name: _array(value) for name, value in head},
-            generator(self._spec.seed, self.name, number, "upload") if travels_as_int8(rule) else None,
+            uploaded_as_bf16(rule),
         )
         return path, outcome.loss
 
@@ -131,7 +130,7 @@ class FullTrainer:
             self.model, self.samples, order, settings(self._spec, plan, steps, self._rate), self._device
         )
         path = self._work / "update.safetensors"
-        save(path, {}, {name: _array(value) for name, value in self.model.named_parameters()}, None)
+        save(path, {}, {name: _array(value) for name, value in self.model.named_parameters()}, False)
         return path, outcome.loss
 
     def hold(self, adapter: Path) -> None:

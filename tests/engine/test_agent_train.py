@@ -131,11 +131,12 @@ def test_a_whole_job(models, tmp_path):
             assert hashlib.sha256(body).hexdigest() == manifest.digest
             assert manifest.samples == 36
             update = load_tensors(body)
-            factors = {m + part for m in ranks for part in (wire.LORA_A, wire.LORA_B)}
-            scales = {name + wire.SCALE for name in factors} if split else set()
-            assert update.keys() == factors | scales | {"head.classifier.weight", "head.classifier.bias"}
-            assert {update[name].dtype for name in factors} == {torch.int8 if split else torch.float32}
-            assert {update[name].dtype for name in update.keys() - factors} == {torch.float32}
+            assert update.keys() == {m + part for m in ranks for part in (wire.LORA_A, wire.LORA_B)} | {
+                "head.classifier.weight",
+                "head.classifier.bias",
+            }
+            types = {n.startswith(wire.HEAD): tensor.dtype for n, tensor in update.items()}
+            assert types == {True: torch.float32, False: torch.bfloat16 if split else torch.float32}
         # Work that is assigned again gives the same bytes.
         assert coordinator.updates[1][1] == coordinator.updates[2][1]
         states = {p.state for p in coordinator.progress}

@@ -4,35 +4,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch_file
 
 from fedpipe_api.job import Aggregation, Method
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B, SCALE, scale
+from fedpipe_api.wire import HEAD, LORA_A, LORA_B, scale
 from fedpipe_operator.aggregate import AggregationReport, AggregationRequest, NodeUpdate, aggregate_round
 
 
 @dataclass
 class Node:
-    """One update: factors by matrix, head tensors, samples; `int8` says in which type the factors are written."""
+    """One update: factors by matrix, head tensors, samples; `bf16` says in which type the factors are written."""
 
     name: str
     samples: int
     factors: dict[str, tuple[np.ndarray, np.ndarray]]
     head: dict[str, np.ndarray] = field(default_factory=dict)
-    int8: bool = False
+    bf16: bool = False
 
     @property
     def ranks(self) -> dict[str, int]:
         return {name: len(right) for name, (_, right) in self.factors.items()}
 
-    def write(self, directory: Path, method: Method = Method.EXACT) -> NodeUpdate:
+    def write(self, directory: Path) -> NodeUpdate:
         path = directory / f"{self.name}.safetensors"
-        tensors = as_tensors(self.factors, self.head)
-        for name in sorted(tensors) if self.int8 and method is Method.EXACT else ():
-            if not name.startswith(HEAD):
-                tensors[name], tensors[name + SCALE] = int8(name, tensors[name])
-        save_file(tensors, path)
+        tensors = {n: torch.from_numpy(v) for n, v in as_tensors(self.factors, self.head).items()}
+        if self.bf16:
+            tensors = {n: v if n.startswith(HEAD) else v.bfloat16() for n, v in tensors.items()}
+        save_torch_file(tensors, path)
         return NodeUpdate(self.name, path, self.samples, self.ranks)
 
 
@@ -67,7 +68,7 @@ class Round:
             aggregation=aggregation,
             alpha=self.alpha,
             rs_lora=self.rs_lora,
-            updates=tuple(node.write(directory, aggregation.method) for node in self.nodes),
+            updates=tuple(node.write(directory) for node in self.nodes),
             directory=directory,
             adapter=adapter,
             **options,
@@ -103,13 +104,11 @@ class Round:
         return self.product(node, name) - start
 
     def dense_received(self, name: str, rank: int) -> np.ndarray | float:
-        """Return the leading components of G, of those with 99 % of its energy, as a node receives them."""
+        """Return the leading components of G as a node of the exact method received them."""
         if not self.start or name not in self.start:
             return 0.0
         left, right = self.start[name]
-        energy = np.cumsum(np.sum(left.astype(float) ** 2, axis=0))
-        sent = int(np.sum(energy < 0.99 * energy[-1])) + 1
-        pairs = zip(left.T[: min(rank, sent)], right[: min(rank, sent)], strict=True)
+        pairs = zip(left.T[:rank], right[:rank], strict=True)
         return sum((np.outer(in_steps(one), in_steps(other)) for one, other in pairs), start=0.0)
 
     def target(self, name: str, method: Method) -> np.ndarray:
@@ -133,18 +132,9 @@ def product_of(tensors: dict, name: str) -> np.ndarray:
     return tensors[name + LORA_B].astype(float) @ tensors[name + LORA_A].astype(float)
 
 
-def int8(name: str, factor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the nearest int8 values of a factor, and the scales of its components."""
-    axis = 0 if name.endswith(LORA_B) else 1
-    scales = np.abs(factor).max(axis=axis) / np.float32(127)
-    wide = np.expand_dims(np.where(scales > 0, scales, 1), axis)
-    return np.rint(factor / wide).astype(np.int8), np.float32(scales)
-
-
-def rounded(name: str, factor: np.ndarray) -> np.ndarray:
-    """Return a factor as int8 holds it."""
-    values, scales = int8(name, factor)
-    return np.float32(values) * np.expand_dims(scales, 0 if name.endswith(LORA_B) else 1)
+def rounded(factor: np.ndarray) -> np.ndarray:
+    """Return a factor as bfloat16 holds it."""
+    return torch.from_numpy(factor).bfloat16().float().numpy()
 
 
 MATRICES = ("layer.0.query", "layer.0.value")
@@ -172,12 +162,10 @@ def rounds(draw, equal_ranks: bool = False, largest: int = 24, max_nodes: int = 
             if draw(st.booleans())
             else {}
         )
-        small = not equal_ranks and draw(st.booleans())
-        if small:
-            factors = {
-                m: (rounded(LORA_B, left), rounded(LORA_A, right)) for m, (left, right) in factors.items()
-            }
-        nodes.append(Node(f"node-{index}", draw(st.integers(1, 5000)), factors, head, small))
+        bf16 = draw(st.booleans())
+        if bf16:
+            factors = {name: (rounded(left), rounded(right)) for name, (left, right) in factors.items()}
+        nodes.append(Node(f"node-{index}", draw(st.integers(1, 5000)), factors, head, bf16))
     start, start_head = None, {}
     if draw(st.booleans()):
         start = {}

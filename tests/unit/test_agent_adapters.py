@@ -3,14 +3,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from agent_fixtures import KINDS, global_adapter, registered, save_tiny_model
 from fedpipe_agent.errors import Failure
 from fedpipe_agent.train import model as base
-from fedpipe_agent.train.adapters import ROW_NORM, Adapters, GlobalAdapter, fresh_rows, quantized, save, start
+from fedpipe_agent.train.adapters import ROW_NORM, Adapters, GlobalAdapter, fresh_rows, save, start
 from fedpipe_agent.train.model import Source
-from fedpipe_agent.train.seeds import generator
 from fedpipe_api import wire
 from fedpipe_api.job import Precision, Task
 from fedpipe_api.wire import Start
@@ -190,7 +190,7 @@ def test_an_update_is_the_increment_of_what_was_trained(bases, tmp_path):
     logits(model).square().sum().backward()
     optimizer.step()
     after = logits(model).detach()
-    save(tmp_path / "update", adapters.tensors(), {"score.weight": np.ones((3, 32))}, None)
+    save(tmp_path / "update", adapters.tensors(), {"score.weight": np.ones((3, 32))}, bf16=False)
     update = load_file(tmp_path / "update")
     assert {value.dtype for value in update.values()} == {np.dtype(np.float32)}
     assert set(update) == {m.name + s for m in shape.matrices for s in (wire.LORA_A, wire.LORA_B)} | {
@@ -213,33 +213,15 @@ def test_an_update_is_the_increment_of_what_was_trained(bases, tmp_path):
     torch.testing.assert_close(after, dense_logits(bases, "gpt2", moved), atol=2e-4, rtol=1e-4)
 
 
-def test_an_update_may_hold_its_factors_as_int8(tmp_path):
+def test_an_update_may_hold_its_factors_as_bfloat16(tmp_path):
     values = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    values[:, 1] = 0
-    factors, head = {"m.lora_B": values, "m.lora_A": values.T}, {"score.weight": values}
-    save(tmp_path / "update", factors, head, generator(0))
-    found = load_file(tmp_path / "update")
-    assert found.keys() == {"m.lora_B", "m.lora_B.scale", "m.lora_A", "m.lora_A.scale", "head.score.weight"}
-    assert found["m.lora_B"].dtype == found["m.lora_A"].dtype == np.int8
-    assert np.array_equal(found["head.score.weight"], values)
-    for name, axis in (("m.lora_B", 0), ("m.lora_A", 1)):
-        scales = np.expand_dims(found[name + wire.SCALE], axis)
-        assert scales.dtype == np.float32
-        np.testing.assert_allclose(
-            scales * 127, np.abs(factors[name]).max(axis=axis, keepdims=True), rtol=1e-6
-        )
-        assert (np.abs(found[name] * scales - factors[name]) <= 1.0001 * scales).all()
-    save(tmp_path / "again", factors, head, generator(0))
-    assert (tmp_path / "again").read_bytes() == (tmp_path / "update").read_bytes()
-
-
-def test_rounding_to_int8_is_right_in_the_mean():
-    value = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
-    drawn = [quantized("m.lora_B", value, generator(number)) for number in range(4000)]
-    mean = np.mean([steps * scales for steps, scales in drawn], axis=0)
-    step = drawn[0][1]
-    # The mean of 4,000 roundings, each off by at most half a step on average, within 6 standard errors.
-    assert (np.abs(mean - value) <= 6 * 0.5 * step / np.sqrt(4000)).all()
+    save(tmp_path / "update", {"m.lora_B": values, "m.lora_A": values.T}, {"score.weight": values}, bf16=True)
+    with safe_open(tmp_path / "update", framework="pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert found["m.lora_B"].dtype == found["m.lora_A"].dtype == torch.bfloat16
+    assert torch.equal(found["m.lora_A"], torch.from_numpy(values.T).bfloat16())
+    assert found["head.score.weight"].dtype == torch.float32
+    assert np.array_equal(found["head.score.weight"].numpy(), values)
 
 
 @pytest.mark.parametrize("precision", Precision)
@@ -294,9 +276,10 @@ def test_a_global_adapter_sent_as_int8_is_what_the_engine_counts_from(bases, tmp
 def as_sent(tensors):
     """Return the tensors of a global adapter as the engine sends them."""
     found = {name: value for name, value in tensors.items() if name.startswith(wire.HEAD)}
-    for stem in {name.removesuffix(wire.LORA_A) for name in tensors if name.endswith(wire.LORA_A)}:
-        sent = quantize({suffix: tensors[stem + suffix] for suffix in (wire.LORA_A, wire.LORA_B)})
-        found |= {stem + suffix: value for suffix, value in sent.items()}
+    for name in tensors.keys() - found.keys():
+        stem = name.removesuffix(wire.LORA_A).removesuffix(wire.LORA_B)
+        suffix = name.removeprefix(stem)
+        found |= {stem + end: value for end, value in quantize({suffix: tensors[name]}).items()}
     return found
 
 

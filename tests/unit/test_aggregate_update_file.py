@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
+from safetensors.torch import save as torch_save
 
 from fedpipe_operator.aggregate import Refused, check_update_file
 from fedpipe_operator.aggregate.files import TensorFile
@@ -35,11 +37,11 @@ def entry(shape: list, start: int, end: int, dtype: str = "F32") -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-def refusal(tmp_path, body: bytes, shapes=None, limit: int = LIMIT, int8: bool = False) -> Refused:
+def refusal(tmp_path, body: bytes, shapes=None, limit: int = LIMIT) -> Refused:
     path = tmp_path / "update"
     path.write_bytes(body)
     with pytest.raises(Refused) as caught:
-        check_update_file(path, SHAPES if shapes is None else shapes, limit, int8=int8)
+        check_update_file(path, SHAPES if shapes is None else shapes, limit)
     assert "\n" not in caught.value.message
     assert caught.value.message == str(caught.value)
     return caught.value
@@ -48,7 +50,7 @@ def refusal(tmp_path, body: bytes, shapes=None, limit: int = LIMIT, int8: bool =
 def test_a_good_update_passes(tmp_path):
     path = tmp_path / "update"
     path.write_bytes(save(tensors(), metadata={"format": "pt"}))
-    check_update_file(path, SHAPES, LIMIT, int8=False)
+    check_update_file(path, SHAPES, LIMIT)
 
 
 @pytest.mark.parametrize(
@@ -67,66 +69,41 @@ def test_values_that_are_not_finite(tmp_path, name, reason, says, value):
     assert says in found.message
 
 
-def small(**values) -> dict[str, np.ndarray]:
-    """Return the tensors of an update whose factors are int8, some given or (None) left out."""
-    found = {
-        "m.lora_B": np.full((4, 2), 127, np.int8),
-        "m.lora_B.scale": np.ones(2, np.float32),
-        "m.lora_A": np.full((2, 3), -127, np.int8),
-        "m.lora_A.scale": np.ones(2, np.float32),
-        "head.bias": np.ones(5, np.float32),
-    }
-    return {name: value for name, value in (found | values).items() if value is not None}
+def halves(**values) -> bytes:
+    """Return an update whose factors are bfloat16, some values given by tensor."""
+    found = {name: torch.from_numpy(tensor) for name, tensor in tensors().items()}
+    found |= {name: tensor.bfloat16() for name, tensor in found.items() if not name.startswith("head.")}
+    for name, value in values.items():
+        found[name].view(-1)[-1] = value
+    return torch_save(found)
 
 
-def test_factors_may_be_int8(tmp_path):
+def test_factors_may_be_bfloat16(tmp_path):
     path = tmp_path / "update"
-    path.write_bytes(save(small()))
-    check_update_file(path, SHAPES, LIMIT, int8=True)
-    with pytest.raises(Refused, match=r"m\.lora_A\.scale' is not asked for"):
-        check_update_file(path, SHAPES, LIMIT, int8=False)
+    path.write_bytes(halves())
+    check_update_file(path, SHAPES, LIMIT)
 
 
-@pytest.mark.parametrize(
-    ("values", "reason", "says"),
-    [
-        ({"m.lora_B.scale": np.array([1, np.nan], np.float32)}, "NotFinite", "m.lora_B.scale"),
-        ({"m.lora_B.scale": None}, "WrongTensors", "m.lora_B.scale is missing"),
-        ({"m.lora_B.scale": np.ones(4, np.float32)}, "WrongShape", "m.lora_B.scale is [4], not [2]"),
-        ({"m.lora_B.scale": np.ones(2, np.int8)}, "WrongType", "m.lora_B.scale is I8, F32 is wanted"),
-        ({"m.lora_A": np.ones((2, 3), np.float32)}, "WrongTensors", "'m.lora_A.scale' is not asked for"),
-        ({"m.lora_A": np.ones((2, 3), np.float16), "m.lora_A.scale": None}, "WrongType", "F32 or I8"),
-        ({"m.lora_A": np.ones((3, 2), np.int8)}, "WrongShape", "m.lora_A is [3, 2], not [2, 3]"),
-        ({"head.bias": np.ones(5, np.int8)}, "WrongType", "head.bias is I8, F32 is wanted"),
-    ],
-)
-def test_int8_that_is_refused(tmp_path, values, reason, says):
-    found = refusal(tmp_path, save(small(**values)), int8=True)
-    assert (found.reason, says in found.message) == (reason, True), found.message
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["m.lora_B", "m.lora_A", "head.bias"])
+def test_values_that_are_not_finite_as_bfloat16(tmp_path, name, value):
+    found = refusal(tmp_path, halves(**{name: value}))
+    assert found.reason == "NotFinite"
+    assert name in found.message
 
 
-@given(
-    values=st.lists(st.integers(-127, 127), min_size=6, max_size=6), scales=st.tuples(*[st.floats(0, 9)] * 2)
-)
-def test_int8_is_read_with_the_scale_of_each_component(values, scales):
-    steps, scale = np.array(values, np.int8), np.array(scales, np.float32)
+@given(values=st.lists(st.floats(width=32), min_size=1, max_size=40), data=st.data())
+def test_bfloat16_is_read_as_torch_widens_it(values, data):
+    tensor = torch.tensor(values).bfloat16()
+    first = data.draw(st.integers(0, len(values) - 1))
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "file"
-        path.write_bytes(
-            save(
-                {
-                    "m.lora_B": steps.reshape(3, 2),
-                    "m.lora_B.scale": scale,
-                    "m.lora_A": steps.reshape(2, 3),
-                    "m.lora_A.scale": scale,
-                }
-            )
-        )
+        path.write_bytes(torch_save({"other": torch.ones(3), "t": tensor}))
         file = TensorFile(path)
-        b, a = file.read("m.lora_B"), file.read("m.lora_A")
-    assert b.dtype == a.dtype == np.float32
-    assert np.array_equal(b, steps.reshape(3, 2) * scale)
-    assert np.array_equal(a, steps.reshape(2, 3) * scale[:, None])
+        whole, part = file.read("t"), np.empty(len(values) - first, np.float32)
+        file.read_into("t", first, part)
+    assert np.array_equal(whole, tensor.float().numpy(), equal_nan=True)
+    assert np.array_equal(part, whole[first:], equal_nan=True)
 
 
 def changed(**updates) -> bytes:
@@ -194,7 +171,7 @@ def test_too_large_is_refused_before_it_is_read(tmp_path):
     with path.open("wb") as file:
         file.truncate(LIMIT + 1)
     with pytest.raises(Refused) as caught:
-        check_update_file(path, SHAPES, LIMIT, int8=False)
+        check_update_file(path, SHAPES, LIMIT)
     assert caught.value.reason == "TooLarge"
 
 
@@ -205,7 +182,7 @@ def test_a_header_that_claims_gigabytes_is_not_read(tmp_path):
         file.write(body)
         file.truncate(2**31 + 100)
     with pytest.raises(Refused) as caught:
-        check_update_file(path, SHAPES, 2**32, int8=False)
+        check_update_file(path, SHAPES, 2**32)
     assert caught.value.reason == "Malformed"
 
 
@@ -217,7 +194,7 @@ def test_a_large_update_is_checked_quickly_and_in_little_memory(tmp_path):
     size = path.stat().st_size
     assert size > 100e6
     del buffer
-    check_update_file(path, shapes, size, int8=False)
+    check_update_file(path, shapes, size)
     before, peak, done = resident(), [0], threading.Event()
 
     def watch() -> None:
@@ -228,7 +205,7 @@ def test_a_large_update_is_checked_quickly_and_in_little_memory(tmp_path):
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.process_time()
-    check_update_file(path, shapes, size, int8=False)
+    check_update_file(path, shapes, size)
     seconds = time.process_time() - started
     done.set()
     watcher.join()

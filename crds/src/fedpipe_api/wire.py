@@ -34,10 +34,20 @@ LORA_B = ".lora_B"
 HEAD = "head."
 """Tensor names. Of matrix m (a full module name): `m.lora_B` (d, r), `m.lora_A` (r, c); of a fully trained
 tensor t: `head.t`. In the global adapter the matrix is the plain product lora_B @ lora_A, scale included. In
-an update the increment is scale(r) * lora_B @ lora_A. All are float32, but factors that travel as int8."""
+an update the increment is scale(r) * lora_B @ lora_A. All are float32; the factors of an update may be
+bfloat16, those of the global adapter int8."""
 
 SCALE = ".scale"
 """Ending of the float32 scales (r,) of a factor sent as int8: a value is int8 * its component's scale."""
+
+
+def sent_as_int8(method: Method) -> bool:
+    """Return whether the global adapter's factors travel to the nodes as int8, not as float32.
+
+    Only where a node's change is counted from what it received; the methods of other papers send float32.
+    """
+    return method is Method.EXACT
+
 
 Sha256 = str
 
@@ -144,10 +154,10 @@ START_OF_METHOD = {
 }
 
 
-def travels_as_int8(start: Start) -> bool:
-    """Return whether factors travel as int8, not as float32: the global adapter's and those of updates.
+def uploaded_as_bf16(start: Start) -> bool:
+    """Return whether nodes upload the factors they trained as bfloat16, not as float32.
 
-    Only where a node's change is counted from what it received; the methods of other papers send float32.
+    Rounding is a thousandth of a value, at random; the methods of other papers send float32.
     """
     return start is Start.SPLIT
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from fedpipe_api import wire
@@ -350,36 +350,16 @@ def fresh_rows(rank: int, columns: int, *names: object) -> np.ndarray:
     return (generator(*names).uniform(-1.0, 1.0, (rank, columns)) / math.sqrt(columns)).astype(np.float32)
 
 
-def save(
-    path: Path,
-    factors: dict[str, np.ndarray],
-    head: dict[str, np.ndarray],
-    random: np.random.Generator | None,
-) -> None:
-    """Write an update as safetensors, named as on the wire; the same arguments give the same bytes.
+def save(path: Path, factors: dict[str, np.ndarray], head: dict[str, np.ndarray], bf16: bool) -> None:
+    """Write an update as safetensors, named as on the wire; the same tensors give the same bytes.
 
     Args:
         path: the file.
-        factors: by name; int8 in the file where `random` is given, else float32 like the head.
+        factors: by name; bfloat16 in the file if `bf16`, else float32 like the head.
         head: by parameter's name.
-        random: draws how values round.
+        bf16: see there.
     """
-    named = {wire.HEAD + name: value.astype(np.float32) for name, value in head.items()}
-    for name, value in sorted(factors.items()):
-        if random is None:
-            named[name] = value
-        else:
-            named[name], named[name + wire.SCALE] = quantized(name, value, random)
-    save_file({name: np.ascontiguousarray(named[name]) for name in sorted(named)}, path)
-
-
-def quantized(name: str, factor: np.ndarray, random: np.random.Generator) -> Factors:
-    """Return int8 values and the float32 scales of a factor's components, of which the largest becomes 127.
-
-    A value rounds up as often as it is near the step above: the mean is right, and changes smaller than a
-    step are not lost from round to round.
-    """
-    axis = 0 if name.endswith(wire.LORA_B) else 1
-    scales = (np.abs(factor).max(axis=axis, keepdims=True) / 127).astype(np.float32)
-    steps = np.floor(factor / np.where(scales > 0, scales, 1) + random.random(factor.shape))
-    return np.clip(steps, -127, 127).astype(np.int8), scales.reshape(-1)
+    kind = torch.bfloat16 if bf16 else torch.float32
+    named = {name: torch.from_numpy(value).to(kind) for name, value in factors.items()}
+    named |= {wire.HEAD + name: torch.from_numpy(value).float() for name, value in head.items()}
+    save_file({name: named[name].contiguous() for name in sorted(named)}, path)

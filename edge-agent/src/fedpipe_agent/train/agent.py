@@ -24,7 +24,6 @@ from . import data, importance, loop
 from . import model as base
 from .adapters import Adapters, GlobalAdapter, save
 from .device import Device
-from .seeds import generator
 
 log = logging.getLogger(__name__)
 
@@ -184,10 +183,10 @@ class Agent:
             if not (assignment.evaluate and exact):
                 self._install(adapter, plan.ranks, assignment.start, number)
         work.report(state="training", step=0, steps=plan.local_steps)
-        int8 = wire.travels_as_int8(assignment.start)
+        bf16 = wire.uploaded_as_bf16(assignment.start)
         deadline = math.inf
         if assignment.remaining_seconds is not None:
-            reserve = UPLOAD_RESERVE + 1.2 * self._upload_time(plan, int8)
+            reserve = UPLOAD_RESERVE + 1.2 * self._upload_time(plan, bf16)
             deadline = begin + assignment.remaining_seconds - reserve
 
         def after(step: loop.Step) -> bool:
@@ -204,10 +203,10 @@ class Agent:
         order = self._order(plan, number)
         outcome = loop.train(self._model, self._samples, order, settings, self._device, after=after)
         work.report(state="uploading")
-        self._upload(number, plan, outcome, Times(begin, downloaded, evaluated), int8)
+        self._upload(number, plan, outcome, Times(begin, downloaded, evaluated), bf16)
 
     def _upload(
-        self, number: int, plan: wire.NodePlan, outcome: loop.Outcome, times: Times, int8: bool
+        self, number: int, plan: wire.NodePlan, outcome: loop.Outcome, times: Times, bf16: bool
     ) -> None:
         head = {
             name: parameter.detach().cpu().numpy()
@@ -217,8 +216,7 @@ class Agent:
         if not all(np.isfinite(value).all() for value in (*tensors.values(), *head.values())):
             raise Failure(f"round {number}: the update is not finite; lower spec.optimizer.learningRate")
         path = self._work / "update.safetensors"
-        random = generator(self._job.seed, self._job.node, number, "upload") if int8 else None
-        save(path, tensors, head, random)
+        save(path, tensors, head, bf16)
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         manifest = wire.UpdateManifest(
@@ -247,14 +245,14 @@ class Agent:
                 manifest.size / 1000,
             )
 
-    def _upload_time(self, plan: wire.NodePlan, int8: bool) -> float:
+    def _upload_time(self, plan: wire.NodePlan, bf16: bool) -> float:
         """Return the seconds the upload will take: as last time, or by the declared link."""
         if self._upload_seconds or self._link_rate is None:
             return self._upload_seconds
         sides = {matrix.name: matrix.rows + matrix.columns for matrix in self._shape.matrices}
         values = sum(rank * sides.get(name, 0) for name, rank in plan.ranks.items())
         head = sum(math.prod(tensor.shape) for tensor in self._shape.head)
-        return ((1 if int8 else 4) * values + 4 * head) / self._link_rate
+        return ((2 if bf16 else 4) * values + 4 * head) / self._link_rate
 
     def _evaluate(self, number: int, plan: wire.NodePlan, work: Work) -> None:
         """Evaluate the model as it is and report it as round `number`."""

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from fedpipe_api.job import Checks
-from fedpipe_api.wire import LORA_A, LORA_B, SCALE
 
 from .factors import Float64
-from .files import Entry, MalformedFileError, read_header
+from .files import READABLE, Entry, MalformedFileError, read_header
 from .messages import NodeReport, Verdict
+
+BF16_EXPONENT = np.uint16(0x7F80)
+"""All ones: NaN or infinity."""
 
 _BLOCK = 1024 * 1024
 
@@ -33,16 +35,13 @@ class NotFiniteError(Exception):
         self.node = node
 
 
-def check_update_file(
-    path: Path, expected_shapes: Mapping[str, tuple[int, ...]], max_bytes: int, *, int8: bool
-) -> None:
+def check_update_file(path: Path, expected_shapes: Mapping[str, tuple[int, ...]], max_bytes: int) -> None:
     """Check a received file before it counts as an update; reads it once, in blocks of 1 MiB.
 
     Args:
         path: the file.
-        expected_shapes: exactly the tensors it must hold, each float32.
+        expected_shapes: exactly the tensors it must hold, each float32 or bfloat16.
         max_bytes: its largest length.
-        int8: whether a factor may also be int8, beside the float32 scales of its components.
 
     Raises:
         Refused: TooLarge, Malformed, WrongTensors, WrongType, WrongShape or NotFinite.
@@ -56,39 +55,38 @@ def check_update_file(
             entries = read_header(descriptor)
         except MalformedFileError as error:
             raise Refused("Malformed", f"not a safetensors file: {error}") from None
-        _check_layout(entries, expected_shapes, int8)
+        _check_layout(entries, expected_shapes)
         _check_finite(descriptor, entries)
     finally:
         os.close(descriptor)
 
 
-def _check_layout(entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...]], int8: bool) -> None:
-    factors = {name for name in expected if int8 and name.endswith((LORA_A, LORA_B))}
-    small = {name for name in factors & entries.keys() if entries[name].dtype == "I8"}
-    scales = {name + SCALE: (expected[name][name.endswith(LORA_B)],) for name in small}
-    expected = {**expected, **scales}
+def _check_layout(entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...]]) -> None:
     if missing := sorted(expected.keys() - entries.keys()):
         raise Refused("WrongTensors", f"tensor {missing[0]} is missing ({len(missing)} in all)")
     if surplus := sorted(entries.keys() - expected.keys()):
         raise Refused("WrongTensors", f"tensor {surplus[0]!r:.80} is not asked for ({len(surplus)} in all)")
     for name, entry in entries.items():
-        if entry.dtype != "F32" and name not in small:
-            wanted = "F32 or I8" if name in factors else "F32"
-            raise Refused("WrongType", f"tensor {name} is {entry.dtype}, {wanted} is wanted")
+        if entry.dtype not in READABLE:
+            raise Refused("WrongType", f"tensor {name} is {entry.dtype}, F32 or BF16 is wanted")
         if entry.shape != tuple(expected[name]):
             raise Refused("WrongShape", f"tensor {name} is {list(entry.shape)}, not {list(expected[name])}")
 
 
 def _check_finite(descriptor: int, entries: Mapping[str, Entry]) -> None:
     buffer = bytearray(_BLOCK)
-    values = np.frombuffer(buffer, np.float32)
+    single, half = np.frombuffer(buffer, np.float32), np.frombuffer(buffer, np.uint16)
     for name, entry in entries.items():
         position, end = entry.start, entry.start + entry.size
         while position < end:
             count = min(_BLOCK, end - position)
             if os.preadv(descriptor, [memoryview(buffer)[:count]], position) != count:
                 raise Refused("Malformed", f"tensor {name} is cut short")
-            if entry.dtype == "F32" and not np.isfinite(values[: count // 4]).all():
+            if entry.dtype == "BF16":
+                finite = (half[: count // 2] & BF16_EXPONENT) != BF16_EXPONENT
+            else:
+                finite = np.isfinite(single[: count // 4])
+            if not finite.all():
                 raise Refused("NotFinite", f"tensor {name} holds NaN or infinity")
             position += count
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from fedpipe_api.wire import LORA_A, LORA_B, START_OF_METHOD, travels_as_int8
+from fedpipe_api.wire import LORA_A, LORA_B, sent_as_int8
 
 from . import server as optimizer
 from .checks import Comparison, NotFiniteError
@@ -85,14 +85,14 @@ def in_factor_space(matrix: Matrix, starts_from_best: bool, untrained: Untrained
     """
     previous = saved(matrix.previous, matrix.name, (LORA_A, LORA_B))
     state = saved(matrix.state, matrix.name, (LORA_A, LORA_B, optimizer.SECOND_MOMENT, optimizer.STEPS))
-    rounded = travels_as_int8(START_OF_METHOD[matrix.aggregation.method])
+    rounded = sent_as_int8(matrix.aggregation.method)
     start = received(previous) if rounded else {}
     terms = _Terms(matrix, sum(len(stored[LORA_A]) for stored in (previous, start, state) if stored))
     ours, begun, theirs = (terms.append_stored(stored) for stored in (previous, start, state))
     if not rounded:
         start, begun = previous, ours
     factorization = terms.factorize()
-    started = matrix.started(begun.stop - begun.start) * starts_from_best
+    started = matrix.started(ours.stop - ours.start) * starts_from_best
     mean_change = np.array(terms.coefficients)  # Σ w c D
     change = mean_change.copy()  # S
     mean_change[begun] = -(matrix.weights * matrix.clips) @ started

@@ -21,8 +21,6 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpipe_api.wire import LORA_B, SCALE
-
 from .messages import StoredFile
 
 Float32 = NDArray[np.float32]
@@ -34,6 +32,9 @@ _PREFIX = 8
 _BLOCK = 1024 * 1024
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _NAMES = {np.dtype(np.float32): "F32", np.dtype(np.int8): "I8"}
+
+READABLE = ("F32", "BF16")
+"""Types of the tensors that are read as float32."""
 
 
 class MalformedFileError(ValueError):
@@ -118,15 +119,6 @@ def read_header(descriptor: int) -> Mapping[str, Entry]:
     return entries
 
 
-def scaled(name: str, steps: NDArray[np.int8], scales: Float32) -> Float32:
-    """Return a factor (d, r) or (r, c) from its int8 values and the scales (r,) of its components.
-
-    Components are the columns of B, the rows of A; `name` ends as a factor's name does.
-    """
-    found: Float32 = np.expand_dims(scales, 0 if name.endswith(LORA_B) else 1) * steps
-    return found
-
-
 class TensorFile:
     """A file whose tensors are read one by one; no descriptor stays open between reads."""
 
@@ -146,12 +138,8 @@ class TensorFile:
         return self.entries[name].shape
 
     def read(self, name: str) -> Float32:
-        """Return a whole tensor as a float32 array of its own; a factor in int8 with its scales taken in."""
+        """Return a whole tensor as a float32 array of its own."""
         entry = self.entries[name]
-        if entry.dtype == "I8":
-            steps = np.empty(entry.shape, np.int8)
-            self._fill(name, _bytes(steps), entry.start)
-            return scaled(name, steps, self.read(name + SCALE))
         found = np.empty(entry.shape, np.float32)
         self.read_into(name, 0, found.reshape(-1))
         return found
@@ -160,12 +148,18 @@ class TensorFile:
         """Fill a contiguous vector with the tensor's elements from the `first` on.
 
         Raises:
-            MalformedFileError: the tensor is not float32, or the file has become shorter.
+            MalformedFileError: the tensor is neither float32 nor bfloat16, or the file has become shorter.
         """
         entry = self.entries[name]
-        if entry.dtype != "F32":
-            raise MalformedFileError(f"{self._path}: tensor {name} is {entry.dtype}, not F32")
-        self._fill(name, _bytes(target), entry.start + 4 * first)
+        if entry.dtype == "BF16":
+            # It is the upper half of a float32.
+            half = np.empty(target.shape, np.uint16)
+            self._fill(name, _bytes(half), entry.start + 2 * first)
+            np.left_shift(half, 16, out=target.view(np.uint32), dtype=np.uint32)
+        elif entry.dtype == "F32":
+            self._fill(name, _bytes(target), entry.start + 4 * first)
+        else:
+            raise MalformedFileError(f"{self._path}: tensor {name} is {entry.dtype}, not F32 or BF16")
 
     def _fill(self, name: str, view: memoryview, position: int) -> None:
         descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)

@@ -13,7 +13,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fedpipe_api.base import UserError
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B, SCALE, START_OF_METHOD, scale, travels_as_int8
+from fedpipe_api.wire import HEAD, LORA_A, LORA_B, SCALE, scale, sent_as_int8
 
 from . import server as optimizer
 from .checks import Comparison, Findings, NotFiniteError, judge_cosines, judge_norms
@@ -118,7 +118,7 @@ class _Round:
             pool = opened.enter_context(ThreadPoolExecutor(threads, "aggregate"))
             adapter = opened.enter_context(TensorWriter(request.directory, "adapter", _tensor_names(calls)))
             sent = None
-            if travels_as_int8(START_OF_METHOD[request.aggregation.method]):
+            if sent_as_int8(request.aggregation.method):
                 names = [name + suffix for name in _tensor_names(calls) for suffix in ("", SCALE)]
                 sent = opened.enter_context(TensorWriter(request.directory, "sent", names))
             state = None

@@ -15,7 +15,6 @@ from fedpipe_api.wire import (
     HEADER_LIMIT,
     MANIFEST_HEADER,
     REGISTRATION_LIMIT,
-    START_OF_METHOD,
     Answer,
     Evaluation,
     ProfileReport,
@@ -23,7 +22,6 @@ from fedpipe_api.wire import (
     Refusal,
     Registration,
     UpdateManifest,
-    travels_as_int8,
 )
 
 from ..aggregate import Refused as BadUpdate
@@ -176,7 +174,6 @@ class _Routes:
         if accept.update(state, who.node, number, manifest) is Verdict.KNOWN:
             return web.Response(status=204)
         shapes = accept.update_shapes(state, who.node)
-        int8 = travels_as_int8(START_OF_METHOD[state.spec.aggregation.method])
         limit = sum(4 * _count(shape) for shape in shapes.values()) + _SAFETENSORS_HEADER
         if request.content_length is None:
             raise Refused(411, "LengthRequired", "an update needs a Content-Length")
@@ -188,7 +185,7 @@ class _Routes:
         try:
             await _receive(request, incoming, manifest)
             try:
-                await asyncio.to_thread(check_update_file, incoming.path, shapes, limit, int8=int8)
+                await asyncio.to_thread(check_update_file, incoming.path, shapes, limit)
             except BadUpdate as error:
                 raise Refused(422, error.reason, f"update of {who.node}: {error}") from None
             await self._engine.update(who.job, who.node, number, manifest, incoming)

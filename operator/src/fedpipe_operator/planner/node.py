@@ -189,7 +189,7 @@ class Problem:
                 step_seconds=seconds[choice],
                 step_seconds_per_rank=per_rank,
                 other_seconds=transfers + evaluation,
-                other_seconds_per_rank=sides * speed.transfer_time(device, work.width),
+                other_seconds_per_rank=sides * speed.transfer_time(device, work.upload_width),
             )
 
     def solve(self) -> Choice | Infeasible:

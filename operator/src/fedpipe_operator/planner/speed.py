@@ -100,14 +100,16 @@ def evaluation_time(
 def download_bytes(work: Workload) -> int:
     """Return the bytes of the global adapter, at its full rank."""
     return 4 * work.head + sum(
-        work.width * min(work.download_rank, matrix.rows, matrix.columns) * (matrix.rows + matrix.columns)
+        work.download_width
+        * min(work.download_rank, matrix.rows, matrix.columns)
+        * (matrix.rows + matrix.columns)
         for matrix in work.selected
     )
 
 
 def upload_bytes(work: Workload, ranks: Mapping[str, int]) -> int:
     """Return the bytes of an update: the factors trained, and the head."""
-    return 4 * work.head + sum(work.width * rank * work.sides[name] for name, rank in ranks.items())
+    return 4 * work.head + sum(work.upload_width * rank * work.sides[name] for name, rank in ranks.items())
 
 
 def transfer_time(device: wire.DeviceFacts, size: int) -> float:

@@ -42,7 +42,8 @@ class Workload:
         batch: samples of an optimizer step.
         remainder_rank: rank of the frozen remainder (METHOD §4); 0 for none.
         download_rank: rank of the global adapter.
-        width: bytes of a factor's value on its way down or up.
+        download_width: bytes of one of its values on the way down.
+        upload_width: bytes of a trained factor's value on the way up.
         proximal: whether FedProx keeps a copy of the start.
     """
 
@@ -52,7 +53,8 @@ class Workload:
     batch: int
     remainder_rank: int
     download_rank: int
-    width: int
+    download_width: int
+    upload_width: int
     proximal: bool
 
     @cached_property
@@ -107,7 +109,8 @@ def workload(
         batch=spec.rounds.batch_size,
         remainder_rank=full if method in (Method.EXACT, Method.STACK) else 0,
         download_rank=spec.adapter.ranks.max if method in (Method.ZERO_PAD, Method.AVERAGE) else full,
-        width=1 if wire.travels_as_int8(wire.START_OF_METHOD[method]) else 4,
+        download_width=1 if wire.sent_as_int8(method) else 4,
+        upload_width=2 if wire.uploaded_as_bf16(wire.START_OF_METHOD[method]) else 4,
         proximal=spec.optimizer.proximal > 0,
     )
 
