@@ -22,7 +22,9 @@ quickstart: $(VENV)/installed  ## the main job on this machine: four unequal nod
 
 test: $(VENV)/installed  ## every test
 	@# In the order of their folders: the few long tests of e2e and fault begin early, so that no worker idles.
-	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder tests
+	@# They run many at a time and compute on the CPU: a GPU is hidden from them, and its own tests come after.
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --ignore tests/gpu tests
+	$(BIN)/pytest tests/gpu
 
 check: $(VENV)/installed  ## format, lint, types, layers, generated files
 	$(BIN)/ruff format --check .

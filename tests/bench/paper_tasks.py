@@ -185,7 +185,7 @@ def measure_bleu(task: Task, model: Any) -> float:
     """Return BLEU of greedy generations for the subset; references pass through the tokenizer as well."""
     tokenizer, generated, references = task.tokenizer, [], []
     for meaning, group in task.references.items():
-        prompt = tokenizer(meaning, return_tensors="pt")["input_ids"]
+        prompt = tokenizer(meaning, return_tensors="pt")["input_ids"].to(model.device)
         found = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),

@@ -1,7 +1,7 @@
 /*
  * A stand-in for NVIDIA's management library, scripted by a file of `key=value` lines that FEDPIPE_NVML_SCRIPT names.
  * It is read at every init. A key that is missing answers "not supported"; `!N` answers error N, `!hang` never
- * answers and `!crash` ends the process. Only what the probe asks is here, with NVML's own signatures.
+ * answers and `!crash` ends the process. Only what the agent asks is here, with NVML's own signatures.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,6 +13,7 @@ enum { SUCCESS = 0, UNINITIALIZED = 1, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFI
 typedef struct { char prefix[PREFIX]; } *device_t;
 typedef struct { unsigned long long total, free, used; } memory_t;
 typedef struct { unsigned int gpu, memory; } utilization_t;
+typedef struct { unsigned int pid; unsigned long long memory; unsigned int instance, compute_instance; } process_t;
 
 static char script[65536];
 static int started;
@@ -116,6 +117,29 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned int index, device_t *device) {
     return open_handle("", "device", index, device);
 }
 
+static int has_uuid(device_t device, const char *uuid) {
+    char found[256];
+    return ask_text(device->prefix, "uuid", found, sizeof found) == SUCCESS && strcmp(found, uuid) == 0;
+}
+
+/* Of devices and MIG instances alike, as NVML does. */
+int nvmlDeviceGetHandleByUUID(const char *uuid, device_t *device) {
+    unsigned int count = 0, slots;
+    device_t whole;
+    ask_unsigned("", "count", &count);
+    for (unsigned int index = 0; index < count; index++) {
+        if (open_handle("", "device", index, &whole) != SUCCESS) continue;
+        *device = whole;
+        if (has_uuid(*device, uuid)) return SUCCESS;
+        slots = 0;
+        ask_unsigned(whole->prefix, "slots", &slots);
+        for (unsigned int slot = 0; slot < slots; slot++)
+            if (open_handle(whole->prefix, "instance", slot, device) == SUCCESS && has_uuid(*device, uuid))
+                return SUCCESS;
+    }
+    return NOT_FOUND;
+}
+
 int nvmlDeviceGetUUID(device_t device, char *uuid, unsigned int size) {
     return ask_text(device->prefix, "uuid", uuid, size);
 }
@@ -165,7 +189,7 @@ int nvmlDeviceGetMigDeviceHandleByIndex(device_t device, unsigned int index, dev
     return open_handle(device->prefix, "instance", index, instance);
 }
 
-int nvmlDeviceGetComputeRunningProcesses_v3(device_t device, unsigned int *count, void *processes) {
+int nvmlDeviceGetComputeRunningProcesses_v3(device_t device, unsigned int *count, process_t *processes) {
     unsigned int running = 0;
     int answer = ask_unsigned(device->prefix, "processes", &running);
     if (answer != SUCCESS) return answer;
@@ -174,5 +198,13 @@ int nvmlDeviceGetComputeRunningProcesses_v3(device_t device, unsigned int *count
         return INSUFFICIENT_SIZE;
     }
     *count = running;
+    for (unsigned int index = 0; index < running; index++) {
+        char name[32];
+        processes[index] = (process_t){.memory = ~0ULL}; /* "not available" */
+        snprintf(name, sizeof name, "process.%u.pid", index);
+        ask_unsigned(device->prefix, name, &processes[index].pid);
+        snprintf(name, sizeof name, "process.%u.memory", index);
+        ask_number(device->prefix, name, &processes[index].memory);
+    }
     return SUCCESS;
 }

@@ -2,8 +2,6 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from fedpipe_agent import kernels
 from fedpipe_api.job import Precision
 
@@ -80,11 +78,3 @@ def test_a_stopped_check_leaves_no_process():
 def test_importing_the_parent_side_needs_no_torch():
     code = "import sys, fedpipe_agent.kernels, fedpipe_agent.transport; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.gpu
-def test_every_precision_runs_on_the_gpu():
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU")
-    assert all(result.usable for result in kernels.check())

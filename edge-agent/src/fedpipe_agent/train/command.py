@@ -60,22 +60,27 @@ def _work(options: argparse.Namespace, capacity: Capacity, work: Path) -> None:
         give_up=options.give_up,
     )
     job = transport.job()
-    check = Check(capacity.precisions)
-    agent = None
+    check = agent = None
     try:
         locate(options.data, job.data)
-        from .agent import Agent
         from .device import Device
+
+        # Before the check: its child makes a CUDA context too, and free memory's fall may have to tell ours.
+        device = Device(capacity)
+        check = Check(capacity.precisions)
+        # Slow imports, while the kernels run.
+        from .agent import Agent
         from .model import Source
 
-        agent = Agent(job, Source(options.model), transport, Device(capacity), work)
+        agent = Agent(job, Source(options.model), transport, device, work)
         agent.prepare(options.data)
         agent.run(check)
     except Exception as error:
         report_failure(transport, error, agent.current if agent else None)
         raise
     finally:
-        check.stop()
+        if check:
+            check.stop()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,7 +16,19 @@ import torch
 from fedpipe_api import wire
 from fedpipe_api.node import Capacity
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad alloc")
+from .nvml import Gpu
+
+RESERVE = 150 * 2**20
+"""Bytes kept for what CUDA takes outside torch's allocator after its context: modules loaded at first use,
+handles of cuBLAS. Nominal: to be measured on the first GPU."""
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "bad alloc",
+    "cublas_status_alloc_failed",
+)
 
 
 class Device:
@@ -28,12 +40,13 @@ class Device:
         self.threads = capacity.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(self.threads)
         self.torch = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        self._context = _create_context(self.torch) if self.cuda else 0
+        self._gpu = Gpu(str(torch.cuda.get_device_properties(self.torch).uuid)) if self.cuda else None
+        self._context = _create_context(self.torch, self._gpu) if self._gpu else 0
         self.budget = capacity.memory
         self.link_rate = capacity.link_rate
         if self.cuda and self.budget is not None:
             total = torch.cuda.get_device_properties(self.torch).total_memory
-            share = min(1.0, max(self.budget - self._context, 1) / total)
+            share = min(1.0, max(self.budget - self._context - RESERVE, 1) / total)
             torch.cuda.set_per_process_memory_fraction(share, self.torch)
 
     @property
@@ -44,14 +57,17 @@ class Device:
     def facts(self, kernels: tuple[wire.KernelResult, ...]) -> wire.DeviceFacts:
         """Return what the planner is told."""
         overhead = self.used()
-        free = overhead + (torch.cuda.mem_get_info(self.torch)[0] if self.cuda else _available())
         name, uuid, capability = self._capacity.device, None, None
-        if self.cuda:
+        if self._gpu:
             properties = torch.cuda.get_device_properties(self.torch)
-            uuid, capability = f"GPU-{properties.uuid}", f"{properties.major}.{properties.minor}"
-            name = properties.name if name == "cpu" else name
-        elif name == "cpu":
-            name = platform.processor() or "cpu"
+            uuid, capability = self._gpu.uuid, f"{properties.major}.{properties.minor}"
+            # Not the declared name: the planner tells the speed by it.
+            name = properties.name
+            held = self._context + torch.cuda.memory_reserved(self.torch)
+            free = held + torch.cuda.mem_get_info(self.torch)[0]
+        else:
+            name = platform.processor() or "cpu" if name == "cpu" else name
+            free = overhead + _available()
         return wire.DeviceFacts(
             kind=self.torch.type,
             name=name[:128],
@@ -66,13 +82,15 @@ class Device:
         )
 
     def used(self) -> int:
-        """Return the bytes in use now."""
-        return self._context + torch.cuda.memory_allocated(self.torch) if self.cuda else _status("VmRSS")
+        """Return the bytes in use now; on CUDA `RESERVE` counts as used."""
+        if self.cuda:
+            return self._context + RESERVE + torch.cuda.memory_allocated(self.torch)
+        return _status("VmRSS")
 
     def peak(self) -> int:
         """Return the most bytes in use since `reset_peak`."""
         if self.cuda:
-            return self._context + torch.cuda.max_memory_allocated(self.torch)
+            return self._context + RESERVE + torch.cuda.max_memory_allocated(self.torch)
         return _status("VmHWM")
 
     def reset_peak(self) -> None:
@@ -107,22 +125,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
 
 
-def _create_context(device: torch.device) -> int:
-    """Create the CUDA context and return its bytes as NVML sees free memory fall; 0 where NVML is missing."""
-    import pynvml
-
-    def free() -> int:
-        uuid = torch.cuda.get_device_properties(device).uuid
-        try:
-            pynvml.nvmlInit()
-            return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")).free)
-        except pynvml.NVMLError:
-            return 0
-
-    before = free()
+def _create_context(device: torch.device, gpu: Gpu) -> int:
+    """Create the CUDA context and return its bytes."""
+    before = gpu.free()
     torch.zeros(1, device=device)
     torch.cuda.synchronize(device)
-    return max(0, before - free())
+    return gpu.context(before, torch.cuda.memory_reserved(device))
 
 
 def _status(field: str) -> int:

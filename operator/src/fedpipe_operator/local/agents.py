@@ -159,12 +159,15 @@ def _capacity_of(member: Member) -> Capacity:
 
 
 def _environment(member: Member, offline: bool) -> Mapping[str, str]:
+    # A fleet's nodes compute on the CPU, as `fedpipe plan` has them: many share this machine, and small ones
+    # cannot hold a CUDA context. Whoever names GPUs in the environment means them.
+    default = {"CUDA_VISIBLE_DEVICES": ""}
     given = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if member.node.threads is not None:
         given["OMP_NUM_THREADS"] = given["MKL_NUM_THREADS"] = str(member.node.threads)
     if offline:
         given["HF_HUB_OFFLINE"] = "1"
-    return os.environ | given
+    return default | os.environ | given
 
 
 def _write_secret(path: Path, text: str) -> None:
