@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         paper_base.make(read_rows(options.data_root, "e2e", "train"))
     for task in sorted({scenario.task for scenario in wanted}):
         found = base_digest(task, setting)
-        if results.setdefault("bases", {}).setdefault(task, found) != found:
+        if results["bases"].setdefault(task, found) != found:
             raise UserError(
                 f"{options.out}: its trainings of {task} began from a base with sha256 {results['bases'][task]}, "
                 f"this one has {found}; give another --out"
@@ -210,7 +210,7 @@ def check(options: argparse.Namespace) -> int:
 def _opened(path: Path, setting: Setting) -> dict[str, Any]:
     """Return the results so far, empty where there are none."""
     if not path.exists():
-        return {"machine": machine(), "setting": setting.json(), "runs": []}
+        return {"machine": machine(), "setting": setting.json(), "bases": {}, "runs": []}
     results = _read(path)
     other = {name: value for name, value in setting.json().items() if results["setting"].get(name) != value}
     for name, value in other.items():
@@ -227,7 +227,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error.strerror}; make it with `paper.py run --out {path}`") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(results, dict) or not {"setting", "runs"} <= results.keys():
+    if not isinstance(results, dict) or not {"setting", "bases", "runs"} <= results.keys():
         raise UserError(f"{path}: no results of `paper.py run`")
     return results
 

@@ -363,7 +363,7 @@ def test_check_ends_with_status(tmp_path: Path, capsys: pytest.CaptureFixture[st
     path.write_text(json.dumps(_results(loss=1.6)))
     assert paper.main(["check", str(path)]) == 1
     assert "MISS    final loss below" in capsys.readouterr().out
-    path.write_text(json.dumps({"setting": {}, "runs": []}))
+    path.write_text(json.dumps({"setting": {}, "bases": {}, "runs": []}))
     assert paper.main(["check", str(path)]) == 1
     assert "0 of 40 hold, 0 missed" not in capsys.readouterr().out
     assert paper.main(["check", str(tmp_path / "none.json")]) == 2

@@ -4,6 +4,8 @@ import contextlib
 import os
 from typing import Any
 
+import pynvml
+
 
 class Gpu:
     """A GPU or MIG instance by its UUID as torch tells it, without NVML's prefix.
@@ -16,8 +18,6 @@ class Gpu:
 
     def free(self) -> int | None:
         """Return the free bytes, or None where NVML does not tell."""
-        import pynvml
-
         if self._handle is None:
             return None
         try:
@@ -39,8 +39,6 @@ class Gpu:
         return max(0, (held or 0) - reserved)
 
     def _held(self) -> int | None:
-        import pynvml
-
         if self._handle is None:
             return None
         try:
@@ -51,8 +49,6 @@ class Gpu:
 
 
 def _find(uuid: str) -> tuple[str, Any]:
-    import pynvml
-
     # CUDA 12 and later tell an instance's UUID where MIG is on.
     names = [f"GPU-{uuid}", f"MIG-{uuid}"]
     with contextlib.suppress(pynvml.NVMLError):

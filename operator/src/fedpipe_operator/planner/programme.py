@@ -14,7 +14,7 @@ HIGHS_TOLERANCE = 1e-6
 ROUNDING = 1e-9
 """Distance from a whole number that means nothing."""
 SPARE = 0.5
-"""Of a step, by which whole limits stay above the last that counts, far from HiGHS's tolerance of both."""
+"""Of a step, between a whole limit and the last step it allows: HiGHS then mistakes neither neighbour."""
 
 Known = dict[tuple[bytes, bytes, bytes], NDArray[np.int64]]
 """Optimal choices by programme."""
@@ -87,7 +87,7 @@ class Programme:
         """Return the optimal option of each matrix, exactly; None where none fits or beats `above`.
 
         Args:
-            above: see there.
+            above: a value; a choice worth no more is not wanted.
             known: what was solved before, to look up and to add to.
         """
         matrices, options = self.values.shape
