@@ -1,3 +1,4 @@
+import gc
 import math
 import time
 from itertools import islice
@@ -128,6 +129,26 @@ def test_out_of_memory_with_one_sample_is_a_failure(sources, device, tmp_path):
     limited(model, 0, "forward")
     with pytest.raises(Failure, match="micro-batch 1"):
         MicroBatches(model, trained(model), samples_of(task), device, 4).accumulate(np.arange(4))
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8])
+def test_no_micro_batch_or_evaluated_batch_is_held_beside_the_next(sources, device, tmp_path, precision):
+    task = Task.CAUSAL_LM
+    model, samples = prepared(sources, task, tmp_path, precision), samples_of(task)
+    held = []
+
+    def look(*_):
+        tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
+        held.append(
+            [list(t.shape) for t in tensors if t.grad_fn is not None or t.shape[-1:] == (vocabulary,)]
+        )
+
+    vocabulary = model.config.vocab_size
+    gc.collect()
+    model.register_forward_pre_hook(look)
+    MicroBatches(model, trained(model), samples, device, 2).accumulate(np.arange(8))
+    evaluate(model, samples, 4, device, after=lambda _: None)
+    assert held == [[]] * 7
 
 
 def test_a_passed_memory_budget_halves_the_micro_batch(sources, tmp_path):

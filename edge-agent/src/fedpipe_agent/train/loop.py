@@ -130,8 +130,9 @@ class MicroBatches:
             total += loss.detach()
             tokens += batch.tokens
             done += self.size
+            # And the graph with it: in that, bitsandbytes' int8 layers hold their inputs beyond backward.
+            del batch, loss
             if self.size > 1 and self._device.over_budget():
-                del batch, loss
                 self._halve()
         return total.item(), tokens
 
@@ -234,6 +235,7 @@ def evaluate(
                 correct += int((logits.argmax(-1) == batch.labels).sum())
             total += loss.item()
             done += size
+            del batch, loss, logits  # not beside the next batch's
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
