@@ -21,10 +21,10 @@ quickstart: $(VENV)/installed  ## the main job on this machine: four unequal nod
 	$(BIN)/fedpipe run crds/samples/01-quickstart.yaml --fleet $(QUICKSTART)/fleet.yaml
 
 test: $(VENV)/installed  ## every test
-	@# In the order of their folders: the few long tests of e2e and fault begin early, so that no worker idles.
-	@# They run many at a time and compute on the CPU: a GPU is hidden from them, and its own tests come after.
-	CUDA_VISIBLE_DEVICES= $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --ignore tests/gpu tests
+	@# The GPU's tests have it to themselves. The others run many at a time and compute on the CPU, a GPU is hidden
+	@# from them; in the order of their folders: the few long ones of e2e and fault begin early, so that no worker idles.
 	$(BIN)/pytest tests/gpu
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --ignore tests/gpu tests
 
 check: $(VENV)/installed  ## format, lint, types, layers, generated files
 	$(BIN)/ruff format --check .
