@@ -103,6 +103,13 @@ def test_shares_hold_the_rows_in_the_file_s_format(suffix, tmp_path):
         assert found == [ROWS[row] for row in share]
 
 
+def test_an_out_that_is_no_directory_is_named(tmp_path):
+    write_jsonl(tmp_path / "all.jsonl")
+    dataset = read(tmp_path / "all.jsonl", "label")
+    with pytest.raises(UserError, match=r"--out: .*all.jsonl/a: Not a directory; give a directory"):
+        write_shares(dataset, [[0]], ["a"], tmp_path / "all.jsonl/train.jsonl")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

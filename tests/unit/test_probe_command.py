@@ -56,8 +56,11 @@ def test_without_nvml_it_is_a_cpu_node() -> None:
 def test_a_declared_capacity_needs_no_hardware(standin: StandIn, tmp_path: Path) -> None:
     standin.play(board("hanging"))
     for name, text in (
-        ("capacity.json", '{"device": "T4", "memory": "15Gi", "precisions": ["fp32", "nf4"]}'),
-        ("capacity.yaml", "device: T4\nmemory: 15Gi\nprecisions: [fp32, nf4]\n"),
+        (
+            "capacity.json",
+            '{"device": "T4", "memory": "15Gi", "linkRate": "1M", "precisions": ["fp32", "nf4"]}',
+        ),
+        ("capacity.yaml", "device: T4\nmemory: 15Gi\nlinkRate: 1M\nprecisions: [fp32, nf4]\n"),
     ):
         (tmp_path / name).write_text(text)
         done = standin.probe("--once", "--output", "json", "--capacity", str(tmp_path / name))
@@ -68,6 +71,7 @@ def test_a_declared_capacity_needs_no_hardware(standin: StandIn, tmp_path: Path)
             "15Gi",
             "fp32,nf4",
         )
+        assert told["linkRate"] == 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,8 @@ def test_a_declared_capacity_needs_no_hardware(standin: StandIn, tmp_path: Path)
         ("- 1", ""),
         ("a: [", "not YAML"),
         ("\x00", "not YAML"),
+        ("memory: 2001-99-99", "not YAML"),
+        ("[" * 30_000, "not YAML"),
         ("# nothing", ""),
         ("x: " + "y" * 70_000, "larger than 65536 bytes"),
     ],
@@ -107,6 +113,9 @@ def test_a_wrong_capacity_is_one_line_naming_file_and_field(
         (["--once", "--capacity", "/nowhere.json"], "/nowhere.json: No such file"),
         (["--once", "--cache", "/nowhere"], "--cache: /nowhere is no directory"),
         (["--once", "--coordinator", "host:8443"], "--coordinator: 'host:8443' is no URL"),
+        (["--once", "--coordinator", "http://[bad"], "--coordinator: 'http://[bad' is no URL"),
+        (["--once", "--coordinator", "http://host:99999/x"], "is no URL"),
+        (["--once", "--coordinator", "http:///x"], "is no URL"),
         (["--once", "--node", "Not A Node"], "--node: 'Not A Node'"),
         (["--verify"], "--verify goes with --once"),
         ([], "use --once"),

@@ -137,6 +137,8 @@ def test_declared_capacity_stands_in_for_the_hardware() -> None:
     assert built.cpu == Cpu(cores=2, total_memory=2 * GIB, free_memory=2 * GIB)
     assert usable(built) == "fp32"
     assert condition(built, READY) == ("True", "Declared")
+    proven = [PrecisionSupport(precision=precision, verified=True) for precision in Precision]
+    assert usable(status.build(None, HOST, now=NOW, capacity=capacity, verified=proven)) == "fp32"
     board = status.build(None, HOST, now=NOW, capacity=Capacity(device="T4", memory=15 * GIB))
     assert (board.device_summary, board.memory_summary) == ("T4", "15Gi")
     assert board.cpu == HOST.cpu

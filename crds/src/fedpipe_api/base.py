@@ -81,6 +81,16 @@ class Model(BaseModel):
 _AS_DOCUMENT: dict[str, Any] = {"by_name": False, "by_alias": True, "context": {"document": True}}
 
 
+_PLAIN = {
+    "missing": "required, but not given",
+    "model_type": "must be a mapping of fields to values",
+    "dict_type": "must be a mapping",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+}
+"""What pydantic says in Python's words, by the type of the fault."""
+
+
 def explain(error: ValidationError, prefix: str = "") -> str:
     """Return the first fault of a validation error as `field.path: what is wrong`."""
     fault = error.errors(include_url=False)[0]
@@ -95,8 +105,8 @@ def explain(error: ValidationError, prefix: str = "") -> str:
         path += f".{fault['ctx']['field']}" if path else fault["ctx"]["field"]
     elif fault["type"] == "extra_forbidden":
         message = "unknown field; check its spelling or remove it"
-    elif fault["type"] == "missing":
-        message = "required, but not given"
+    elif fault["type"] in _PLAIN:
+        message = _PLAIN[fault["type"]]
     return f"{path}: {message}" if path else message
 
 

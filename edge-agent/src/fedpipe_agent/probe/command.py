@@ -7,6 +7,7 @@ import json
 import os
 import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
     capacity = declared.load(options.capacity) if options.capacity else None
     if options.cache and not options.cache.is_dir():
         raise UserError(f"--cache: {options.cache} is no directory; create or mount it")
-    if options.coordinator and not options.coordinator.startswith(("http://", "https://")):
+    if options.coordinator and not _is_url(options.coordinator):
         raise UserError(f"--coordinator: {options.coordinator!r} is no URL; write it like https://host/path")
     if options.verify and not options.once:
         raise UserError("--verify goes with --once; in a cluster the agent verifies before it registers")
@@ -61,6 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=_seconds, default=10.0, help="time NVML may take in a pass (10s)")
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics here")
     return parser
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        # The port is read, and refused, on access.
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _seconds(text: str) -> float:

@@ -33,12 +33,12 @@ def _parse(path: Path, data: bytes) -> object:
     if path.suffix == ".json":
         try:
             return json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON: {error}") from None
     # The probe's loop has no use for a YAML parser's memory.
     import yaml
 
     try:
         return yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None

@@ -43,13 +43,16 @@ def build(
 ) -> FedPipeNodeStatus:
     """Return what to report.
 
-    A declared capacity stands in for the hardware; `reading` is then None. `verified` precisions, proven by a
-    kernel, replace those derived from compute capability. `before` is the last status; it keeps transition
-    times, and a memory pressure until it has clearly gone.
+    A declared capacity stands in for the hardware; `reading` is then None, and precisions that it does not
+    name are left out. `verified` precisions, proven by a kernel, replace those derived from compute
+    capability. `before` is the last status; it keeps transition times, and a memory pressure until it has
+    clearly gone.
     """
     if capacity is not None:
         devices, cpu = _declared_devices(capacity), _declared_cpu(capacity, host.cpu)
         derived = [PrecisionSupport(precision=precision) for precision in capacity.precisions]
+        verified = [support for support in verified if support.precision in capacity.precisions]
+        link_rate = link_rate or capacity.link_rate
         found = Reading()
     else:
         found = reading or Reading()

@@ -156,8 +156,14 @@ def _read_parquet(path: Path, label: str) -> Dataset:
 
 
 def write_shares(dataset: Dataset, shares: Sequence[Sequence[int]], names: Sequence[str], file: Path) -> None:
-    """Write each node's rows to DIRECTORY/NAME/train.SUFFIX, where `file` is DIRECTORY/train.SUFFIX."""
+    """Write each node's rows to DIRECTORY/NAME/train.SUFFIX, where `file` is DIRECTORY/train.SUFFIX.
+
+    Raises UserError where that cannot be written.
+    """
     for name, share in zip(names, shares, strict=True):
         directory = file.parent / name
-        directory.mkdir(parents=True, exist_ok=True)
-        dataset.write(share, directory / file.name)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            dataset.write(share, directory / file.name)
+        except OSError as error:
+            raise UserError(f"--out: {directory}: {error.strerror}; give a directory to write into") from None
