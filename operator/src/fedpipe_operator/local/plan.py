@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +19,8 @@ RUNTIME_BYTES = 410 * 2**20
 """What an agent holds before it loads a model: Python, torch, transformers, peft."""
 
 
+_NAMED = 4
+"""Nodes of one reason that are named."""
 _WIDE = 92
 """Columns from which the table has room for wide gaps."""
 
@@ -35,13 +38,27 @@ def plan_job(local: LocalJob) -> int:
         table.add_row(row.node, row.precision, row.batch, row.ranks, row.memory, row.round, row.limited_by)
     console.print(table)
     console.print(summary_line(made), soft_wrap=True)
+    reasons = {name: f"{node.limited_by}: {node.reason}" for name, node in made.nodes.items()}
+    for line in _why(reasons | {name: f"left out: {why}" for name, why in local.excluded.items()}):
+        console.print(line, soft_wrap=True)
     least = local.job.spec.nodes.min
     if len(made.nodes) < least:
         raise UserError(
             f"{local.job_file}: spec.nodes.min: {least} nodes are required but {len(made.nodes)} fit. "
-            "Lower min, give nodes more memory, or lower adapter.ranks.min or data.maxLength."
+            "Lower min, or give nodes what the last column says they lack: memory (or lower "
+            "adapter.ranks.min or data.maxLength), time (raise rounds.deadline or lower rounds.batchSize)."
         )
     return 0
+
+
+def _why(reasons: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line per reason, before it the nodes that it holds for."""
+    nodes: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        nodes.setdefault(reason, []).append(name)
+    for reason, names in nodes.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        yield f"{', '.join(names[:_NAMED])}{more}: {reason}"
 
 
 def make(local: LocalJob) -> Plan:

@@ -336,7 +336,12 @@ class Problem:
         least = min(roomy, key=step)
         other = least.other_seconds + float((least.other_seconds_per_rank * lowest).sum())
         return words.no_time(
-            step(least), other, least.configuration, int(lowest.max()), self._spec.rounds.deadline
+            step(least),
+            other,
+            least.configuration,
+            int(lowest.max()),
+            limit=self.case.seconds,
+            deadline=self._spec.rounds.deadline,
         )
 
 

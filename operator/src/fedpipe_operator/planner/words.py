@@ -60,18 +60,21 @@ def no_room(needed: int, least: Configuration, rank: int, has: int) -> str:
     return f"needs {size(needed)} at {least.precision} ×{least.micro_batch}, r {rank}; has {size(has)}"
 
 
-def no_time(step: float, other: float, least: Configuration, rank: int, deadline: float) -> str:
+def no_time(
+    step: float, other: float, least: Configuration, rank: int, *, limit: float, deadline: float
+) -> str:
     """Return why not one step fits into a round."""
     return (
         f"needs {duration(step + other)} for one step at {least.precision} ×{least.micro_batch}, r {rank} "
-        f"({duration(other)} of it transfer and evaluation); the round closes after {duration(deadline)}"
+        f"({duration(other)} of it transfer and evaluation); it may take {duration(limit)} "
+        f"of the round's {duration(deadline)}"
     )
 
 
 def no_precision(device: wire.DeviceFacts, wanted: Iterable[Precision]) -> str:
     """Return why no precision can be used."""
     found = {kernel.precision: kernel.message or "does not work" for kernel in device.kernels}
-    faults = [f"{precision}: {found.get(precision, 'not verified')}" for precision in wanted]
+    faults = [f"{precision}: {found.get(precision, 'the node does not report it')}" for precision in wanted]
     return f"no precision allowed by spec.quantization works there ({'; '.join(faults)})"[:1024]
 
 

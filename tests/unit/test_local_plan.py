@@ -1,0 +1,87 @@
+"""`fedpipe plan`, as printed."""
+
+import json
+
+import pytest
+import yaml
+
+from fedpipe_operator.cli import main
+
+CONFIG = {
+    "model_type": "bert",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "max_position_embeddings": 64,
+}
+JOB = {
+    "apiVersion": "fedpipe.io/v1alpha1",
+    "kind": "FedPipeJob",
+    "metadata": {"name": "words"},
+    "spec": {
+        "model": {
+            "hostPath": {"path": "/model"},
+            "task": "sequence-classification",
+            "labels": ["a", "b"],
+        },
+        "data": {"volume": {"hostPath": {"path": "/data"}}, "train": "train.jsonl", "maxLength": 32},
+        "rounds": {"count": 2, "localSteps": 4, "batchSize": 4, "deadline": "5m"},
+        "nodes": {"min": 2, "max": 3},
+    },
+}
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch, capsys):
+    """Run `fedpipe plan` over nodes with the given capacities and changes of spec.rounds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "240")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")  # which a plan does not read
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "x", "label": "a"}\n' * 50)
+
+    def run(*nodes, **rounds):
+        job = json.loads(json.dumps(JOB))
+        job["spec"]["rounds"] |= rounds
+        named = [{"name": f"edge-{number}", "data": "data"} | node for number, node in enumerate(nodes)]
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+        (tmp_path / "fleet.yaml").write_text(yaml.safe_dump({"model": "model", "nodes": named}))
+        monkeypatch.setattr("sys.argv", ["fedpipe", "plan", "job.yaml", "--fleet", "fleet.yaml"])
+        status = main()
+        told = capsys.readouterr()
+        return status, told.out.splitlines(), told.err
+
+    return run
+
+
+def test_every_node_of_the_fleet_is_accounted_for(planned):
+    status, lines, _ = planned({"memory": "2Gi"}, {"memory": "2Gi"}, {"memory": "100Mi"}, {}, {})
+    assert status == 0
+    assert lines[0].split()[:3] == ["node", "precision", "batch"]
+    assert [line.split()[0] for line in lines[1:4]] == ["edge-0", "edge-1", "edge-2"]
+    assert "does not fit: needs" in lines[3]
+    assert lines[4].startswith("round deadline 5m · slowest planned node ")
+    assert lines[5:] == [
+        "edge-0, edge-1: ranks: the highest ranks that spec.adapter.ranks allows fit at this precision",
+        "edge-3, edge-4: left out: spec.nodes.max is 3",
+    ]
+
+
+def test_fewer_local_steps_are_told_with_their_reason(planned):
+    slow = {"memory": "2Gi", "speed": 0.001}
+    _, lines, _ = planned(slow, slow, localSteps=1_000_000, deadline="10s")
+    assert lines[-1].startswith("edge-0, edge-1: time: 1000000 local steps do not fit the deadline of 10s; ")
+
+
+def test_a_deadline_that_no_node_meets_is_named(planned):
+    slow = {"memory": "2Gi", "speed": 0.001, "linkRate": "1k"}
+    status, lines, error = planned(slow, slow, deadline="1s")
+    assert status == 2
+    assert "it may take 900ms of the round's 1s" in lines[1]
+    assert error.startswith("job.yaml: spec.nodes.min: 2 nodes are required but 0 fit. ")
+    assert "raise rounds.deadline" in error
+    assert error.count("\n") == 1
