@@ -30,7 +30,7 @@ from fedpipe_api.node import Capacity
 from fedpipe_operator.planner import memory, read_shape
 from fedpipe_operator.planner.workload import Configuration, workload
 
-LENGTH, STEPS, GLOBAL_RANK = 64, 2, 32
+LENGTH, STEPS, ACCUMULATION, GLOBAL_RANK = 64, 2, 2, 32
 MICRO_BATCHES, RANKS = (1, 4, 16), (4, 16)
 LABELS = tuple(f"class {index}" for index in range(20))
 TASKS = {"bert-base": Task.SEQUENCE_CLASSIFICATION, "gpt2": Task.CAUSAL_LM, "llama-7b": Task.CAUSAL_LM}
@@ -128,7 +128,7 @@ def measure(name: str, directory: Path, precision: Precision, facts: wire.Device
             point["length"] = base.length
             if facts.overhead + MIB * predict(point, base.shape, facts) > facts.free_memory:
                 continue
-        settings = Settings(steps=STEPS, micro_batch=micro_batch, accumulation=1, learning_rate=1e-4)
+        settings = Settings(STEPS, micro_batch, ACCUMULATION, learning_rate=1e-4)
         ranks = {matrix.name: rank for matrix in base.shape.matrices}
         peak = base.train(directory / "global", ranks, settings)
         point["measuredMiB"] = round((peak - before) / MIB, 1)
@@ -216,7 +216,14 @@ def main() -> None:
         "worstUnder": min(errors),
         "worstOver": max(errors),
     }
-    setting = {"length": LENGTH, "steps": STEPS, "globalRank": GLOBAL_RANK, "threads": 1, "seed": 0}
+    setting = {
+        "length": LENGTH,
+        "steps": STEPS,
+        "accumulation": ACCUMULATION,
+        "globalRank": GLOBAL_RANK,
+        "threads": 1,
+        "seed": 0,
+    }
     if facts.kind == "cuda":
         summary |= {"nf4Base": nf4_shares(points), "nf4BaseLimit": NF4_BASE}
         setting |= {"length": grid.lengths, "device": facts.to_dict()}

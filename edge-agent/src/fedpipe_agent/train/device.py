@@ -22,6 +22,9 @@ RESERVE = 150 * 2**20
 """Bytes kept for what CUDA takes outside torch's allocator after its context: modules loaded at first use,
 handles of cuBLAS. Nominal: to be measured on the first GPU."""
 
+KERNELS_KEPT = "64"
+"""Compiled kernels that oneDNN, and torch's cache over it, keep: some six lengths'. Read at first use."""
+
 _OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -40,6 +43,10 @@ class Device:
         self.threads = capacity.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(self.threads)
         self.torch = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        if not self.cuda:
+            # oneDNN compiles its bfloat16 kernels anew for each length of a batch, and would keep a thousand.
+            for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+                os.environ.setdefault(cache, KERNELS_KEPT)
         self._gpu = Gpu(str(torch.cuda.get_device_properties(self.torch).uuid)) if self.cuda else None
         self._context = _create_context(self.torch, self._gpu) if self._gpu else 0
         self.budget = capacity.memory

@@ -17,13 +17,16 @@ TRAINABLE_BYTES = 16
 LINEAR_BYTES = {Precision.FP32: 4.0, Precision.BF16: 2.0, Precision.INT8: 1.0, Precision.NF4: 0.516}
 """Of one weight of a frozen linear layer. NF4: half a byte, one byte of scale per 64 weights, and a float32
 per 256 scales (double quantization)."""
+QUANTIZED = (Precision.INT8, Precision.NF4)
 CPU_SLACK, CUDA_SLACK = 112 * 2**20, 96 * 2**20
 """What the runtime takes only when training: modules and kernels loaded at first use, thread buffers; on CUDA
 the workspace of cuBLAS."""
+CPU_KERNELS = 24 * 2**20
+"""What oneDNN's compiled bfloat16 kernels take, at the number of them that agents keep (train/device.py)."""
 CUDA_ROUNDING = 1.06
 """What CUDA's caching allocator rounds up and cannot reuse, as a factor on activations."""
 
-CPU_UNUSED = 0.75
+CPU_UNUSED = 0.8
 """Share of what a forward pass frees that glibc cannot use again before the backward pass: tensors are
 aligned, and the hole of one is too small for the next of its size. Smaller ones fit into the holes of an MLP
 of four times the model's width; of a narrower one the share is more. Fitted (tests/bench/memory_model.py)."""
@@ -31,9 +34,9 @@ CPU_RECOMPUTED = 0.25
 """How much less that share is of what checkpointing frees as well. Fitted in the same way."""
 CPU_HEAP = 32 * 2**20
 """The largest block glibc keeps in its heap; larger ones leave no holes."""
-CPU_UNPACKED = {Precision.INT8: 0.7, Precision.NF4: 0.6}
+CPU_UNPACKED = 0.7
 """Share of a layer's MLP weights, unpacked to compute with, that turn into holes because what the layer keeps
-is put where they were. More in int8, which keeps more. Fitted to models of 2 to 24 layers."""
+is put where they were. In the middle of what processes differ by."""
 
 
 def base_bytes(shape: wire.ModelShape, device: wire.DeviceFacts, precision: Precision) -> int:
@@ -69,6 +72,8 @@ def fixed_bytes(work: Workload, device: wire.DeviceFacts, configuration: Configu
     if device.kind == "cuda":
         activations = math.ceil(CUDA_ROUNDING * activations)
     slack = CUDA_SLACK if device.kind == "cuda" else CPU_SLACK
+    if device.kind == "cpu" and precision is Precision.BF16:
+        slack += CPU_KERNELS
     per_parameter = TRAINABLE_BYTES + (4 if work.proximal else 0)
     base = base_bytes(work.shape, device, precision)
     return base + per_parameter * work.head + remainder + activations + slack
@@ -144,12 +149,12 @@ def _holes(work: Workload, device: wire.DeviceFacts, configuration: Configuratio
         unused -= CPU_RECOMPUTED
     freed = unused * layers * tokens * per_token
     weight = shape.hidden * shape.intermediate * compute_bytes(device, precision)
-    if precision not in CPU_UNPACKED or weight > CPU_HEAP:
+    if precision not in QUANTIZED or weight > CPU_HEAP:
         return math.ceil(freed)
     # The last layer's serve its own backward pass.
     unpacked = (layers - 1) * (3 if shape.gated_mlp else 2) * weight
     unfilled = min(1.0, tokens / shape.hidden) ** 2 * (2 if configuration.checkpointing else 1)
-    return math.ceil(max(CPU_UNPACKED[precision] * unpacked, freed) + unfilled * unpacked)
+    return math.ceil(max(CPU_UNPACKED * unpacked, freed) + unfilled * unpacked)
 
 
 def _checkpointed_per_token(work: Workload, device: wire.DeviceFacts, precision: Precision) -> int:
@@ -184,13 +189,15 @@ def _saved_per_token(work: Workload, device: wire.DeviceFacts, precision: Precis
 def _freed_per_token(work: Workload, device: wire.DeviceFacts, precision: Precision) -> int:
     """Return the bytes one layer computes per token in its forward pass and does not keep.
 
-    Of each adapter its output, that scaled, and the sum with the layer's (a frozen one counts half: fitted),
-    both residual sums, and what the MLP's last layer takes in; int8 keeps that, but of a gated MLP it leaves
-    twice as much (fitted).
+    Of each adapter its output, that scaled, and the sum with the layer's (a frozen one beside a quantized
+    base counts half: fitted), both residual sums, what the MLP's last layer takes in, and the mask as it
+    was before the attention kernel got a copy in its own type; int8 keeps what the MLP takes in, but of a
+    gated one it leaves twice as much (fitted).
     """
-    adapters = 1.5 if work.remainder_rank and precision is not Precision.FP32 else 1
+    adapters = 1.5 if work.remainder_rank and precision in QUANTIZED else 1
     inners = (2 if work.shape.gated_mlp else 0) if precision is Precision.INT8 else 1
     values = 3 * adapters * work.adapter_outputs + 2 * work.shape.hidden + inners * work.shape.intermediate
+    values += work.length
     return math.ceil(values * compute_bytes(device, precision))
 
 
@@ -200,7 +207,7 @@ def _transient(work: Workload, device: wire.DeviceFacts, configuration: Configur
     element = compute_bytes(device, configuration.precision)
     tokens = configuration.micro_batch * work.length
     unpacked = 0
-    if configuration.precision in (Precision.INT8, Precision.NF4):
+    if configuration.precision in QUANTIZED:
         unpacked = shape.hidden * shape.intermediate * element
     gradients = 3 if device.kind == "cpu" else 2  # with a hole
     return gradients * tokens * (shape.intermediate + shape.hidden) * element + unpacked
