@@ -227,8 +227,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error.strerror}; make it with `paper.py run --out {path}`") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(results, dict) or not {"setting", "bases", "runs"} <= results.keys():
+    if not isinstance(results, dict) or not {"machine", "setting", "bases", "runs"} <= results.keys():
         raise UserError(f"{path}: no results of `paper.py run`")
+    runs = results["runs"]
+    if not isinstance(runs, list) or not all(
+        isinstance(run, dict) and {*KEY, "rounds"} <= run.keys() for run in runs
+    ):
+        raise UserError(f"{path}: runs: not those of `paper.py run`")
     return results
 
 

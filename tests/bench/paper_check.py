@@ -21,6 +21,8 @@ SHARE = 0.6
 UNDER, OVER = 0.05, 0.30
 """Under-training of FedPipe at most, and of the homogeneous configuration at least."""
 AGGREGATION_ERROR = 1e-6
+UNBOUNDED = "paper-unbounded.json"
+"""Of `paper.py run --systems fedpipe --global-rank 384 --rounds 4`: no matrix has a larger rank."""
 COLLAPSE = 0.5
 """An effective rank below this share of its maximum over the rounds before has collapsed."""
 MEMORY = {"cpu": 0.15, "cuda": 0.10}
@@ -45,7 +47,7 @@ class Runs:
     """The finished runs of one task and split on the heterogeneous fleet."""
 
     def __init__(self, runs: Sequence[Run], task: str, split: str):
-        self.task = task
+        self.task, self.split = task, split
         self._found = {
             (run["system"], run["seed"]): run
             for run in runs
@@ -141,7 +143,10 @@ def check(results: dict[str, Any], beside: Path) -> Iterator[Verdict]:
         (f"best baseline's loss in at most {SHARE:.0%} of its time", lambda runs: _reach(runs, _time_of)),
         (f"best baseline's loss with at most {SHARE:.0%} of its bytes", lambda runs: _reach(runs, traffic)),
         (f"under-training below {UNDER:.0%} where homogeneous exceeds {OVER:.0%}", _under),
-        (f"aggregation error below {AGGREGATION_ERROR:g} within the rank bound", _error),
+        (
+            f"aggregation error below {AGGREGATION_ERROR:g} within the rank bound",
+            lambda runs: _error(runs, beside),
+        ),
     ]
     parts: list[tuple[str, Callable[[Runs], Found]]] = [
         *(
@@ -243,8 +248,11 @@ def _under(runs: Runs) -> Found:
     return ours < UNDER and theirs > OVER, f"FedPipe {ours:.1%}, {SYSTEMS['fedit'].title} {theirs:.1%}"
 
 
-def _error(runs: Runs) -> Found:
+def _error(runs: Runs, beside: Path) -> Found:
     rows = [row for seed in runs.seeds() for row in runs.of("fedpipe", seed)["rounds"]]
+    if (beside / UNBOUNDED).is_file():
+        unbounded = Runs(_other(beside / UNBOUNDED)["runs"], runs.task, runs.split)
+        rows += [row for seed in unbounded.seeds() for row in unbounded.of("fedpipe", seed)["rounds"]]
     within = [row["relativeError"] for row in rows if row["discardedEnergy"] < AGGREGATION_ERROR**2]
     beyond = [row["relativeError"] for row in rows if row["discardedEnergy"] >= AGGREGATION_ERROR**2]
     hit = f"; {len(beyond)} rounds hit the bound, error up to {max(beyond):.2e}" if beyond else ""

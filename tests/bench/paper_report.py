@@ -210,6 +210,8 @@ def _bars(
     axes.margins(y=0.15)
     if logarithmic:
         axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, max(1, axes.get_ylim()[1]))  # also where all are 0
 
 
 def _peaks(axes: Axes, runs: dict[str, list[Run]], colours: dict[str, str]) -> None:

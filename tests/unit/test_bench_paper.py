@@ -334,6 +334,16 @@ def test_rounds_beyond_the_rank_bound_are_reported(tmp_path: Path) -> None:
     assert "error up to 5.00e-02" in verdict.figures
 
 
+@pytest.mark.parametrize(("error", "held"), [(1e-8, True), (1e-5, False)])
+def test_rounds_within_a_larger_rank_bound_tell_the_error(error: float, held: bool, tmp_path: Path) -> None:
+    folder = _beside(tmp_path)
+    (folder / paper_check.UNBOUNDED).write_text(json.dumps(_results(error=error)))
+    verdicts = _verdicts(_results(error=0.05, discarded=0.01), folder)
+    verdict = verdicts["aggregation error below 1e-06 within the rank bound", "e2e iid"]
+    assert verdict.ok is held
+    assert "error up to 5.00e-02" in verdict.figures
+
+
 def test_targets_without_data_are_named(tmp_path: Path) -> None:
     results = _results()
     results["runs"] = [r for r in results["runs"] if (r["system"], r["seed"]) != ("stack", 2)]
@@ -363,10 +373,14 @@ def test_check_ends_with_status(tmp_path: Path, capsys: pytest.CaptureFixture[st
     path.write_text(json.dumps(_results(loss=1.6)))
     assert paper.main(["check", str(path)]) == 1
     assert "MISS    final loss below" in capsys.readouterr().out
-    path.write_text(json.dumps({"setting": {}, "bases": {}, "runs": []}))
+    empty = {"machine": {}, "setting": {}, "bases": {}, "runs": []}
+    path.write_text(json.dumps(empty))
     assert paper.main(["check", str(path)]) == 1
     assert "0 of 40 hold, 0 missed" not in capsys.readouterr().out
     assert paper.main(["check", str(tmp_path / "none.json")]) == 2
+    for wrong in (3, [3], [{"task": "news"}]):
+        path.write_text(json.dumps(empty | {"runs": wrong}))
+        assert paper.main(["check", str(path)]) == 2
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
