@@ -99,7 +99,9 @@ BAD_JOBS = {
 }  # fmt: skip
 BAD_FLEETS = {
     "unknown field": ("nodes.0.ram", "1Gi", "fleet.yaml: nodes[0].ram: unknown field"),
-    "no nodes": ("nodes", [], "fleet.yaml: nodes: "),
+    "no nodes": ("nodes", [], "fleet.yaml: nodes: must have at least 1"),
+    "no list": ("nodes", "edge-0", "fleet.yaml: nodes: must be a list"),
+    "no link": ("nodes.0.linkRate", 0, "fleet.yaml: nodes[0].linkRate: must be above 0"),
     "same name": ("nodes.1.name", "edge-0", "fleet.yaml: nodes: edge-0 is given twice"),
     "odd memory": ("nodes.0.memory", "lots", "fleet.yaml: nodes[0].memory: 'lots' is not a size"),
     "odd speed": ("nodes.0.speed", 2, "fleet.yaml: nodes[0].speed: "),
@@ -143,6 +145,7 @@ def test_a_bad_fleet_is_one_line_that_names_the_field(case, place):
         ("a: \x00\n", "job.yaml: not YAML: "),
         ("a: " + "x" * (1 << 20), "job.yaml: larger than 1 MiB"),
         ("[" * 5000, "job.yaml: not YAML: "),
+        ("a:\n  b: 1\n  b: 2\n", "job.yaml:3: not YAML: b is given twice"),
     ],
 )
 def test_what_is_not_a_manifest_is_refused(text, message, place):

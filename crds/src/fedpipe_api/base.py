@@ -107,6 +107,8 @@ def explain(error: ValidationError, prefix: str = "") -> str:
         message = "unknown field; check its spelling or remove it"
     elif fault["type"] in _PLAIN:
         message = _PLAIN[fault["type"]]
+    elif fault["type"] == "too_short":
+        message = f"must have at least {fault['ctx']['min_length']}"
     return f"{path}: {message}" if path else message
 
 

@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from .base import Model, Name, Precision, Quantity, keyed
 from .conditions import Advice, Condition
@@ -210,9 +211,9 @@ class Capacity(Model):
 
     @model_validator(mode="after")
     def _positive(self) -> Self:
-        for field in ("memory", "link_rate"):
-            if getattr(self, field) == 0:
-                raise ValueError(f"{field}: must be above 0")
+        for field, value in (("memory", self.memory), ("linkRate", self.link_rate)):
+            if value == 0:
+                raise PydanticCustomError("rule", "{message}", {"field": field, "message": "must be above 0"})
         return self
 
 

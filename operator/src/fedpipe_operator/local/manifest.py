@@ -61,6 +61,18 @@ def load(path: Path, kind: type[M]) -> M:
         raise UserError(f"{path}: {explain(error)}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, strict about keys: of a key that is given twice it would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _document(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:
@@ -70,7 +82,7 @@ def _document(path: Path) -> Mapping[str, Any]:
     if len(data) > FILE_LIMIT:
         raise UserError(f"{path}: larger than {FILE_LIMIT >> 20} MiB; this is no manifest")
     try:
-        documents = list(yaml.safe_load_all(data))
+        documents = list(yaml.load_all(data, _Loader))
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: not YAML: {error.problem or error.context}") from None
