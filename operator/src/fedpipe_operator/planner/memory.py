@@ -136,7 +136,8 @@ def _holes(work: Workload, device: wire.DeviceFacts, configuration: Configuratio
 
     Activations fill the holes of unpacked weights while they are smaller, so that the larger kind of holes
     counts; the nearer their size comes to that of the weights the fewer fit, and the weights' holes come on
-    top. Checkpointing leaves the holes of all layers where it computes them first, and unpacks twice.
+    top. Checkpointing leaves the holes of all layers where it computes them first, and unpacks twice: in some
+    processes nothing fits into the weights' holes then.
     """
     shape, precision = work.shape, configuration.precision
     layers = shape.layers - work.first_layer
@@ -153,8 +154,9 @@ def _holes(work: Workload, device: wire.DeviceFacts, configuration: Configuratio
         return math.ceil(freed)
     # The last layer's serve its own backward pass.
     unpacked = (layers - 1) * (3 if shape.gated_mlp else 2) * weight
-    unfilled = min(1.0, tokens / shape.hidden) ** 2 * (2 if configuration.checkpointing else 1)
-    return math.ceil(max(CPU_UNPACKED * unpacked, freed) + unfilled * unpacked)
+    times, share = (2, 1.0) if configuration.checkpointing else (1, CPU_UNPACKED)
+    unfilled = times * min(1.0, tokens / shape.hidden) ** 2
+    return math.ceil(max(share * unpacked, freed) + unfilled * unpacked)
 
 
 def _checkpointed_per_token(work: Workload, device: wire.DeviceFacts, precision: Precision) -> int:
