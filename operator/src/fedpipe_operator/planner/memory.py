@@ -22,7 +22,8 @@ CPU_SLACK, CUDA_SLACK = 112 * 2**20, 96 * 2**20
 """What the runtime takes only when training: modules and kernels loaded at first use, thread buffers; on CUDA
 the workspace of cuBLAS."""
 CPU_KERNELS = 24 * 2**20
-"""What oneDNN's compiled bfloat16 kernels take, at the number of them that agents keep (train/device.py)."""
+"""What oneDNN's compiled bfloat16 kernels take where batches have two lengths. Batches of many lengths take
+more, and are planned too low (tests/bench/README.md)."""
 CUDA_ROUNDING = 1.06
 """What CUDA's caching allocator rounds up and cannot reuse, as a factor on activations."""
 
