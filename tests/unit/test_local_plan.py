@@ -35,7 +35,7 @@ JOB = {
 
 @pytest.fixture
 def planned(tmp_path, monkeypatch, capsys):
-    """Run `fedpipe plan` over nodes with the given capacities and changes of spec.rounds."""
+    """Run `fedpipe plan` over nodes with the given capacities and changes of parts of the spec."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "240")
     (tmp_path / "model").mkdir()
@@ -44,9 +44,10 @@ def planned(tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text('{"text": "x", "label": "a"}\n' * 50)
 
-    def run(*nodes, **rounds):
+    def run(*nodes, **changes):
         job = json.loads(json.dumps(JOB))
-        job["spec"]["rounds"] |= rounds
+        for part, fields in changes.items():
+            job["spec"][part] = job["spec"].get(part, {}) | fields
         named = [{"name": f"edge-{number}", "data": "data"} | node for number, node in enumerate(nodes)]
         (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
         (tmp_path / "fleet.yaml").write_text(yaml.safe_dump({"model": "model", "nodes": named}))
@@ -73,15 +74,31 @@ def test_every_node_of_the_fleet_is_accounted_for(planned):
 
 def test_fewer_local_steps_are_told_with_their_reason(planned):
     slow = {"memory": "2Gi", "speed": 0.001}
-    _, lines, _ = planned(slow, slow, localSteps=1_000_000, deadline="10s")
+    _, lines, _ = planned(slow, slow, rounds={"localSteps": 1_000_000, "deadline": "10s"})
     assert lines[-1].startswith("edge-0, edge-1: time: 1000000 local steps do not fit the deadline of 10s; ")
 
 
 def test_a_deadline_that_no_node_meets_is_named(planned):
     slow = {"memory": "2Gi", "speed": 0.001, "linkRate": "1k"}
-    status, lines, error = planned(slow, slow, deadline="1s")
+    status, lines, error = planned(slow, slow, rounds={"deadline": "1s"})
     assert status == 2
     assert "it may take 900ms of the round's 1s" in lines[1]
     assert error.startswith("job.yaml: spec.nodes.min: 2 nodes are required but 0 fit. ")
     assert "raise rounds.deadline" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"maxLength": 65}}, "spec.data.maxLength: 65, but the model has 64 positions; lower it"),
+        (
+            {"adapter": {"modules": ["nope"]}},
+            "spec.adapter.modules: no linear layer of 'bert' ends with 'nope'",
+        ),
+    ],
+)
+def test_what_the_model_has_no_room_for_is_a_mistake_in_the_job(planned, changes, message):
+    status, lines, error = planned({}, {}, **changes)
+    assert (status, lines) == (2, [])
+    assert error.removeprefix("fedpipe: ") == f"job.yaml: {message}\n"

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from fedpipe_api.base import UserError
 from fedpipe_api.job import Task
 from fedpipe_api.names import ATTENTION_MODULES
-from fedpipe_operator.planner import read_shape
+from fedpipe_operator.planner import longest_input, read_shape
 
 LABELS = 3
 TINY = {
@@ -108,11 +108,13 @@ def test_the_shape_is_that_of_the_real_modules(name, task, modules, tmp_path):
 
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_the_agent_reads_the_same_shape(name, task, tmp_path):
+    from fedpipe_agent.train.model import longest_input as longest_by_agent
     from fedpipe_agent.train.model import read_shape as read_by_agent
 
     build(name, task)
     TINY[name].save_pretrained(tmp_path)
     assert read_shape(tmp_path / "config.json", task, LABELS) == read_by_agent(TINY[name], task)
+    assert longest_input(tmp_path) == longest_by_agent(TINY[name])
 
 
 def written(directory: Path, **changes) -> Path:

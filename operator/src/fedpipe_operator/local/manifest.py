@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 from pydantic.alias_generators import to_snake
 
+from fedpipe_api import yaml_file
 from fedpipe_api.base import Model, UserError, explain
 from fedpipe_api.job import FedPipeJob, FedPipeJobSpec, LabelSelector, LabelSelectorRequirement
 from fedpipe_api.node import Fleet, FleetNode
@@ -61,18 +61,6 @@ def load(path: Path, kind: type[M]) -> M:
         raise UserError(f"{path}: {explain(error)}") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader, strict about keys: of a key that is given twice it would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _document(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:
@@ -81,18 +69,10 @@ def _document(path: Path) -> Mapping[str, Any]:
         raise UserError(f"{path}: {error.strerror}") from None
     if len(data) > FILE_LIMIT:
         raise UserError(f"{path}: larger than {FILE_LIMIT >> 20} MiB; this is no manifest")
-    try:
-        documents = list(yaml.load_all(data, _Loader))
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: not YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if len(documents) != 1:
-        raise UserError(f"{path}: {len(documents)} YAML documents; give exactly one")
-    if not isinstance(documents[0], dict):
+    document = yaml_file.document(path, data)
+    if not isinstance(document, dict):
         raise UserError(f"{path}: not a YAML mapping; a manifest has apiVersion, kind, metadata and spec")
-    return documents[0]
+    return document
 
 
 def choose(spec: FedPipeJobSpec, fleet: Fleet) -> tuple[tuple[FleetNode, ...], dict[str, str]]:

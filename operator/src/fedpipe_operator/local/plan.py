@@ -12,7 +12,7 @@ from fedpipe_api.base import UserError
 from fedpipe_api.job import FedPipeJobSpec
 from fedpipe_api.wire import DeviceFacts, KernelResult, ModelShape
 
-from ..planner import NodeFacts, Plan, PlanRequest, plan, read_shape, rows, summary_line
+from ..planner import NodeFacts, Plan, PlanRequest, longest_input, plan, read_shape, rows, summary_line
 from .manifest import LocalJob, Member
 
 RUNTIME_BYTES = 410 * 2**20
@@ -62,7 +62,10 @@ def _why(reasons: Mapping[str, str]) -> Iterator[str]:
 
 
 def make(local: LocalJob) -> Plan:
-    """Return the plan; UserError when the model's configuration is not on this machine."""
+    """Return the plan.
+
+    UserError when the model's configuration is not on this machine, or has no room for what the job asks.
+    """
     spec = local.job.spec
     nodes = tuple(_facts(spec, member) for member in local.members)
     return plan(PlanRequest(model=shape_of(local), spec=spec, nodes=nodes))
@@ -76,7 +79,17 @@ def shape_of(local: LocalJob) -> ModelShape:
             f"{local.fleet_file}: model: required to plan, because {local.model} lies on a hub; "
             "give a directory with its config.json"
         )
-    return read_shape(model, spec.model.task, len(spec.model.labels), spec.adapter.modules)
+    asked, longest = spec.data.max_length, longest_input(model)
+    if longest is not None and asked > longest:
+        raise UserError(
+            f"{local.job_file}: spec.data.maxLength: {asked}, but the model has {longest} positions; lower it"
+        )
+    try:
+        return read_shape(model, spec.model.task, len(spec.model.labels), spec.adapter.modules)
+    except UserError as error:
+        if str(error).startswith("spec."):
+            raise UserError(f"{local.job_file}: {error}") from None
+        raise
 
 
 def _facts(spec: FedPipeJobSpec, member: Member) -> NodeFacts:

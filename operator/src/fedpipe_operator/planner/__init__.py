@@ -4,7 +4,7 @@ from .calibration import Calibration
 from .replan import needs_replan
 from .request import NodeFacts, Plan, PlanRequest
 from .selection import select_matrices
-from .shape import read_shape
+from .shape import longest_input, read_shape
 from .solve import asked_steps, calibrate, plan
 from .table import Row, rows, summary_line
 
@@ -16,6 +16,7 @@ __all__ = [
     "Row",
     "asked_steps",
     "calibrate",
+    "longest_input",
     "needs_replan",
     "plan",
     "read_shape",

@@ -132,6 +132,23 @@ def read_shape(
     )
 
 
+def longest_input(path: Path) -> int | None:
+    """Return how many tokens the model in a directory takes; None where its config.json sets no limit."""
+    file = path / "config.json"
+    fields = _read(file)
+    names = [name for name in ("max_position_embeddings", "n_positions") if fields.get(name) is not None]
+    if not names:
+        return None
+    config = _Config(file, fields)
+    positions = config.count(names[0])
+    # RoBERTa's positions start after the padding index.
+    return (
+        positions - config.count("pad_token_id", 1) - 1
+        if fields.get("model_type") == "roberta"
+        else positions
+    )
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > CONFIG_LIMIT:
