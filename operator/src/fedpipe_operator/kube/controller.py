@@ -23,6 +23,7 @@ from .fleet import Choice
 from .inventory import Inventory
 from .observed import Output, WriteBudget, invalid_status, observed_status
 from .pods import build_agent_pod, owner_reference, template_digest
+from .proofs import Proofs
 from .reconcile import Actions, reconcile
 from .settings import Settings
 from .views import Body
@@ -99,7 +100,7 @@ class Controller:
         self._write_output = write_output
         self._observe = observe
         self._clock = clock
-        self._proven: dict[str, object] = {}
+        self._proofs = Proofs()
         self._turn = asyncio.Lock()
 
     # What kopf's handlers say
@@ -299,18 +300,20 @@ class Controller:
         self._events.tell(known.namespace, known.name, known.uid, Note(True, Reason.INVALID, text))
 
     async def _prove(self, known: Tended) -> None:
-        """Record the kernels that ran on each node in its FedPipeNode, for planners to come."""
+        """Record the kernels that ran on each node in its FedPipeNode, for people and for its probe."""
         engine_job = self.engine.jobs.get(known.uid)
-        for node, agent in list(engine_job.state.agents.items() if engine_job else ()):
-            kernels = agent.device.kernels
-            if node in self.inventory.capacities and kernels and self._proven.get(node) != kernels:
-                facts = [k.to_dict() | {"verified": True} for k in kernels]
-                try:
-                    await self._api.apply_precisions(node, facts)
-                except ApiError as error:
-                    log.warning("FedPipeNode %s: %s; trying again", node, error)
-                else:
-                    self._proven[node] = kernels
+        if engine_job is None:
+            return
+        for proof in self._proofs.due(engine_job.state, [job.state for job in self.engine.jobs.values()]):
+            if proof.node not in self.inventory.capacities:
+                continue
+            facts = [kernel.to_dict() | {"verified": True} for kernel in proof.kernels]
+            try:
+                await self._api.apply_precisions(proof.node, facts)
+            except ApiError as error:
+                log.warning("FedPipeNode %s: %s; trying again", proof.node, error)
+            else:
+                self._proofs.recorded(proof)
 
     # Output and status
 
