@@ -54,6 +54,20 @@ def test_an_older_kubernetes_is_refused() -> None:
         template({}, minor=30)
 
 
+@pytest.mark.parametrize(
+    "file",
+    [
+        "README.md",
+        "charts/fedpipe/README.md",
+        "charts/fedpipe/templates/probe/admissionpolicy.yaml",
+        "edge-agent/README.md",
+    ],
+)
+def test_every_text_asks_for_the_same_kubernetes(file: str) -> None:
+    told = re.findall(r"Kubernetes (1\.\d+)(?: or later| to 1)", (REPOSITORY / file).read_text())
+    assert set(told) == {f"1.{min(MINORS)}"}
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_pods_keep_pod_security_restricted(mode: str) -> None:
     values = values_of(mode)

@@ -161,6 +161,112 @@ def test_verified_precisions_of_the_operator_survive_every_write(
     assert "nf4" not in merged.precision_summary
 
 
+@pytest.fixture
+def recorded(policed: ControlPlane, cluster_for: ClusterFor, tmp_path: Path) -> dict[str, Any]:
+    """What the operator recorded of probed-1, beside what the node's probe derived."""
+    Publisher(cluster_for("probed-1")).write(seen("t4", tmp_path))
+    broken = {"precision": "nf4", "verified": True, "usable": False, "message": "no kernel image"}
+    works = {"precision": "fp32", "verified": True, "usable": True, "seconds": 1}
+    code, answer = apply(
+        policed, "probed-1", {"status": {"precisions": [broken, works]}}, subresource="/status"
+    )
+    assert code == 200, answer
+    return precisions(policed, "probed-1")
+
+
+def precisions(plane: ControlPlane, name: str) -> dict[str, Any]:
+    _, found = plane.request("GET", f"{NODES}/{name}")
+    return {entry["precision"]: entry for entry in found["status"]["precisions"]}
+
+
+LIES = {
+    "broken is usable": {"precision": "nf4", "verified": True, "usable": True, "seconds": 0.001},
+    "broken is unverified": {"precision": "nf4", "verified": False},
+    "another reason": {"precision": "nf4", "message": "out of memory"},
+    "a time for what never ran": {"precision": "nf4", "seconds": 0.5},
+    "usable is broken": {"precision": "fp32", "usable": False},
+    "faster": {"precision": "fp32", "seconds": 0.001},
+    "works, but": {"precision": "fp32", "message": "slow"},
+    "one more proven": {"precision": "int8", "verified": True},
+}
+
+
+@pytest.mark.usefixtures("enforced")
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+def test_a_probe_may_not_change_what_was_proven(
+    policed: ControlPlane, cluster_for: ClusterFor, recorded: dict[str, Any], lie: dict[str, Any]
+) -> None:
+    token = cluster_for("probed-1").read_token()
+    content = {"status": {"precisions": [lie]}}
+    code, answer = apply(policed, "probed-1", content, token, "/status")
+    assert code == 403
+    assert "only the operator" in answer["message"]
+    # Through the object itself nothing of the status is written, whoever asks.
+    code, answer = apply(policed, "probed-1", content, token)
+    assert code == 200, answer
+    assert precisions(policed, "probed-1") == recorded
+
+
+@pytest.mark.usefixtures("enforced")
+@pytest.mark.parametrize(
+    ("manager", "patch"),
+    [
+        # Without fields of its own in them, an applied configuration takes away those its manager had.
+        ("operator", {"precisions": []}),
+        ("other", {"precisions": [{"precision": "nf4"}]}),
+        ("other", {"precisions": None}),
+        ("other", None),
+    ],
+)
+def test_a_probe_may_not_take_away_what_was_proven(
+    policed: ControlPlane,
+    cluster_for: ClusterFor,
+    recorded: dict[str, Any],
+    manager: str,
+    patch: dict[str, Any] | None,
+) -> None:
+    token = cluster_for("probed-1").read_token()
+    body = {"apiVersion": "fedpipe.io/v1alpha1", "kind": "FedPipeNode", "metadata": {"name": "probed-1"}}
+    path, kind = f"{NODES}/probed-1/status?fieldManager={manager}", "application/merge-patch+json"
+    if manager == "operator":
+        path, kind = f"{path}&force=true", APPLY
+    code, answer = policed.request("PATCH", path, body | {"status": patch}, kind, token=token)
+    assert code == 403
+    assert "only the operator" in answer["message"]
+    assert precisions(policed, "probed-1") == recorded
+
+
+@pytest.mark.usefixtures("enforced")
+def test_a_probe_goes_on_beside_all_that_the_operator_records(
+    policed: ControlPlane, cluster_for: ClusterFor, tmp_path: Path
+) -> None:
+    publisher = Publisher(cluster_for("probed-1"))
+    told = seen("t4", tmp_path)
+    publisher.write(told)
+    reason = precisions(policed, "probed-1")["bf16"]["message"]
+    assert "needs 8.0" in reason
+    for usable in (True, False, True):
+        proven = {"precision": "bf16", "verified": True, "usable": usable}
+        proven |= {"seconds": 0.25} if usable else {"message": "wrong result"}
+        code, answer = apply(policed, "probed-1", {"status": {"precisions": [proven]}}, subresource="/status")
+        assert code == 200, answer
+        for _ in range(2):
+            # The probe's own reason against a precision that proved usable goes with the first write.
+            publisher.write(told)
+            assert precisions(policed, "probed-1")["bf16"] == proven
+        assert [support.precision for support in publisher.verified] == ["bf16"]
+    # Another probe of the node, started anew, finds all that and writes on; fewer devices are no matter.
+    anew = Publisher(cluster_for("probed-1"))
+    anew.load()
+    anew.write(seen("a100-mig", tmp_path))
+    assert precisions(policed, "probed-1")["bf16"] == proven
+    # What the operator no longer says is the probe's to derive again.
+    code, _ = apply(policed, "probed-1", {"status": {}}, subresource="/status")
+    assert code == 200
+    anew.write(told)
+    assert precisions(policed, "probed-1")["bf16"]["message"] == reason
+
+
 @pytest.mark.usefixtures("enforced")
 @pytest.mark.parametrize(
     ("content", "subresource", "complaint"),

@@ -56,3 +56,11 @@ def test_nodes_are_apart_and_an_agent_without_a_check_proves_nothing() -> None:
     proofs = Proofs()
     assert due(proofs, one, two) == [(100, True), (50, False)]
     assert due(proofs, none) == []
+
+
+def test_a_failure_without_words_gets_some() -> None:
+    state = registered(100, usable=False)
+    (proof,) = Proofs().due(state, [state])
+    assert proof.precisions() == [
+        {"precision": "nf4", "usable": False, "verified": True, "message": "its kernel failed"}
+    ]

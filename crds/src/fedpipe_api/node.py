@@ -145,7 +145,9 @@ class PrecisionSupport(Model):
     verified: bool = Field(default=False, description="A real kernel ran; else derived from the device.")
     seconds: float | None = Field(default=None, ge=0, description="Time of the verifying kernel.")
     message: str | None = Field(default=None, max_length=1024, description="Why it cannot be used.")
-    usable: bool = Field(default=True, description="Whether the planner may choose it.")
+    usable: bool = Field(
+        default=True, description="Whether it works here. A planner goes by the agent's own kernels."
+    )
 
 
 class FedPipeNodeSpec(Model):

@@ -307,9 +307,8 @@ class Controller:
         for proof in self._proofs.due(engine_job.state, [job.state for job in self.engine.jobs.values()]):
             if proof.node not in self.inventory.capacities:
                 continue
-            facts = [kernel.to_dict() | {"verified": True} for kernel in proof.kernels]
             try:
-                await self._api.apply_precisions(proof.node, facts)
+                await self._api.apply_precisions(proof.node, proof.precisions())
             except ApiError as error:
                 log.warning("FedPipeNode %s: %s; trying again", proof.node, error)
             else:

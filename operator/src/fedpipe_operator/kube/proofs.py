@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from fedpipe_api import wire
 
@@ -15,6 +16,19 @@ class Proof:
     node: str
     at: float
     kernels: tuple[wire.KernelResult, ...]
+
+    def precisions(self) -> list[dict[str, Any]]:
+        """Return them as a FedPipeNode has them.
+
+        One that failed always has a message, which the operator then owns: else the probe's own would stand
+        there, and the probe may change nothing of a verified entry.
+        """
+        return [
+            kernel.to_dict()
+            | {"verified": True}
+            | ({} if kernel.usable else {"message": kernel.message or "its kernel failed"})
+            for kernel in self.kernels
+        ]
 
 
 class Proofs:
