@@ -1,6 +1,12 @@
+import io
+import json
+import os
 import subprocess
 import sys
+import textwrap
 import time
+
+import pytest
 
 from fedpipe_agent import kernels
 from fedpipe_api.job import Precision
@@ -59,14 +65,85 @@ def test_a_hang_ends_at_the_time_out(monkeypatch):
     assert results[1].message == "no answer within 2 s"
 
 
+@pytest.mark.parametrize("act", ["time.sleep(60)", "os.close(1); time.sleep(60)"], ids=["open", "closed"])
+def test_a_hang_costs_only_its_precision(monkeypatch, act):
+    misbehaving(monkeypatch, "fp32", act)
+    results = kernels.check(timeout=2)
+    assert [result.precision for result in results] == list(Precision)
+    assert results[0].message == "no answer within 2 s"
+    assert [(result.usable, result.seconds) for result in results[1:]] == [(True, 0.1)] * 3
+
+
+def test_hangs_and_crashes_are_told_apart(monkeypatch):
+    misbehaving(monkeypatch, "fp32", "time.sleep(60)\n    if name == 'int8': os.abort()")
+    first, *_, int8, nf4 = kernels.check(timeout=2)
+    assert first.message == "no answer within 2 s"
+    assert int8.message == "the kernel check was killed by signal 6"
+    assert nf4.usable
+
+
+def test_the_results_of_a_check_that_nobody_asked_for_long_are_there(monkeypatch):
+    misbehaving(monkeypatch, "nf4", "time.sleep(60)")
+    check = kernels.Check(timeout=1)
+    time.sleep(3)
+    assert [result.usable for result in check.results()] == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        "print('bin /lib/bitsandbytes.so', flush=True)",
+        "os.write(1, bytes(range(128, 256)) + b'\\n')",
+        "print('{}', '[]', 'null', '', sep='\\n', flush=True)",
+        """print('{"precision": "nf4", "usable": false}', flush=True)""",
+    ],
+    ids=["words", "bytes", "json", "another precision"],
+)
+def test_a_line_that_is_no_result_is_passed_over(monkeypatch, noise):
+    misbehaving(monkeypatch, "int8", noise)
+    assert [result.seconds for result in kernels.check()] == [0.1] * 4
+
+
+@pytest.mark.parametrize("end", ["\\n", ""])
+def test_endless_talk_is_a_hang(monkeypatch, end):
+    misbehaving(monkeypatch, "fp32", f"[print('x' * 999, end='{end}') for _ in iter(int, 1)]")
+    results = kernels.check([Precision.FP32, Precision.BF16], timeout=2)
+    assert [result.usable for result in results] == [False, True]
+    assert results[0].message == "no answer within 2 s"
+
+
+def test_what_libraries_print_in_the_child_is_no_result(tmp_path):
+    # As every library may: while the child imports it, from Python, from C and from a program it starts.
+    (tmp_path / "torch.py").write_text(
+        textwrap.dedent("""
+            import ctypes, os, subprocess
+            print("bin /lib/bitsandbytes.so")
+            os.write(1, b"{}")
+            subprocess.run(["echo", "no C compiler"])
+            ctypes.CDLL(None).puts(b"CUDA SETUP: fine")
+            ctypes.CDLL(None).fflush(None)
+            raise RuntimeError("no torch here")
+        """)
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "fedpipe_agent.kernels", "fp32", "nf4"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [json.loads(line)["message"] for line in done.stdout.splitlines()] == ["no torch here"] * 2
+    for printed in ("bitsandbytes.so", "{}", "no C compiler", "CUDA SETUP"):
+        assert printed in done.stderr
+
+
 def test_an_exception_is_a_reason(monkeypatch):
     monkeypatch.setattr(
         kernels, "_layer", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel image\nmore"))
     )
-    written = []
-    monkeypatch.setattr(sys.stdout, "write", written.append)
-    kernels._child(["nf4"])
-    assert '"usable": false, "message": "no kernel image"' in written[0]
+    written = io.StringIO()
+    kernels._child(["nf4"], written)
+    assert '"usable": false, "message": "no kernel image"' in written.getvalue()
 
 
 def test_a_stopped_check_leaves_no_process():

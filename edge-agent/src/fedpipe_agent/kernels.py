@@ -4,20 +4,28 @@ Importing bitsandbytes proves nothing on old boards, and a broken kernel can cra
 module imports torch only in the child, `python -m fedpipe_agent.kernels fp32 nf4`: a JSON line each.
 """
 
+import contextlib
 import json
 import os
+import selectors
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import IO, Any
+
+from pydantic import ValidationError
 
 from fedpipe_api import wire
 from fedpipe_api.job import Precision
 
 TIMEOUT = 60.0
-"""Seconds for all kernels together, the import of torch included."""
+"""Seconds for one kernel; for the first of a child process its start and the import of torch are among them.
+A check of N precisions that all hang takes N times this."""
+KILL_SECONDS = 5.0
+"""Given to a killed child to end: one that is stuck in the driver may never."""
+SAID_LIMIT = 2**20
+"""Bytes that are read of one child: a result has some hundred, but libraries talk too."""
 WIDTH, ROWS, REPEATS = 512, 128, 3
 
 TOLERANCES = {Precision.FP32: 5e-3, Precision.BF16: 3e-2, Precision.INT8: 5e-2, Precision.NF4: 0.25}
@@ -28,20 +36,25 @@ class Check:
     """A kernel check that runs beside other work; `results` waits for it."""
 
     def __init__(self, precisions: Iterable[Precision] = tuple(Precision), timeout: float = TIMEOUT):
-        """Start the child process."""
+        """Start the child process; `timeout` is in seconds for each precision."""
         self._left = list(precisions)
-        self._deadline = time.monotonic() + timeout
         self._timeout = timeout
-        self._child = self._start()
+        self._start()
 
     def results(self) -> tuple[wire.KernelResult, ...]:
         """Return one result per precision; a precision whose kernel crashed or hung is not usable."""
         found: list[wire.KernelResult] = []
         try:
             while self._left:
-                found += self._harvest()
-                if self._left:  # the child died over the first one left: the others get a new child
-                    self._child = self._start()
+                result, reason = self._read()
+                found.append(
+                    result or wire.KernelResult(precision=self._left[0], usable=False, message=reason)
+                )
+                self._left.pop(0)
+                self._deadline = time.monotonic() + self._timeout
+                if result is None and self._left:  # the others get a new child
+                    self.stop()
+                    self._start()
         finally:
             self.stop()
         return tuple(found)
@@ -50,46 +63,53 @@ class Check:
         """End the child process."""
         if self._child.poll() is None:
             self._child.kill()
-            self._child.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(KILL_SECONDS)
         if self._child.stdout is not None:
             self._child.stdout.close()
 
-    def _start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+    def _start(self) -> None:
+        self._said, self._allowed = b"", SAID_LIMIT
+        self._deadline = time.monotonic() + self._timeout
+        self._child = subprocess.Popen(
             [sys.executable, "-m", __name__, *self._left],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
             # One thread: the times of all machines mean the same.
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def _harvest(self) -> list[wire.KernelResult]:
-        """Read what one child says until it ends, and account for the precision it ended over."""
-        hung = threading.Event()
+    def _read(self) -> tuple[wire.KernelResult | None, str]:
+        """Return the result of the first precision left, or None and why the child gives none."""
+        for line in iter(self._line, None):
+            with contextlib.suppress(ValidationError):  # what a library prints is no result
+                result = wire.KernelResult.model_validate_json(line)
+                if result.precision == self._left[0]:
+                    return result, ""
+        try:
+            status = self._child.wait(max(0.0, self._deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return None, f"no answer within {self._timeout:g} s"
+        how = f"was killed by signal {-status}" if status < 0 else f"exited {status}"
+        return None, f"the kernel check {how}"
 
-        def kill() -> None:
-            hung.set()
-            self._child.kill()
-
-        timer = threading.Timer(max(0.0, self._deadline - time.monotonic()), kill)
-        timer.start()
-        said, _ = self._child.communicate()
-        whole = [line for line in said.splitlines(keepends=True) if line.endswith("\n")]
-        found = [wire.KernelResult.model_validate_json(line) for line in whole]
-        status = self._child.returncode
-        timer.cancel()
-        self._left = self._left[len(found) :]
-        if self._left and hung.is_set():
-            message = f"no answer within {self._timeout:g} s"
-            found += [wire.KernelResult(precision=p, usable=False, message=message) for p in self._left]
-            self._left = []
-        elif self._left:
-            how = f"was killed by signal {-status}" if status < 0 else f"exited {status}"
-            message = f"the kernel check {how}"
-            found.append(wire.KernelResult(precision=self._left.pop(0), usable=False, message=message))
-        return found
+    def _line(self) -> bytes | None:
+        """Return the child's next whole line; None at its end, at the deadline or once it said too much."""
+        assert self._child.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._child.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._said:
+                # Also after the deadline: what was said while nobody asked is waiting to be read.
+                if not selector.select(max(0.0, self._deadline - time.monotonic())):
+                    return None
+                chunk = os.read(self._child.stdout.fileno(), min(65536, self._allowed))
+                if not chunk:
+                    return None
+                self._said += chunk
+                self._allowed -= len(chunk)
+        line, _, self._said = self._said.partition(b"\n")
+        return line
 
 
 def check(
@@ -177,17 +197,24 @@ def _distance(value: Any, exact: Any) -> float:
     return float((value.detach().float().cpu() - exact).norm() / exact.norm())
 
 
-def _child(names: list[str]) -> None:
-    """Print one KernelResult per precision; a Python error is a result, a crash ends the process."""
+def _child(names: list[str], results: IO[str]) -> None:
+    """Write one KernelResult per precision; a Python error is a result, a crash ends the process."""
     for name in names:
         try:
             result = _run(Precision(name))
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:1024]
             result = wire.KernelResult(precision=Precision(name), usable=False, message=reason)
-        sys.stdout.write(json.dumps(result.to_dict()) + "\n")
-        sys.stdout.flush()
+        results.write(json.dumps(result.to_dict()) + "\n")
+        results.flush()
+
+
+def _own_stdout() -> IO[str]:
+    """Return this process's stdout, and let all that libraries print, in Python or in C, go to stderr."""
+    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return own
 
 
 if __name__ == "__main__":
-    _child(sys.argv[1:])
+    _child(sys.argv[1:], _own_stdout())
