@@ -245,7 +245,7 @@ def test_another_failure_is_exit_1_and_told(models, tmp_path):
     [
         ({"--coordinator": "localhost:1"}, "--coordinator localhost:1: not a URL"),
         ({"--token-file": "/no/token"}, "--token-file /no/token: no such file"),
-        ({"--capacity": "/no/capacity"}, "--capacity /no/capacity: No such file"),
+        ({"--capacity": "/no/capacity"}, "/no/capacity: No such file"),
     ],
 )
 def test_mistakes_in_the_arguments(tmp_path, capfd, changes, message):
@@ -268,6 +268,9 @@ def test_mistakes_in_the_arguments(tmp_path, capfd, changes, message):
         ('{"precisions": ["fp7"]}', "capacity.json: precisions[0]: Input should be"),
         ('{"memry": 1}', "capacity.json: memry: unknown field"),
         ("{", "capacity.json: not JSON"),
+        ("[" * 30_000, "capacity.json: not JSON: "),
+        ('{"memory": "5Gi", "memory": "6Gi"}', "capacity.json: not JSON: memory is given twice"),
+        (" " * 70_000, "capacity.json: larger than 65536 bytes"),
     ],
 )
 def test_mistakes_in_the_capacity_file(tmp_path, capfd, text, message):
@@ -276,7 +279,9 @@ def test_mistakes_in_the_capacity_file(tmp_path, capfd, text, message):
     given = ["--coordinator", "http://localhost:1", "--model", "bert", "--data", str(tmp_path)]
     given += ["--token-file", str(tmp_path / "token"), "--capacity", str(tmp_path / "capacity.json")]
     assert cli.main(["train", *given]) == 2
-    assert message in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
 
 
 def test_the_command_without_a_subcommand_says_how(capfd):

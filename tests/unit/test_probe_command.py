@@ -87,11 +87,12 @@ def test_a_declared_capacity_needs_no_hardware(standin: StandIn, tmp_path: Path)
         ("linkRate: fast", "linkRate: 'fast' is not a size"),
         ("ram: 5Gi", "ram: unknown field"),
         ("- 1", ""),
-        ("a: [", "not YAML"),
+        ("a: [", ":1: not YAML: "),
+        ("memory: 5Gi\nmemory: 6Gi", ":2: not YAML: memory is given twice"),
         ("\x00", "not YAML"),
         ("memory: 2001-99-99", "not YAML"),
         ("[" * 30_000, "not YAML"),
-        ("# nothing", ""),
+        ("# nothing", "0 YAML documents"),
         ("x: " + "y" * 70_000, "larger than 65536 bytes"),
     ],
 )
@@ -103,8 +104,18 @@ def test_a_wrong_capacity_is_one_line_naming_file_and_field(
     assert main(["probe", "--once", "--capacity", str(path)]) == 2
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err.startswith(f"fedpipe-agent: {path}: {complaint}")
+    place = complaint if complaint.startswith(":") else f": {complaint}"
+    assert told.err.startswith(f"fedpipe-agent: {path}{place}")
     assert told.err.count("\n") == 1
+
+
+def test_a_key_given_twice_in_a_json_capacity_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "capacity.json"
+    path.write_text('{"memory": "5Gi", "memory": "6Gi"}')
+    assert main(["probe", "--once", "--capacity", str(path)]) == 2
+    assert capsys.readouterr().err == f"fedpipe-agent: {path}: not JSON: memory is given twice\n"
 
 
 @pytest.mark.parametrize(

@@ -32,13 +32,18 @@ def load(path: Path) -> Capacity:
 def _parse(path: Path, data: bytes) -> object:
     if path.suffix == ".json":
         try:
-            return json.loads(data)
+            return json.loads(data, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON: {error}") from None
     # The probe's loop has no use for a YAML parser's memory.
-    import yaml
+    from fedpipe_api import yaml_file
 
-    try:
-        return yaml.safe_load(data)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    return yaml_file.document(path, data)
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is given twice")
+    return dict(pairs)

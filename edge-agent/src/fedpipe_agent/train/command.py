@@ -1,7 +1,6 @@
 """`fedpipe-agent train`: arguments, signals, and the order in which the agent starts."""
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -12,14 +11,13 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from pydantic import ValidationError
-
-from fedpipe_api.base import UserError, explain
+from fedpipe_api.base import UserError
 from fedpipe_api.node import Capacity
 
 from ..errors import Stopped
 from ..heartbeat import report_failure
 from ..kernels import Check
+from ..probe import declared
 from ..transport import Transport
 from .rows import locate
 
@@ -32,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         Stopped: SIGTERM or SIGINT arrived.
     """
     options = _parser().parse_args(argv)
-    capacity = _capacity(options.capacity)
+    capacity = declared.load(options.capacity) if options.capacity else Capacity()
     for field in ("token_file", "ca_file"):
         path = getattr(options, field)
         if path is not None and not path.is_file():
@@ -94,24 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, type=Path, help="directory of this node's data")
     parser.add_argument("--token-file", required=True, type=Path, help="file with the bearer token")
     parser.add_argument("--ca-file", type=Path, help="certificate authority of the coordinator (PEM)")
-    parser.add_argument("--capacity", type=Path, help="JSON file with a declared capacity to keep to")
+    parser.add_argument("--capacity", type=Path, help="JSON or YAML file with a declared capacity to keep to")
     parser.add_argument(
         "--give-up", type=float, default=600.0, metavar="SECONDS", help="of an unreachable coordinator (600)"
     )
     return parser
-
-
-def _capacity(path: Path | None) -> Capacity:
-    if path is None:
-        return Capacity()
-    try:
-        return Capacity.model_validate(json.loads(path.read_bytes()))
-    except OSError as error:
-        raise UserError(f"--capacity {path}: {error.strerror}; give a readable file") from None
-    except ValidationError as error:
-        raise UserError(f"{path}: {explain(error)}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
 
 
 def _environment(capacity: Capacity) -> None:
