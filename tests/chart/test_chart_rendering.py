@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from chart.rendering import (
     template,
     values_of,
 )
+from fedpipe_operator.kube.settings import Settings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -208,6 +210,50 @@ def test_the_probes_rights_and_policy_are_those_its_own_tests_run_with() -> None
             assert ours[key].get(part) == document.get(part), (key, part)
 
 
+@pytest.mark.parametrize(
+    ("values", "coordinator"),
+    [
+        ({}, f"https://edge-fedpipe.{NAMESPACE}.svc:8443"),
+        ({"namespaces": ["support"]}, f"https://edge-fedpipe.{NAMESPACE}.svc:8443"),
+        (
+            {"operator": {"coordinatorURL": "https://a.example:1", "tls": {"existingSecret": "own"}}},
+            "https://a.example:1",
+        ),
+    ],
+)
+def test_probes_that_measure_the_link_trust_what_the_operator_may_write(
+    values: dict[str, Any], coordinator: str
+) -> None:
+    documents = template(values | {"probe": {"measureLink": True}}, name="edge")
+    specs = dict(pods(tuple(documents)))
+    probe, operator = specs["edge-fedpipe-probe"], specs["edge-fedpipe-operator"]
+    arguments = probe["containers"][0]["args"]
+    assert f"--coordinator={coordinator}/v1/link" in arguments
+    [mount], [volume] = probe["containers"][0]["volumeMounts"], probe["volumes"]
+    assert f"--ca-file={mount['mountPath']}/ca.crt" in arguments
+    name = volume["configMap"]["name"]
+    assert f"--probe-ca={name}" in operator["containers"][0]["args"]
+    found = {(d["kind"], d["metadata"].get("namespace"), d["metadata"]["name"]): d for d in documents}
+    assert ("ConfigMap", NAMESPACE, name) in found
+    role = found["Role", NAMESPACE, "edge-fedpipe-operator"]
+    rights = [rule for rule in role["rules"] if "configmaps" in rule["resources"]]
+    assert rights == [
+        {
+            "apiGroups": [""],
+            "resources": ["configmaps"],
+            "resourceNames": [name],
+            "verbs": ["create", "patch"],
+        }
+    ]
+
+
+def test_no_link_is_measured_unasked() -> None:
+    for values in ({}, {"probe": {"measureLink": True, "enabled": False}}):
+        text = json.dumps(template(values))
+        assert "probe-ca" not in text
+        assert "/v1/link" not in text
+
+
 def test_one_monitor_never_both_and_none_without_its_kind() -> None:
     both = {"metrics": {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}}}
     with pytest.raises(Exception, match="scrape everything twice"):
@@ -215,6 +261,16 @@ def test_one_monitor_never_both_and_none_without_its_kind() -> None:
     for value, kind in zip(("serviceMonitor", "podMonitor", "rules"), MONITORING, strict=True):
         with pytest.raises(Exception, match=f"metrics.{value}.enabled needs the Prometheus operator.*{kind}"):
             template({"metrics": {value: {"enabled": True}}}, api_versions=())
+
+
+def test_the_operator_may_write_the_secret_that_it_keeps_its_certificate_in() -> None:
+    documents = template({}, name="edge")
+    [operator] = [spec for name, spec in pods(tuple(documents)) if name.endswith("-operator")]
+    service = next(a for a in operator["containers"][0]["args"] if a.startswith("--service="))
+    named = Settings(NAMESPACE, service.removeprefix("--service="), Path("/"), "", "").own_tls_secret
+    rules = [rule for d in documents if d["kind"] == "Role" for rule in d["rules"]]
+    kept = [rule for rule in rules if "secrets" in rule["resources"] and "patch" in rule["verbs"]]
+    assert [rule["resourceNames"] for rule in kept] == [[named]]
 
 
 def test_two_releases_do_not_share_names() -> None:

@@ -49,6 +49,8 @@ BAD = [
     ({"operator": {"coordinatorURL": "http://plain.example.com"}}, "coordinatorURL"),
     ({"persistence": {"size": "plenty"}}, "/persistence/size"),
     ({"probe": {"intervalSeconds": 0}}, "intervalSeconds"),
+    ({"probe": {"heartbeatSeconds": 150}}, "heartbeatSeconds"),
+    ({"probe": {"measureLink": "yes"}}, "/probe/measureLink"),
     ({"probe": {"tolerations": [{"effect": "Never"}]}}, "effect"),
     ({"modelCache": {"hostPath": "cache"}}, "hostPath"),
     ({"modelCache": {"hostPath": "/var/../etc/{x}"}}, "hostPath"),

@@ -175,6 +175,24 @@ def test_a_round_closed_meanwhile_is_left(models, tmp_path):
         assert coordinator.updates == []
 
 
+def test_a_measured_link_rate_is_registered_and_paces_nothing(models, tmp_path):
+    write_rows(tmp_path / "train.jsonl")
+    with Coordinator(registered()) as coordinator:
+        coordinator.assignments = [STOP]
+        # A declared rate of one byte per second would keep the registration for minutes.
+        assert cli.main([*arguments(coordinator, models["bert"], tmp_path), "--link-rate", "1"]) == 0
+        (registration,) = coordinator.registrations
+    assert registration.device.link_rate == 1
+
+
+@pytest.mark.parametrize("rate", ["0", "fast", "-5"])
+def test_a_link_rate_that_is_none_is_refused(capfd, rate):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--link-rate", rate])
+    assert caught.value.code == 2
+    assert "argument --link-rate: " in capfd.readouterr().err
+
+
 def test_the_deadline_shortens_the_work(models, tmp_path):
     shape = shape_of(models["bert"])
     write_rows(tmp_path / "train.jsonl")

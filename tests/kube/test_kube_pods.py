@@ -54,6 +54,14 @@ def test_it_is_a_valid_pod_of_the_job_on_the_node() -> None:
     ]  # fmt: skip
 
 
+def test_the_agent_is_told_what_the_probe_measured_and_no_new_pod_is_made_for_it() -> None:
+    report = capacity("edge-1")
+    report["status"]["linkRate"] = 1_500_000
+    pod = build(report=report)
+    assert pod["spec"]["containers"][0]["args"][-2:] == ["--link-rate", "1500000"]
+    assert pod["metadata"]["annotations"] == build()["metadata"]["annotations"]
+
+
 def test_it_meets_pod_security_restricted() -> None:
     spec = build()["spec"]
     assert spec["securityContext"]["runAsNonRoot"]

@@ -151,6 +151,18 @@ def test_no_micro_batch_or_evaluated_batch_is_held_beside_the_next(sources, devi
     assert held == [[]] * 7
 
 
+@pytest.mark.parametrize("precision", Precision)
+def test_after_a_step_memory_goes_back_unless_all_is_float32(sources, tmp_path, monkeypatch, precision):
+    task = Task.CAUSAL_LM
+    model, samples = prepared(sources, task, tmp_path, precision), samples_of(task)
+    device, given = Device(Capacity(threads=1)), []
+    monkeypatch.setattr(device, "give_back", lambda: given.append(True))
+    work = MicroBatches(model, trained(model), samples, device, 2)
+    for _ in range(3):
+        work.accumulate(np.arange(4))
+    assert len(given) == (0 if precision is Precision.FP32 else 3)
+
+
 def test_a_passed_memory_budget_halves_the_micro_batch(sources, tmp_path):
     task = Task.SEQUENCE_CLASSIFICATION
     samples = samples_of(task)
@@ -334,3 +346,5 @@ def test_the_facts_keep_to_the_declared_capacity(device):
     assert 0 < facts.overhead < facts.free_memory
     declared = Device(Capacity(device="Orin", memory="600Mi", threads=1, speed=0.5, link_rate=1000)).facts(())
     assert (declared.name, declared.free_memory, declared.link_rate) == ("Orin", 600 << 20, 1000)
+    assert Device(Capacity(threads=1), 2000).facts(()).link_rate == 2000
+    assert Device(Capacity(threads=1, link_rate=1000), 2000).facts(()).link_rate == 1000

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedpipe_agent.cli import main
-from fedpipe_api.node import FedPipeNode
+from fedpipe_agent.probe import command, link, loop
+from fedpipe_api.node import STALE_SECONDS, FedPipeNode
 from nvml.standin import AGENT, StandIn, board, standin
 
 __all__ = ["standin"]
@@ -127,6 +128,10 @@ def test_a_key_given_twice_in_a_json_capacity_is_refused(
         (["--once", "--coordinator", "http://[bad"], "--coordinator: 'http://[bad' is no URL"),
         (["--once", "--coordinator", "http://host:99999/x"], "is no URL"),
         (["--once", "--coordinator", "http:///x"], "is no URL"),
+        (["--coordinator", "http://h/ä"], "--coordinator: 'http://h/ä' is no URL"),
+        (["--coordinator", "http://a..b/x"], "--coordinator: 'http://a..b/x' is no URL"),
+        (["--coordinator", f"http://{'a' * 64}/x"], "is no URL"),
+        (["--coordinator", "http://h/a b"], "is no URL"),
         (["--once", "--node", "Not A Node"], "--node: 'Not A Node'"),
         (["--verify"], "--verify goes with --once"),
         ([], "use --once"),
@@ -142,12 +147,29 @@ def test_a_wrong_option_is_one_line(
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--interval", "soon"], ["--heartbeat", "0s"], ["--timeout", "-1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--interval", "soon"],
+        ["--heartbeat", "0s"],
+        ["--timeout", "-1"],
+        ["--timeout", "99999999999h"],
+        ["--interval", "99999999999h"],
+        ["--interval", "3m"],
+        ["--heartbeat", "10m"],
+    ],
+)
 def test_a_wrong_duration_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["probe", *arguments])
     assert caught.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+    assert f"error: argument {arguments[0]}: {arguments[1]!r}" in capsys.readouterr().err
+
+
+def test_the_longest_times_that_are_taken_keep_a_report_from_growing_stale() -> None:
+    options = command._parser().parse_args(["--interval", "2m", "--heartbeat", "2m", "--timeout", "1m"])
+    late = options.heartbeat + (1 + loop.JITTER) * options.interval + options.timeout + link.DEADLINE
+    assert late < STALE_SECONDS
 
 
 def test_the_probe_imports_neither_torch_nor_anything_heavy() -> None:

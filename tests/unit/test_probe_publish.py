@@ -1,18 +1,15 @@
 """Writing a FedPipeNode: what is applied, what is left to others, and how failures are told."""
 
-import contextlib
-import http.server
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fedpipe_agent.probe import link, status
+from fedpipe_agent.probe import status
 from fedpipe_agent.probe.nvml import Reading
 from fedpipe_agent.probe.publish import Cluster, Publisher, PublishError
 from fedpipe_api.base import Precision, UserError
-from fedpipe_api.node import FedPipeNodeStatus
+from fedpipe_api.node import Capacity, FedPipeNodeStatus
 from nvml import apiserver, golden
 
 
@@ -77,6 +74,21 @@ def test_precisions_verified_by_the_operator_are_left_to_it(api: apiserver.ApiSe
     assert next(e for e in api.node["status"]["precisions"] if e["precision"] == "nf4")["verified"]
 
 
+def test_a_declared_capacity_keeps_its_own_precisions_beside_what_the_operator_proved(
+    api: apiserver.ApiServer,
+) -> None:
+    publisher = Publisher(api.cluster())
+    publisher.write(told())
+    api.prove("nf4", seconds=0.25)
+    publisher.load()
+    capacity = Capacity(device="cpu", precisions=(Precision.FP32,))
+    declared = status.build(None, golden.HOST, now=golden.NOW, capacity=capacity, verified=publisher.verified)
+    publisher.write(declared)
+    assert [entry["precision"] for entry in api.writes[-1]["precisions"]] == ["fp32"]
+    assert api.node is not None
+    assert api.node["status"]["precisionSummary"] == "fp32"
+
+
 def test_only_the_probe_s_own_conditions_are_taken_up_again(api: apiserver.ApiServer) -> None:
     publisher = Publisher(api.cluster())
     publisher.write(told())
@@ -123,48 +135,3 @@ def test_the_cluster_of_a_pod() -> None:
     assert found.url == "https://[fd00::1]:6443"
     with pytest.raises(UserError, match="--once"):
         Cluster.of_pod({})
-
-
-@contextlib.contextmanager
-def files(size: int, status_code: int) -> Iterator[str]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            assert self.headers["Range"] == f"bytes=0-{link.SAMPLE_BYTES - 1}"
-            assert "Authorization" not in self.headers
-            self.send_response(status_code)
-            self.end_headers()
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                self.wfile.write(bytes(size))
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/sample?x=1"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-@pytest.mark.parametrize(
-    ("size", "code", "measured"),
-    [
-        (link.SAMPLE_BYTES, 206, True),
-        (4 * link.SAMPLE_BYTES, 200, True),
-        (1000, 206, False),
-        (0, 200, False),
-        (link.SAMPLE_BYTES, 404, False),
-    ],
-)
-def test_the_link_is_measured_by_a_meaningful_download_only(size: int, code: int, measured: bool) -> None:
-    with files(size, code) as url:
-        rate = link.measure(url)
-    assert (rate is not None and rate > 0) == measured
-
-
-def test_a_coordinator_that_is_not_there_has_no_link_rate() -> None:
-    assert link.measure("http://127.0.0.1:1/") is None

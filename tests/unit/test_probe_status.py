@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from fedpipe_agent.probe import status
 from fedpipe_agent.probe.host import Host
 from fedpipe_agent.probe.loop import Schedule
-from fedpipe_agent.probe.nvml import Fault, Reading
+from fedpipe_agent.probe.nvml import Fault, Lost, Reading
 from fedpipe_api.base import Precision
 from fedpipe_api.node import (
+    DEVICE_LOST,
     DRIVER_FAULT,
     MEMORY_PRESSURE,
     READY,
@@ -31,7 +32,7 @@ GIB = 2**30
 HOST = Host(cpu=Cpu(cores=4, total_memory=16 * GIB, free_memory=12 * GIB))
 
 
-def device(capability: str | None = "8.6", free: int = 20 * GIB, **facts: object) -> Device:
+def device(capability: str | None = "8.6", free: int | None = 20 * GIB, **facts: object) -> Device:
     known = {"uuid": "GPU-1", "name": "GPU", "total_memory": 24 * GIB, "free_memory": free}
     return Device(**known | {"compute_capability": capability} | facts)
 
@@ -130,6 +131,38 @@ def test_mig_without_instances_is_not_ready_and_offers_nothing() -> None:
     assert built.memory_summary == "–"
 
 
+def test_a_gpu_that_tells_no_memory_is_not_taken_for_a_unified_one() -> None:
+    untold = device(name="Tesla T4", total_memory=None, free=None)
+    built = build(Reading(devices=(untold,)))
+    assert built.devices == (untold,)
+    assert (built.memory_summary, built.free_summary, built.precisions) == ("–", "–", ())
+    assert condition(built, READY) == ("False", "NoPermission")
+    assert "Tesla T4 does not tell its memory" in built.conditions[0].message
+    # Another one keeps the node in use.
+    pair = build(Reading(devices=(untold, device(uuid="GPU-2"))))
+    assert condition(pair, READY) == ("True", "GpuReady")
+    assert (pair.memory_summary, pair.free_summary) == ("24Gi", "20Gi")
+
+
+@pytest.mark.parametrize(
+    ("reasons", "advice"),
+    [
+        ([NodeReason.NO_PERMISSION], "Give the probe access to the GPU devices."),
+        ([NodeReason.RESET_REQUIRED] * 2, "Drain the node and reset the GPU, or reboot."),
+        (
+            [NodeReason.GPU_LOST, NodeReason.DEVICE_FAILED],
+            "Look at its power and cooling, and reboot the node. Run `nvidia-smi` on the node.",
+        ),
+    ],
+)
+def test_a_lost_gpu_comes_with_the_advice_of_its_reason(reasons: list[NodeReason], advice: str) -> None:
+    lost = tuple(Lost(index=i, reason=reason, message="no answer") for i, reason in enumerate(reasons))
+    built = build(Reading(lost=lost))
+    assert condition(built, DEVICE_LOST) == ("True", reasons[0])
+    message = next(known.message for known in built.conditions if known.type == DEVICE_LOST)
+    assert message.endswith(f": no answer. {advice}")
+
+
 def test_declared_capacity_stands_in_for_the_hardware() -> None:
     capacity = Capacity(device="cpu", memory=2 * GIB, threads=2, precisions=(Precision.FP32,))
     built = status.build(None, HOST, now=NOW, capacity=capacity)
@@ -142,6 +175,9 @@ def test_declared_capacity_stands_in_for_the_hardware() -> None:
     board = status.build(None, HOST, now=NOW, capacity=Capacity(device="T4", memory=15 * GIB))
     assert (board.device_summary, board.memory_summary) == ("T4", "15Gi")
     assert board.cpu == HOST.cpu
+    slow = capacity.model_copy(update={"link_rate": 1000})
+    assert status.build(None, HOST, now=NOW, capacity=slow, link_rate=10**6).link_rate == 1000
+    assert status.build(None, HOST, now=NOW, capacity=capacity, link_rate=10**6).link_rate == 10**6
 
 
 def test_transition_time_moves_only_with_the_status() -> None:

@@ -69,6 +69,19 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- end -}}
 
+{{- /* Where agents and probes find the coordinator */ -}}
+{{- define "fedpipe.coordinator" -}}
+{{- $service := printf "https://%s.%s.svc:8443" (include "fedpipe.fullname" .) .Release.Namespace -}}
+{{- .Values.operator.coordinatorURL | default $service -}}
+{{- end -}}
+
+{{- /* ConfigMap from which probes that measure the link read the coordinator's CA */ -}}
+{{- define "fedpipe.probeCA" -}}
+{{- if and .Values.probe.enabled .Values.probe.measureLink -}}
+{{- include "fedpipe.fullname" . }}-probe-ca
+{{- end -}}
+{{- end -}}
+
 {{- define "fedpipe.claim" -}}
 {{- .Values.persistence.existingClaim | default (printf "%s-store" (include "fedpipe.fullname" .)) -}}
 {{- end -}}

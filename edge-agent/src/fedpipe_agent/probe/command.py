@@ -5,7 +5,9 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,12 +17,15 @@ from fedpipe_api.base import UserError, format_duration, parse_duration
 from fedpipe_api.node import HEARTBEAT_SECONDS, READY, FedPipeNode, PrecisionSupport
 from fedpipe_api.objects import ObjectMeta
 
-from . import declared, link
-from .loop import Probe, run
+from . import declared
+from .loop import Coordinator, Link, Probe, run
 from .metrics import NodeMetrics
 from .publish import Cluster, Publisher, PublishError
 from .table import table
 from .waiting import Waiter
+
+TIMEOUT_LIMIT = 60.0
+"""Seconds. With it, HEARTBEAT_SECONDS as limit of the other times keeps a report within STALE_SECONDS."""
 
 
 def main(argv: list[str]) -> int:
@@ -52,41 +57,56 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--capacity", type=Path, metavar="FILE", help="report this declared capacity instead")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="directory of the model cache")
     parser.add_argument("--coordinator", metavar="URL", help="file to download to measure the link")
-    parser.add_argument("--interval", type=_seconds, default=15.0, help="time between passes (15s)")
+    parser.add_argument(
+        "--ca-file", type=Path, metavar="FILE", help="certificate authorities (PEM) of --coordinator"
+    )
+    parser.add_argument(
+        "--interval", type=_at_most(HEARTBEAT_SECONDS), default=15.0, help="time between passes (15s)"
+    )
     parser.add_argument(
         "--heartbeat",
-        type=_seconds,
+        type=_at_most(HEARTBEAT_SECONDS),
         default=HEARTBEAT_SECONDS,
         help=f"time between writes when nothing moves ({format_duration(HEARTBEAT_SECONDS)})",
     )
-    parser.add_argument("--timeout", type=_seconds, default=10.0, help="time NVML may take in a pass (10s)")
+    parser.add_argument(
+        "--timeout", type=_at_most(TIMEOUT_LIMIT), default=10.0, help="time NVML may take in a pass (10s)"
+    )
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics here")
     return parser
 
 
 def _is_url(text: str) -> bool:
+    if not re.fullmatch("[!-~]+", text):
+        return False
     try:
         parts = urlsplit(text)
-        # The port is read, and refused, on access.
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        # An empty or long label of the name is refused on encoding, the port on access.
+        host = (parts.hostname or "").encode("idna")
+        return parts.scheme in ("http", "https") and bool(host) and parts.port != 0
     except ValueError:
         return False
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if seconds <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+def _at_most(limit: float) -> Callable[[str], float]:
+    """Return a parser of a duration above 0 and at most `limit` seconds."""
+
+    def seconds(text: str) -> float:
+        try:
+            value = parse_duration(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        if not 0 < value <= limit:
+            raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and at most {format_duration(limit)}")
+        return value
+
     return seconds
 
 
 def _once(probe: Probe, options: argparse.Namespace) -> int:
     status = probe.look(
         verified=_verified() if options.verify else (),
-        link_rate=link.measure(options.coordinator) if options.coordinator else None,
+        link_rate=Link(_coordinator(options)).look(),
     )
     node = FedPipeNode(metadata=_meta(options.node or socket.gethostname().lower()), status=status)
     if options.output == "json":
@@ -121,9 +141,13 @@ def _forever(probe: Probe, options: argparse.Namespace) -> int:
             metrics,
             interval=options.interval,
             heartbeat=options.heartbeat,
-            coordinator=options.coordinator,
+            coordinator=_coordinator(options),
         )
     return 0
+
+
+def _coordinator(options: argparse.Namespace) -> Coordinator | None:
+    return Coordinator(options.coordinator, options.ca_file) if options.coordinator else None
 
 
 def _verified() -> tuple[PrecisionSupport, ...]:

@@ -8,6 +8,7 @@ from fedpipe_api.node import (
     DEVICE_LOST,
     DRIVER_FAULT,
     MEMORY_PRESSURE,
+    NODE_ADVICE,
     READY,
     Device,
     FedPipeNodeStatus,
@@ -55,8 +56,12 @@ def judge(
 
 
 def usable_devices(devices: Iterable[Device]) -> tuple[Device, ...]:
-    """Return the devices a process can compute on: with MIG enabled, those that have instances."""
-    return tuple(device for device in devices if not device.mig_enabled or device.mig_instances)
+    """Return the devices a process can compute on: their memory is known and, with MIG, has instances."""
+    return tuple(
+        device
+        for device in devices
+        if device.total_memory is not None and (not device.mig_enabled or device.mig_instances)
+    )
 
 
 def silent(reading: Reading) -> bool:
@@ -64,6 +69,10 @@ def silent(reading: Reading) -> bool:
     if reading.fault is not None:
         return reading.fault.reason not in ABSENT
     return bool(reading.lost) and not reading.devices
+
+
+def _without_instances(device: Device) -> bool:
+    return bool(device.mig_enabled) and not device.mig_instances
 
 
 _State = tuple[bool, NodeReason, str]
@@ -79,6 +88,10 @@ def _ready(reading: Reading, devices: tuple[Device, ...], declared: bool) -> _St
     if not devices:
         return True, NodeReason.CPU_ONLY, "jobs run on the processor"
     if not usable_devices(devices):
+        untold = [device.name for device in devices if not _without_instances(device)]
+        if untold:
+            message = f"{untold[0]} does not tell its memory to the probe; give it access to the GPU devices"
+            return False, NodeReason.NO_PERMISSION, message
         return False, NodeReason.NO_MIG_INSTANCES, "MIG is enabled but there are no instances; create some"
     return True, NodeReason.GPU_READY, f"{len(devices)} of {len(devices) + len(reading.lost)} GPUs answer"
 
@@ -106,7 +119,8 @@ def _device_lost(reading: Reading) -> _State:
     names = "; ".join(
         f"GPU {lost.index}{f' ({lost.uuid})' if lost.uuid else ''}: {lost.message}" for lost in reading.lost
     )
-    return True, reading.lost[0].reason, f"{names}. Reset the GPU or reboot the node"
+    actions = " ".join(dict.fromkeys(NODE_ADVICE[lost.reason].action for lost in reading.lost))
+    return True, reading.lost[0].reason, f"{names}. {actions}"
 
 
 def _memory_pressure(

@@ -2,42 +2,80 @@
 
 import contextlib
 import http.client
+import ssl
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
+
+from .child import Child, Died, Stuck, Wait
 
 SAMPLE_BYTES = 1024 * 1024
 MEANINGFUL_BYTES = 64 * 1024
 TIMEOUT = 10.0
+"""Seconds for connecting, for each wait on the answer, and for the download."""
+DEADLINE = 30.0
+"""Seconds that all of it may take, looking up the name included."""
 
 
-def measure(url: str) -> int | None:
-    """Return bytes per second of a ranged GET of at most SAMPLE_BYTES, or None when it cannot be told.
+class LinkError(Exception):
+    """The rate cannot be told; the text says why."""
+
+
+def measure(url: str, ca: Path | None = None, *, wait: Wait | None = None, child: Child | None = None) -> int:
+    """Return bytes per second of a ranged GET of at most SAMPLE_BYTES. Raises LinkError.
 
     The clock starts with the first bytes, so that connecting does not count; a sample below MEANINGFUL_BYTES
-    tells nothing. No credentials are sent and no redirect is followed.
+    tells nothing. No credentials are sent and no redirect is followed. `ca` None trusts the system's
+    authorities. All is done in the child, which gives up on it; `wait` as in `Child.ask`.
     """
-    parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    path = parts._replace(scheme="", netloc="").geturl() or "/"
+    child = child or Child(DEADLINE)
     try:
-        with contextlib.closing(kind(parts.hostname or "", parts.port, timeout=TIMEOUT)) as connection:
-            connection.request("GET", path, headers={"Range": f"bytes=0-{SAMPLE_BYTES - 1}"})
-            response = connection.getresponse()
-            if response.status not in (200, 206) or not response.read(1):
-                return None
-            received, seconds = _download(response)
-    except (OSError, http.client.HTTPException):
-        return None
+        kind, _, text = child.ask(lambda: _answer(url, ca), wait).decode().partition(" ")
+    except (TimeoutError, Stuck) as error:
+        raise LinkError(str(error) or "an earlier measurement does not end") from None
+    except Died as how:
+        raise LinkError(f"the process that measures it died {how}") from None
+    if kind != "rate":
+        raise LinkError(text)
+    return int(text)
+
+
+def _answer(url: str, ca: Path | None) -> bytes:
+    try:
+        return f"rate {_measure(url, ca)}".encode()
+    except LinkError as error:
+        return f"error {error}".encode()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return f"error {error or type(error).__name__}".encode()
+
+
+def _measure(url: str, ca: Path | None) -> int:
+    parts = urlsplit(url)
+    path = parts._replace(scheme="", netloc="").geturl() or "/"
+    host = parts.hostname or ""
+    connection = http.client.HTTPConnection(host, parts.port, timeout=TIMEOUT)
+    if parts.scheme == "https":
+        if ca is not None and not ca.is_file():
+            raise LinkError(f"{ca}: no such file")
+        context = ssl.create_default_context(cafile=ca)
+        connection = http.client.HTTPSConnection(host, parts.port, timeout=TIMEOUT, context=context)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers={"Range": f"bytes=0-{SAMPLE_BYTES - 1}"})
+        response = connection.getresponse()
+        if response.status not in (200, 206):
+            raise LinkError(f"it answered {response.status} {response.reason}")
+        received, seconds = _download(response)
     if received < MEANINGFUL_BYTES or seconds <= 0:
-        return None
+        raise LinkError(f"{received} bytes tell nothing; at least {MEANINGFUL_BYTES} are needed")
     return max(1, round(received / seconds))
 
 
 def _download(response: http.client.HTTPResponse) -> tuple[int, float]:
-    """Return bytes and seconds of what comes within TIMEOUT."""
+    """Return bytes and seconds of what comes within TIMEOUT after the first byte."""
+    first = len(response.read(1))
     started = time.monotonic()
     received = 0
-    while received < SAMPLE_BYTES and time.monotonic() - started < TIMEOUT:
+    while first and received < SAMPLE_BYTES and time.monotonic() - started < TIMEOUT:
         part = response.read1(65536)
         if not part:
             break

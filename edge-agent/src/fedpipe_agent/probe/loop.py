@@ -9,13 +9,18 @@ from pathlib import Path
 
 from fedpipe_api.node import Capacity, FedPipeNodeStatus, PrecisionSupport
 
+from ..errors import Stopped
 from . import host, link, nvml, status
+from .child import Child, Wait
 from .metrics import NodeMetrics
 from .publish import Publisher, PublishError
 from .waiting import Waiter
 
 LINK_INTERVAL = 3600.0
 """Seconds between two measurements of the link; each moves up to link.SAMPLE_BYTES."""
+
+LINK_RETRY = 300.0
+"""Seconds after one that failed: the coordinator may have started after the probe."""
 
 JITTER = 0.1
 """Share by which intervals vary, so that the probes of a fleet do not keep step."""
@@ -40,7 +45,7 @@ class Probe:
     def look(
         self,
         *,
-        wait: nvml.Wait | None = None,
+        wait: Wait | None = None,
         verified: tuple[PrecisionSupport, ...] = (),
         link_rate: int | None = None,
         before: FedPipeNodeStatus | None = None,
@@ -56,6 +61,48 @@ class Probe:
             link_rate=link_rate,
             before=before,
         )
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """What to download to measure the link; `ca` as in `link.measure`."""
+
+    url: str
+    ca: Path | None = None
+
+
+class Link:
+    """The link's rate, measured now and then."""
+
+    def __init__(self, coordinator: Coordinator | None) -> None:
+        self._coordinator = coordinator
+        self._child = Child(link.DEADLINE)
+        self._due = 0.0
+        self._trouble = ""
+        self.rate: int | None = None
+
+    def look(self, wait: Wait | None = None) -> int | None:
+        """Return the rate in bytes per second, measured anew when that is due; None when it is not known."""
+        if self._coordinator is None or time.monotonic() < self._due:
+            return self.rate
+        try:
+            self.rate = link.measure(
+                self._coordinator.url, self._coordinator.ca, wait=wait, child=self._child
+            )
+        except link.LinkError as error:
+            self.rate = None
+            self._tell(str(error))
+        else:
+            self._tell("")
+        self._due = time.monotonic() + _vary(LINK_RETRY if self.rate is None else LINK_INTERVAL)
+        return self.rate
+
+    def _tell(self, trouble: str) -> None:
+        """Log a trouble once, and its end."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            said = f"cannot be measured: {trouble}" if trouble else "is measured"
+            log.info("the link to %s %s", self._coordinator.url if self._coordinator else "", said)
 
 
 class Schedule:
@@ -102,40 +149,43 @@ def run(
     *,
     interval: float,
     heartbeat: float,
-    coordinator: str | None = None,
+    coordinator: Coordinator | None = None,
 ) -> None:
     """Make passes every `interval` seconds until SIGTERM; report at least about every `heartbeat` seconds."""
     schedule = Schedule(interval, heartbeat)
     journal = Journal()
-    before = _last_status(publisher)
-    link_rate: int | None = None
-    link_due = 0.0
-    while True:
-        started = time.monotonic()
-        if coordinator and started >= link_due:
-            link_rate = link.measure(coordinator)
-            link_due = started + _vary(LINK_INTERVAL)
-        before = probe.look(
-            wait=waiter.readable, verified=publisher.verified, link_rate=link_rate, before=before
-        )
-        if waiter.stopping:
-            # A read cut short by the signal is no fault of NVML to be told to anybody.
-            return
-        metrics.saw(before, time.monotonic() - started)
-        journal.saw(before)
-        cause = schedule.cause(before, time.monotonic())
-        if cause:
-            try:
-                publisher.write(before)
-            except PublishError as error:
-                schedule.failed(time.monotonic())
-                metrics.failed(error.reason)
-                journal.failed(error)
-            else:
-                schedule.wrote(before, time.monotonic())
-                metrics.wrote(cause)
-                journal.wrote()
-        waiter.sleep(_vary(interval) - (time.monotonic() - started))
+    measured = Link(coordinator)
+    try:
+        with waiter.interruptible():
+            before = _last_status(publisher)
+        while True:
+            started = time.monotonic()
+            link_rate = measured.look(waiter.readable)
+            before = probe.look(
+                wait=waiter.readable, verified=publisher.verified, link_rate=link_rate, before=before
+            )
+            if waiter.stopping:
+                # A read cut short by the signal is no fault of NVML to be told to anybody.
+                return
+            metrics.saw(before, time.monotonic() - started)
+            journal.saw(before)
+            cause = schedule.cause(before, time.monotonic())
+            if cause:
+                try:
+                    with waiter.interruptible():
+                        publisher.write(before)
+                except PublishError as error:
+                    schedule.failed(time.monotonic())
+                    metrics.failed(error.reason)
+                    journal.failed(error)
+                else:
+                    schedule.wrote(before, time.monotonic())
+                    metrics.wrote(cause)
+                    journal.wrote()
+            waiter.sleep(_vary(interval) - (time.monotonic() - started))
+    except Stopped:
+        # It came while the API server was silent.
+        return
 
 
 class Journal:

@@ -1,17 +1,10 @@
 """GPU facts through NVML: init, read, shutdown on every pass, in a child process of its own.
 
 A child, because NVML can hang inside the driver, can crash, and keeps the library it loaded first: after a
-driver upgrade only a fresh process loads the new one. The parent never loads NVML and never starts a thread,
-so forking it is safe and costs a few milliseconds.
+driver upgrade only a fresh process loads the new one. The parent never loads NVML.
 """
 
 import contextlib
-import ctypes
-import gc
-import os
-import select
-import signal
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +13,9 @@ from pydantic import Field, ValidationError
 from fedpipe_api.base import Model
 from fedpipe_api.node import Device, MigInstance, NodeReason
 
-RESULT_LIMIT = 1024 * 1024
-MAX_DEVICES = 64
-PR_SET_PDEATHSIG = 1
+from .child import Child, Died, Stuck, Wait
 
-Wait = Callable[[int, float], bool]
-"""Waits until a file descriptor is readable, at most so many seconds; says whether it is."""
+MAX_DEVICES = 64
 
 
 class Fault(Model):
@@ -45,7 +35,11 @@ class Lost(Model):
 
 
 class Reading(Model):
-    """One pass over NVML. A device whose board has no memory of its own has `total_memory` null."""
+    """One pass over NVML.
+
+    A device with `unified_memory` has none of its own; one that does not tell its memory to this user has
+    `total_memory` null.
+    """
 
     driver_version: str | None = None
     cuda_version: str | None = None
@@ -62,43 +56,31 @@ class Reader:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._stuck: int | None = None
+        self._child = Child(timeout)
 
     def read(self, wait: Wait | None = None) -> Reading:
-        """Return one reading; a hang, a crash or rubbish is a reading with a fault.
-
-        `wait` lets the caller do other work meanwhile. While a killed child has not gone (a call stuck in the
-        kernel cannot be killed) no second one is started, so hung children never pile up.
-        """
-        if self._stuck is not None and not _gone(self._stuck, 0.0):
+        """Return one reading; a hang, a crash or rubbish is one with a fault. `wait` as in `Child.ask`."""
+        try:
+            return Reading.model_validate_json(self._child.ask(_read, wait))
+        except Stuck:
             return _failed(
                 NodeReason.NVML_TIMEOUT,
                 "an NVML call hangs in the kernel since an earlier pass; reboot the node if it stays",
             )
-        self._stuck = None
-        receive, send = os.pipe()
-        child = os.fork()
-        if child == 0:
-            _run_child(send)
-        os.close(send)
-        try:
-            data = _receive(receive, self._timeout, wait or _wait_readable)
-        finally:
-            os.close(receive)
-        if data is None:
-            os.kill(child, signal.SIGKILL)
-            if not _gone(child, 0.2):
-                self._stuck = child
+        except TimeoutError:
             return _failed(NodeReason.NVML_TIMEOUT, f"NVML did not answer within {self._timeout:g} s")
-        _, exit_status = os.waitpid(child, 0)
-        if exit_status:
-            code = os.waitstatus_to_exitcode(exit_status)
-            how = f"of signal {-code}" if code < 0 else f"with exit code {code}"
+        except Died as how:
             return _failed(NodeReason.NVML_FAILED, f"the process that reads NVML died {how}")
-        try:
-            return Reading.model_validate_json(data)
         except ValidationError as error:
             return _failed(NodeReason.NVML_FAILED, f"NVML answered nonsense: {error.errors()[0]['msg']}")
+
+
+def _read() -> bytes:
+    try:
+        reading = collect()
+    except Exception as error:
+        reading = _failed(NodeReason.NVML_FAILED, f"NVML could not be read: {error!r}"[:512])
+    return reading.to_json().encode()
 
 
 def collect() -> Reading:
@@ -149,23 +131,44 @@ def _collect(nvml: Any) -> Reading:
 
 def _device(nvml: Any, handle: Any, uuid: str) -> Device:
     capability = _ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, handle)
-    memory = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
     utilization = _ask(nvml, nvml.nvmlDeviceGetUtilizationRates, handle)
     power = _ask(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
     ecc = _ask(nvml, nvml.nvmlDeviceGetEccMode, handle)
     mig = _ask(nvml, nvml.nvmlDeviceGetMigMode, handle)
+    instances = _instances(nvml, handle) if mig and mig[0] else ()
+    memory, unsupported = _memory(nvml, handle)
+    total, free = (memory.total, memory.free) if memory else _sum(instances)
     return Device(
         uuid=uuid[:128],
         name=(_ask(nvml, nvml.nvmlDeviceGetName, handle) or "NVIDIA GPU")[:128],
         compute_capability=f"{capability[0]}.{capability[1]}" if capability else None,
-        total_memory=memory.total if memory else None,
-        free_memory=memory.free if memory else None,
+        total_memory=total,
+        free_memory=free,
+        unified_memory=unsupported and not (mig and mig[0]),
         utilization=utilization.gpu if utilization else None,
         power_limit=None if power is None else power / 1000,
         ecc=bool(ecc[0]) if ecc else None,
         mig_enabled=bool(mig[0]) if mig else None,
-        mig_instances=_instances(nvml, handle) if mig and mig[0] else (),
+        mig_instances=instances,
     )
+
+
+def _memory(nvml: Any, handle: Any) -> tuple[Any, bool]:
+    """Return a board's memory or None, and whether NVML says that there is none to tell of."""
+    try:
+        return nvml.nvmlDeviceGetMemoryInfo(handle), False
+    except nvml.NVMLError as error:
+        if error.value not in (nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_NO_PERMISSION):
+            raise
+        return None, error.value == nvml.NVML_ERROR_NOT_SUPPORTED
+
+
+def _sum(instances: tuple[MigInstance, ...]) -> tuple[int | None, int | None]:
+    """Return what a MIG board has in all: it tells the whole to privileged users only."""
+    total = sum(instance.total_memory for instance in instances)
+    if not total:
+        return None, None
+    return total, sum(instance.free_memory or 0 for instance in instances)
 
 
 def _instances(nvml: Any, handle: Any) -> tuple[MigInstance, ...]:
@@ -235,62 +238,9 @@ def _lost_reason(nvml: Any, error: Any) -> NodeReason:
     reasons = {
         nvml.NVML_ERROR_GPU_IS_LOST: NodeReason.GPU_LOST,
         nvml.NVML_ERROR_RESET_REQUIRED: NodeReason.RESET_REQUIRED,
+        nvml.NVML_ERROR_NO_PERMISSION: NodeReason.NO_PERMISSION,
     }
     return reasons.get(error.value, NodeReason.DEVICE_FAILED)
-
-
-def _run_child(send: int) -> None:
-    """Read NVML, write the reading to `send` and end the process; never returns."""
-    code = 70
-    # A collection would copy the parent's whole heap to free nothing.
-    gc.disable()
-    try:
-        # Nobody else would end a hung child of a parent that was killed.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
-        # A hung child must hold none of the parent's sockets.
-        os.closerange(3, send)
-        os.closerange(send + 1, 2**20)
-        try:
-            reading = collect()
-        except Exception as error:
-            reading = _failed(NodeReason.NVML_FAILED, f"NVML could not be read: {error!r}"[:512])
-        data = reading.to_json().encode()
-        while data:
-            data = data[os.write(send, data) :]
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def _receive(receive: int, timeout: float, wait: Wait) -> bytes | None:
-    """Return all bytes up to the end of the stream, or None when the time is over."""
-    data = b""
-    end = time.monotonic() + timeout
-    while len(data) <= RESULT_LIMIT:
-        if not wait(receive, max(0.0, end - time.monotonic())):
-            return None
-        part = os.read(receive, 65536)
-        if not part:
-            return data
-        data += part
-    return None
-
-
-def _wait_readable(descriptor: int, seconds: float) -> bool:
-    return bool(select.select([descriptor], [], [], seconds)[0])
-
-
-def _gone(child: int, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while True:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return True
-        if time.monotonic() >= end:
-            return False
-        time.sleep(0.005)
 
 
 def _failed(reason: NodeReason, message: str) -> Reading:

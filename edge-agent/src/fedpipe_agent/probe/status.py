@@ -52,7 +52,7 @@ def build(
         devices, cpu = _declared_devices(capacity), _declared_cpu(capacity, host.cpu)
         derived = [PrecisionSupport(precision=precision) for precision in capacity.precisions]
         verified = [support for support in verified if support.precision in capacity.precisions]
-        link_rate = link_rate or capacity.link_rate
+        link_rate = capacity.link_rate or link_rate
         found = Reading()
     else:
         found = reading or Reading()
@@ -125,14 +125,10 @@ def _declared_cpu(capacity: Capacity, cpu: Cpu) -> Cpu:
 
 def _with_shared_memory(device: Device, cpu: Cpu) -> Device:
     """Fill in the system's memory where the board has none of its own."""
-    if device.total_memory is not None:
+    if not device.unified_memory or device.total_memory is not None:
         return device
     return device.model_copy(
-        update={
-            "unified_memory": True,
-            "total_memory": cpu.total_memory,
-            "free_memory": cpu.free_memory,
-        }
+        update={"total_memory": cpu.total_memory, "free_memory": cpu.free_memory},
     )
 
 

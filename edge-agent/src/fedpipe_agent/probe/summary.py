@@ -24,11 +24,11 @@ def devices(devices: tuple[Device, ...], capacity: Capacity | None) -> str:
 
 
 def _sizes(devices: tuple[Device, ...]) -> list[tuple[int, int]]:
-    """Return (total, free) bytes of everything a process can be given."""
+    """Return (total, free) bytes of everything a process can be given and that tells its memory."""
     sizes = []
     for device in devices:
         parts = device.mig_instances if device.mig_enabled else (device,)
-        sizes += [(part.total_memory or 0, part.free_memory or 0) for part in parts]
+        sizes += [(part.total_memory, part.free_memory or 0) for part in parts if part.total_memory]
     return sizes
 
 

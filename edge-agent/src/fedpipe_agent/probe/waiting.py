@@ -7,11 +7,15 @@ import selectors
 import signal
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import HTTPServer
 from types import TracebackType
 from typing import Self
 
 from prometheus_client import CollectorRegistry, MetricsHandler
+
+from ..errors import Stopped
 
 SCRAPE_SECONDS = 2.0
 """The longest one scrape may keep the probe waiting for its request."""
@@ -20,11 +24,13 @@ SCRAPE_SECONDS = 2.0
 class Waiter:
     """Waits, and serves `/metrics` on `port` (0 = any free one) where a port is given.
 
-    As a context manager it answers SIGTERM and SIGINT by ending every wait at once, with `stopping` set.
+    As a context manager it answers SIGTERM and SIGINT by ending every wait at once, with `stopping` set, and
+    what is `interruptible`.
     """
 
     def __init__(self, registry: CollectorRegistry, port: int | None) -> None:
         self.stopping = False
+        self._raising = False
         self._selector = selectors.DefaultSelector()
         self._server: HTTPServer | None = None
         if port is not None:
@@ -75,6 +81,17 @@ class Waiter:
         finally:
             self._selector.unregister(descriptor)
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Have SIGTERM and SIGINT raise Stopped: for calls that wait elsewhere, such as on an API server."""
+        self._raising = True
+        try:
+            if self.stopping:
+                raise Stopped
+            yield
+        finally:
+            self._raising = False
+
     def _wait(self, seconds: float, descriptor: int | None) -> bool:
         end = time.monotonic() + seconds
         while not self.stopping:
@@ -89,3 +106,7 @@ class Waiter:
 
     def _stop(self, number: int, frame: object) -> None:
         self.stopping = True
+        if self._raising:
+            # Once: nothing may come between what the first one unwinds.
+            self._raising = False
+            raise Stopped

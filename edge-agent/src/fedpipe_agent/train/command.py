@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from fedpipe_api.base import UserError
+from fedpipe_api.base import UserError, parse_quantity
 from fedpipe_api.node import Capacity
 
 from ..errors import Stopped
@@ -64,7 +64,7 @@ def _work(options: argparse.Namespace, capacity: Capacity, work: Path) -> None:
         from .device import Device
 
         # Before the check: its child makes a CUDA context too, and free memory's fall may have to tell ours.
-        device = Device(capacity)
+        device = Device(capacity, options.link_rate)
         check = Check(capacity.precisions)
         # Slow imports, while the kernels run.
         from .agent import Agent
@@ -92,11 +92,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, type=Path, help="directory of this node's data")
     parser.add_argument("--token-file", required=True, type=Path, help="file with the bearer token")
     parser.add_argument("--ca-file", type=Path, help="certificate authority of the coordinator (PEM)")
+    parser.add_argument(
+        "--link-rate",
+        type=_link_rate,
+        metavar="BYTES",
+        help="measured rate of the link per second, for the plan; a declared one is kept to instead",
+    )
     parser.add_argument("--capacity", type=Path, help="JSON or YAML file with a declared capacity to keep to")
     parser.add_argument(
         "--give-up", type=float, default=600.0, metavar="SECONDS", help="of an unreachable coordinator (600)"
     )
     return parser
+
+
+def _link_rate(text: str) -> int:
+    try:
+        rate = parse_quantity(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if rate < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+    return rate
 
 
 def _environment(capacity: Capacity) -> None:

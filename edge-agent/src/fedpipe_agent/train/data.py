@@ -67,7 +67,7 @@ class Samples:
         return int((self.lengths[indices] - np.maximum(self.marks[indices], 1)).sum())
 
     def batch(self, indices: np.ndarray, device: torch.device) -> Batch:
-        """Return the samples padded on the right, on the device; the copy overlaps with computation."""
+        """Return the samples padded on the right, on the device; the host does not wait for the copy."""
         width = -(-int(self.lengths[indices].max()) // PADDING_MULTIPLE) * PADDING_MULTIPLE
         ids = np.full((len(indices), width), self._padding, dtype=np.int64)
         mask = np.zeros((len(indices), width), dtype=np.int64)
@@ -227,7 +227,8 @@ def step_order(samples: Samples, size: int, *parts: object) -> Iterator[np.ndarr
     """Yield the `size` samples of each optimizer step, without end.
 
     Whole permutations of the data follow one another; they depend on `parts` (seed, round, node) only. Within
-    a step samples are ordered by length, so that micro-batches carry little padding.
+    a step the longest come first, so that micro-batches carry little padding and what one leaves in memory has
+    room for the next.
     """
     random = generator(*parts)
     left = np.empty(0, dtype=np.int64)
@@ -235,4 +236,4 @@ def step_order(samples: Samples, size: int, *parts: object) -> Iterator[np.ndarr
         while len(left) < size:
             left = np.concatenate([left, random.permutation(len(samples))])
         step, left = left[:size], left[size:]
-        yield step[np.argsort(samples.lengths[step], kind="stable")]
+        yield step[np.argsort(-samples.lengths[step], kind="stable")]

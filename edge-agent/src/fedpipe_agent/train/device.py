@@ -22,8 +22,9 @@ RESERVE = 150 * 2**20
 """Bytes kept for what CUDA takes outside torch's allocator after its context: modules loaded at first use,
 handles of cuBLAS. Nominal: to be measured on the first GPU."""
 
-KERNELS_KEPT = "64"
-"""Compiled kernels that oneDNN, and torch's cache over it, keep: some six lengths'. Read at first use."""
+KERNELS_KEPT = "20"
+"""Compiled kernels that oneDNN, and torch's cache over it, keep: those of one layer at one length. More of
+them hold pages of the heap back; with fewer they are compiled anew in every layer. Read at first use."""
 
 _OUT_OF_MEMORY = (
     "out of memory",
@@ -37,8 +38,11 @@ _OUT_OF_MEMORY = (
 class Device:
     """A CPU or the first visible CUDA device, kept to a declared capacity."""
 
-    def __init__(self, capacity: Capacity):
-        """Open the device; on CUDA this creates the context, whose size is part of `overhead`."""
+    def __init__(self, capacity: Capacity, link_rate: int | None = None):
+        """Open the device; on CUDA this creates the context, whose size is part of `overhead`.
+
+        link_rate: bytes per second as measured, told where the capacity declares none.
+        """
         self._capacity = capacity
         self.threads = capacity.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(self.threads)
@@ -50,7 +54,7 @@ class Device:
         self._gpu = Gpu(str(torch.cuda.get_device_properties(self.torch).uuid)) if self.cuda else None
         self._context = _create_context(self.torch, self._gpu) if self._gpu else 0
         self.budget = capacity.memory
-        self.link_rate = capacity.link_rate
+        self.link_rate = capacity.link_rate or link_rate
         if self.cuda and self.budget is not None:
             total = torch.cuda.get_device_properties(self.torch).total_memory
             share = min(1.0, max(self.budget - self._context - RESERVE, 1) / total)
@@ -103,17 +107,23 @@ class Device:
     def reset_peak(self) -> None:
         """Give unused memory back and measure the peak anew."""
         gc.collect()
+        self.give_back()
         if self.cuda:
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.torch)
             return
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
-        if trim is not None:
-            trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         except OSError:
             return  # a sandbox without it: the peak is that of the process's whole life
+
+    def give_back(self) -> None:
+        """Give memory that nothing uses back to the system."""
+        if self.cuda:
+            torch.cuda.empty_cache()
+            return
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+        if trim is not None:
+            trim(0)
 
     def over_budget(self) -> bool:
         """Whether the peak has passed the declared memory; CUDA's allocator refuses before that."""

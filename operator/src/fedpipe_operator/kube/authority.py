@@ -15,9 +15,6 @@ from .tls import Material, load_certificate, now_utc, renew
 
 log = logging.getLogger(__name__)
 
-TLS_NAME = "fedpipe-tls"
-"""Secret of the operator's own authority; its rights name it."""
-
 CHECK_SECONDS = 300.0
 """Pause between two looks at the certificate."""
 
@@ -30,6 +27,7 @@ class Authority:
         self._settings = settings
         self._material: Material | None = None
         self._published: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+        self._told_probes: str | None = None
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
 
@@ -42,7 +40,7 @@ class Authority:
 
     @property
     def _secret(self) -> str:
-        return self._settings.tls_secret or TLS_NAME
+        return self._settings.tls_secret or self._settings.own_tls_secret
 
     async def load(self) -> None:
         """Read the Secret, renew what is due, and use the certificate."""
@@ -62,6 +60,7 @@ class Authority:
             await asyncio.to_thread(load_certificate, self.context, material)
             self._material = material
             self._published.clear()
+        await self._tell_probes(material)
 
     async def watch(self) -> None:
         """Look again and again until cancelled, and tell namespaces of a new CA."""
@@ -75,6 +74,18 @@ class Authority:
                         await self._apply(namespace, owners)
             except (ApiError, UserError) as error:
                 log.warning("the coordinator's certificate: %s; trying again", error)
+
+    async def _tell_probes(self, material: Material) -> None:
+        """Keep the ConfigMap that probes trust; without it they tell no link rate, and all else works."""
+        name = self._settings.probe_ca
+        if name is None or self._told_probes == material.bundle:
+            return
+        try:
+            await self._api.apply_config_map(self._settings.namespace, name, {CA_KEY: material.bundle}, [])
+        except ApiError as error:
+            log.warning("ConfigMap %s, with the CA for probes: %s; trying again", name, error)
+        else:
+            self._told_probes = material.bundle
 
     async def publish(self, namespace: str, owners: list[dict[str, Any]]) -> None:
         """Make the CA known in a namespace, for as long as any of the owners lives."""

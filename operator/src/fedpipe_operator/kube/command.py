@@ -68,6 +68,9 @@ def run(
     tls_secret: Annotated[
         str | None, typer.Option(help="Secret with the coordinator's certificate; default: an own CA.")
     ] = None,
+    probe_ca: Annotated[
+        str | None, typer.Option(help="ConfigMap to keep the coordinator's CA in, for the probes.")
+    ] = None,
     model_cache: Annotated[
         str | None, typer.Option(help="Directory of every node for downloaded models; default: none.")
     ] = None,
@@ -95,6 +98,7 @@ def run(
         coordinator_port=coordinator_port,
         http_port=http_port,
         tls_secret=tls_secret,
+        probe_ca=probe_ca,
         model_cache=model_cache,
         runtime_class=runtime_class,
         image_pull_secrets=tuple(image_pull_secret or ()),

@@ -161,6 +161,7 @@ def _spec(job: FedPipeJob, node: NodeView, capacity: CapacityView, settings: Set
             *("--data", DATA_DIRECTORY),
             *("--token-file", f"{IDENTITY_DIRECTORY}/token"),
             *("--ca-file", f"{IDENTITY_DIRECTORY}/{CA_KEY}"),
+            *(("--link-rate", str(capacity.link_rate)) if capacity.link_rate else ()),
         ],
         "env": environment,
         "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}},

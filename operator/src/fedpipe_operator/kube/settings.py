@@ -24,11 +24,18 @@ class Settings:
     http_port: int = 8080
     tls_secret: str | None = None
     """A Secret with tls.crt, tls.key and ca.crt, as cert-manager writes it; None: the operator's own CA."""
+    probe_ca: str | None = None
+    """ConfigMap of the operator's namespace from which probes read the CA; None: they do not need it."""
     model_cache: str | None = None
     """Directory on every node that keeps downloaded models; None: an emptyDir, gone with the Pod."""
     runtime_class: str | None = None
     """For GPU nodes whose GPUs are no resource of the Node, such as a Jetson without device plugin."""
     image_pull_secrets: tuple[str, ...] = ()
+
+    @property
+    def own_tls_secret(self) -> str:
+        """The Secret of the operator's own authority; its rights name it."""
+        return f"{self.service}-tls"
 
     @property
     def coordinator(self) -> str:

@@ -54,7 +54,9 @@ class CapacityView:
     """Why its probe says it is not ready."""
     devices: int
     memory: int
-    """Bytes of the largest device, else of the machine."""
+    """Bytes of the largest device that tells them; of the machine where there is no device."""
+    link_rate: int | None
+    """Bytes per second from the coordinator, as measured or declared."""
     observed_at: float
 
     def same_but_time(self, other: "CapacityView") -> bool:
@@ -127,13 +129,15 @@ def capacity_view(body: Body) -> CapacityView:
         )
     devices = status.get("devices") or ()
     cpu = status.get("cpu") or {}
-    memory = max((d.get("totalMemory") or 0 for d in devices), default=0) or cpu.get("totalMemory") or 0
+    # A device that does not tell its memory has none to plan with: the machine's is not its own.
+    sizes = [d.get("totalMemory") or 0 for d in devices] or [cpu.get("totalMemory") or 0]
     return CapacityView(
         name=body["metadata"]["name"],
         unschedulable=bool((body.get("spec") or {}).get("unschedulable")),
         fault=fault or None,
         devices=len(devices),
-        memory=memory,
+        memory=max(sizes),
+        link_rate=status.get("linkRate") or None,
         observed_at=_seconds(status.get("observedAt")) or 0.0,
     )
 
