@@ -47,6 +47,11 @@ BAD = [
     ({"operator": {"service": {"type": "ExternalName"}}}, "/operator/service/type"),
     ({"operator": {"service": {"nodePort": 70000}}}, "nodePort"),
     ({"operator": {"coordinatorURL": "http://plain.example.com"}}, "coordinatorURL"),
+    ({"operator": {"coordinatorURL": "https://a.example:99999"}}, "coordinatorURL"),
+    ({"operator": {"coordinatorURL": "https://a.example:0"}}, "coordinatorURL"),
+    ({"operator": {"coordinatorURL": "https://a..example"}}, "coordinatorURL"),
+    ({"operator": {"coordinatorURL": "https://a-.example"}}, "coordinatorURL"),
+    ({"operator": {"coordinatorURL": "https://" + "a" * 64 + ".example"}}, "coordinatorURL"),
     ({"persistence": {"size": "plenty"}}, "/persistence/size"),
     ({"probe": {"intervalSeconds": 0}}, "intervalSeconds"),
     ({"probe": {"heartbeatSeconds": 150}}, "heartbeatSeconds"),
@@ -74,6 +79,14 @@ def test_a_bad_value_is_refused_by_name(values: dict[str, Any], told: str) -> No
     with pytest.raises(helm_python.HelmError) as refusal:
         template(values)
     assert told in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://a", f"https://{'a' * 63}.example:65535", "https://10.0.0.1:8443", "https://a-b.example:1"],
+)
+def test_a_coordinator_url_is_taken(url: str) -> None:
+    assert template({"operator": {"coordinatorURL": url}})
 
 
 def test_every_value_has_a_comment_and_a_place_in_the_schema() -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import base64
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ def read(plane: ControlPlane, namespace: str, kind: str, name: str) -> dict[str,
     return dict(found) if status == 200 else None
 
 
-def load(plane: ControlPlane, settings: Settings) -> None:
+def load(plane: ControlPlane, settings: Settings, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Look twice, with something between."""
+
     async def run() -> None:
         configuration = client.Configuration()
         await config.load_kube_config(str(plane.kubeconfig), client_configuration=configuration)
@@ -39,8 +41,10 @@ def load(plane: ControlPlane, settings: Settings) -> None:
         try:
             authority = Authority(api, settings)
             await authority.load()
+            await asyncio.to_thread(meanwhile)
             await authority.load()
-            assert api.requests["apply", "200"] + api.requests["apply", "201"] <= 2
+            # The Secret once, the ConfigMap at each look.
+            assert api.requests["apply", "200"] + api.requests["apply", "201"] <= 3
         finally:
             await api.close()
 
@@ -72,6 +76,21 @@ def test_probes_are_given_the_authority_that_signed(control_plane: ControlPlane,
     [authority] = x509.load_pem_x509_certificates(told["data"][CA_KEY].encode())
     leaf = x509.load_pem_x509_certificate(base64.b64decode(secret["data"]["tls.crt"]))
     leaf.verify_directly_issued_by(authority)
+
+
+def test_a_config_map_that_was_emptied_is_filled_again(control_plane: ControlPlane, namespace: str) -> None:
+    path = f"/api/v1/namespaces/{namespace}/configmaps/edge-probe-ca"
+    emptied = []
+
+    def empty() -> None:
+        answer = control_plane.request("PATCH", path, {"data": None}, "application/merge-patch+json")
+        emptied.append((answer[0], answer[1].get("data")))
+
+    load(control_plane, settings(namespace, "edge-probe-ca"), empty)
+    assert emptied == [(200, None)]
+    told = read(control_plane, namespace, "configmaps", "edge-probe-ca")
+    assert told is not None
+    assert x509.load_pem_x509_certificates(told["data"][CA_KEY].encode())
 
 
 def test_nothing_is_kept_for_probes_that_do_not_ask(control_plane: ControlPlane, namespace: str) -> None:

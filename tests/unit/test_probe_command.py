@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -124,7 +126,19 @@ def test_a_key_given_twice_in_a_json_capacity_is_refused(
     [
         (["--once", "--capacity", "/nowhere.json"], "/nowhere.json: No such file"),
         (["--once", "--cache", "/nowhere"], "--cache: /nowhere is no directory"),
-        (["--once", "--coordinator", "host:8443"], "--coordinator: 'host:8443' is no URL"),
+        (
+            ["--once", "--coordinator", "host:8443"],
+            "--coordinator: an http or https URL is needed, not 'host:8443'",
+        ),
+        (["--once", "--coordinator", "ftp://host/x"], "an http or https URL is needed, not 'ftp://host/x'"),
+        (["--coordinator", ""], "--coordinator: '' is no URL; write it like https://host/path"),
+        (["--ca-file", "/c.pem", "--coordinator", "http://h/x"], "--ca-file goes with a --coordinator that"),
+        (["--once", "--ca-file", "/c.pem"], "--ca-file goes with a --coordinator that is an https URL"),
+        (
+            ["--once", "--ca-file", "/nowhere.pem", "--coordinator", "https://h/x"],
+            "/nowhere.pem: No such file",
+        ),
+        (["--once", "--ca-file", "/tmp", "--coordinator", "https://h/x"], "--ca-file: /tmp: Is a directory"),
         (["--once", "--coordinator", "http://[bad"], "--coordinator: 'http://[bad' is no URL"),
         (["--once", "--coordinator", "http://host:99999/x"], "is no URL"),
         (["--once", "--coordinator", "http:///x"], "is no URL"),
@@ -145,6 +159,97 @@ def test_a_wrong_option_is_one_line(
     told = capsys.readouterr().err
     assert complaint in told
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:s3cret@host/x",
+        "http://s3cret@host/x",
+        "ftp://user:s3cret@host/x",
+        "http:/user:s3cret@host/x",
+        "user:s3cret@host/x",
+        "http://user:s3cret/@host/x",
+        "http://user:s3cret@ho st/x",
+        "http://user:s3cret@[host/x",
+    ],
+)
+def test_a_password_in_the_url_is_refused_and_not_repeated(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["probe", "--once", "--coordinator", url]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("fedpipe-agent: --coordinator: ")
+    assert "s3cret" not in told
+
+
+def declared(directory: Path, **facts: object) -> list[str]:
+    path = directory / "capacity.json"
+    path.write_text(json.dumps(facts))
+    return ["--once", "--capacity", str(path)]
+
+
+@pytest.mark.parametrize(
+    ("rate", "shown"),
+    [(1, "1 B/s"), (12_500, "12.5 kB/s"), (999_000, "999.0 kB/s"), (1_000_000, "1.0 MB/s")],
+)
+def test_a_declared_rate_is_shown_as_such_and_nothing_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rate: int, shown: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as coordinator:
+        coordinator.setblocking(False)
+        url = f"http://127.0.0.1:{coordinator.getsockname()[1]}/x"
+        assert main(["probe", *declared(tmp_path, linkRate=rate), "--coordinator", url]) == 0
+        with pytest.raises(BlockingIOError):
+            coordinator.accept()
+    told = capsys.readouterr()
+    [line] = [line for line in told.out.splitlines() if line.startswith("link ")]
+    assert line.split(maxsplit=1)[1] == f"{shown} declared"
+
+
+def test_the_table_shows_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", *declared(tmp_path, device="T4\x1b[31m\nReady True fake")]) == 0
+    told = capsys.readouterr().out
+    assert "T4\ufffd[31m\ufffdReady True fake" in told
+    assert "\x1b" not in told
+
+
+def test_a_reader_that_has_gone_is_no_failure(tmp_path: Path) -> None:
+    receive, send = os.pipe()
+    os.close(receive)
+    try:
+        done = subprocess.run(
+            [AGENT, "probe", *declared(tmp_path)], stdout=send, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(send)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [AGENT, "probe", *declared(tmp_path)], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == "fedpipe-agent: standard output: No space left on device\n"
+
+
+def test_an_interrupt_while_the_coordinator_is_silent_ends_quietly(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(40)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
+        process = subprocess.Popen(
+            [AGENT, "probe", *declared(tmp_path), "--coordinator", url],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        connection, _ = silent.accept()
+        with connection:
+            process.send_signal(signal.SIGINT)
+            told = process.communicate(timeout=20)
+    assert (process.returncode, told) == (130, ("", "fedpipe-agent: interrupted\n"))
 
 
 @pytest.mark.parametrize(

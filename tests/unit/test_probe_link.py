@@ -77,7 +77,10 @@ def talker(talk: Callable[[socket.socket], None]) -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.parametrize(("size", "code"), [(link.SAMPLE_BYTES, 206), (4 * link.SAMPLE_BYTES, 200)])
+@pytest.mark.parametrize(
+    ("size", "code"),
+    [(link.MEANINGFUL_BYTES, 200), (link.SAMPLE_BYTES, 206), (4 * link.SAMPLE_BYTES, 200)],
+)
 def test_a_download_tells_the_rate(size: int, code: int) -> None:
     with files(size, code) as url:
         assert link.measure(url) > 0
@@ -86,8 +89,8 @@ def test_a_download_tells_the_rate(size: int, code: int) -> None:
 @pytest.mark.parametrize(
     ("size", "code", "why"),
     [
-        (1000, 206, "at least 65536 are needed"),
-        (0, 200, "at least 65536 are needed"),
+        (link.MEANINGFUL_BYTES - 1, 206, "65535 bytes tell nothing; at least 65536 are needed"),
+        (0, 200, "^0 bytes tell nothing; at least 65536 are needed"),
         (link.SAMPLE_BYTES, 404, "it answered 404 Not Found"),
     ],
 )
@@ -133,17 +136,30 @@ def test_a_coordinator_with_its_own_authority_is_trusted_by_it(tmp_path: Path, s
         files(link.SAMPLE_BYTES, 206, context) as url,
         apiserver.serve(tmp_path) as api,
         running(
-            api.cluster(), standin.environment, "--coordinator", url, "--ca-file", str(ca), port=port
+            api.cluster(),
+            standin.environment,
+            "--coordinator",
+            url,
+            "--ca-file",
+            str(ca),
+            "--interval",
+            "100ms",
+            port=port,
         ) as probe,
     ):
-        until(lambda: api.writes and api.writes[0]["linkRate"] > 0)
+        until(lambda: api.writes)
+        until(lambda: api.writes[-1].get("linkRate", 0) > 0)
         _, log = probe.stop()
     assert "cannot be measured" not in log
     with files(link.SAMPLE_BYTES, 206, context) as url:
-        with pytest.raises(LinkError, match="CERTIFICATE_VERIFY_FAILED"):
+        with pytest.raises(LinkError, match="CERTIFICATE_VERIFY_FAILED") as refusal:
             link.measure(url)
-        with pytest.raises(LinkError, match=r"nowhere\.crt: no such file"):
+        assert str(refusal.value).endswith("; name its authority with --ca-file")
+        assert "_ssl.c" not in str(refusal.value)
+        with pytest.raises(LinkError, match=r"nowhere\.crt: No such file"):
             link.measure(url, tmp_path / "nowhere.crt")
+        with pytest.raises(LinkError, match=f"{tmp_path}: Is a directory"):
+            link.measure(url, tmp_path)
         assert link.measure(url, ca) > 0
         done = standin.probe("--once", "--output", "json", "--coordinator", url, "--ca-file", str(ca))
         assert (done.returncode, done.stderr) == (0, "")
@@ -183,3 +199,29 @@ def test_the_rate_is_kept_until_it_is_measured_anew() -> None:
     assert rate
     assert measured.look() == rate
     assert Link(None).look() is None
+
+
+def test_what_an_earlier_probe_measured_holds_until_the_first_measurement() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    measured = Link(Coordinator(f"http://127.0.0.1:{port}/sample"), 5_000_000)
+    assert measured.rate == 5_000_000
+    assert measured.look() is None
+    assert Link(None, 5_000_000).look() is None
+
+
+def test_authorities_that_are_not_there_yet_keep_the_loop_from_nothing_but_the_rate(
+    tmp_path: Path, standin: StandIn
+) -> None:
+    ca = tmp_path / "later.crt"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = ("--coordinator", "https://127.0.0.1:1/x", "--ca-file", str(ca), "--interval", "100ms")
+    with (
+        apiserver.serve(tmp_path) as api,
+        running(api.cluster(), standin.environment, *arguments, port=port) as probe,
+    ):
+        until(lambda: probe.metric("fedpipe_probe_passes_total") > 1)
+        code, log = probe.stop()
+    assert (code, len(api.writes)) == (0, 1)
+    assert f"cannot be measured: {ca}: No such file or directory" in log

@@ -22,16 +22,19 @@ _COMMANDS = {"train": ".train.command", "probe": ".probe.command", "merge": ".tr
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; exit 0 when done or stopped, 2 for a mistake of the user, 1 for any other failure."""
+    """Run a subcommand.
+
+    Exit 0 when done or stopped, 2 for a mistake of the user, 130 when interrupted, 1 for any other failure.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in _COMMANDS:
         wanted = bool(arguments) and arguments[0] in ("-h", "--help")
         (sys.stdout if wanted else sys.stderr).write(USAGE + "\n")
         return 0 if wanted else 2
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # Each subcommand imports only what it needs: the probe's image has no torch.
-    command = importlib.import_module(_COMMANDS[arguments[0]], __package__)
     try:
+        # Each subcommand imports only what it needs: the probe's image has no torch.
+        command = importlib.import_module(_COMMANDS[arguments[0]], __package__)
         status: int = command.main(arguments[1:])
     except Stopped:
         return 0
@@ -39,10 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, 2)
     except (Failure, Refused) as error:
         return _complain(error, 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
     return status
 
 
-def _complain(error: Exception, status: int) -> int:
+def _complain(error: Exception | str, status: int) -> int:
     sys.stderr.write(f"fedpipe-agent: {error}\n")
     return status
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,7 +18,9 @@ from fedpipe_api.base import UserError, format_duration, parse_duration
 from fedpipe_api.node import HEARTBEAT_SECONDS, READY, FedPipeNode, PrecisionSupport
 from fedpipe_api.objects import ObjectMeta
 
+from ..errors import Failure
 from . import declared
+from .link import LinkError, check_authorities
 from .loop import Coordinator, Link, Probe, run
 from .metrics import NodeMetrics
 from .publish import Cluster, Publisher, PublishError
@@ -34,8 +37,7 @@ def main(argv: list[str]) -> int:
     capacity = declared.load(options.capacity) if options.capacity else None
     if options.cache and not options.cache.is_dir():
         raise UserError(f"--cache: {options.cache} is no directory; create or mount it")
-    if options.coordinator and not _is_url(options.coordinator):
-        raise UserError(f"--coordinator: {options.coordinator!r} is no URL; write it like https://host/path")
+    _check_link(options)
     if options.verify and not options.once:
         raise UserError("--verify goes with --once; in a cluster the agent verifies before it registers")
     in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
@@ -76,16 +78,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _is_url(text: str) -> bool:
-    if not re.fullmatch("[!-~]+", text):
-        return False
+def _check_link(options: argparse.Namespace) -> None:
+    url: str | None = options.coordinator
+    if url is not None and (complaint := _refusal(url)):
+        raise UserError(f"--coordinator: {complaint}; write it like https://host/path")
+    if options.ca_file is None:
+        return
+    if url is None or urlsplit(url).scheme != "https":
+        raise UserError("--ca-file goes with a --coordinator that is an https URL; leave it out")
+    if options.once:
+        # In the loop it may come later: a ConfigMap that is mounted fills when the operator has started.
+        try:
+            check_authorities(options.ca_file)
+        except LinkError as error:
+            raise UserError(f"--ca-file: {error}; name a file of certificates (PEM)") from None
+
+
+def _refusal(url: str) -> str | None:
+    """Return why the URL cannot be taken, or None; what may be a password is not repeated."""
+    shown = "this" if "@" in url else repr(url)
     try:
-        parts = urlsplit(text)
+        parts = urlsplit(url)
+        if "@" in parts.netloc:
+            return "a URL with a user or password is not taken"
         # An empty or long label of the name is refused on encoding, the port on access.
         host = (parts.hostname or "").encode("idna")
-        return parts.scheme in ("http", "https") and bool(host) and parts.port != 0
+        valid = bool(re.fullmatch("[!-~]+", url)) and parts.port != 0
     except ValueError:
-        return False
+        valid = False
+    if not valid:
+        return f"{shown} is no URL"
+    if parts.scheme not in ("http", "https"):
+        return f"an http or https URL is needed, not {shown}"
+    return None if host else f"{shown} is no URL"
 
 
 def _at_most(limit: float) -> Callable[[str], float]:
@@ -106,17 +131,28 @@ def _at_most(limit: float) -> Callable[[str], float]:
 def _once(probe: Probe, options: argparse.Namespace) -> int:
     status = probe.look(
         verified=_verified() if options.verify else (),
-        link_rate=Link(_coordinator(options)).look(),
+        link_rate=Link(_coordinator(probe, options)).look(),
     )
     node = FedPipeNode(metadata=_meta(options.node or socket.gethostname().lower()), status=status)
     if options.output == "json":
         # The kind is cluster-scoped and the rest of the metadata is the cluster's.
         shown = node.to_dict() | {"metadata": {"name": node.metadata.name}}
-        print(json.dumps(shown, indent=2, ensure_ascii=False))  # noqa: T201
+        _show(json.dumps(shown, indent=2, ensure_ascii=False))
     else:
-        print(table(node))  # noqa: T201
+        _show(table(node, probe.capacity))
     ready = next(condition for condition in status.conditions if condition.type == READY)
     return 0 if ready.status == "True" else 1
+
+
+def _show(text: str) -> None:
+    """Print the text. A reader that has gone, as of a pipe into `head`, is no failure."""
+    try:
+        print(text, flush=True)  # noqa: T201
+    except OSError as error:
+        # Python would try, and complain, once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise Failure(f"standard output: {error.strerror}") from None
 
 
 def _forever(probe: Probe, options: argparse.Namespace) -> int:
@@ -141,13 +177,16 @@ def _forever(probe: Probe, options: argparse.Namespace) -> int:
             metrics,
             interval=options.interval,
             heartbeat=options.heartbeat,
-            coordinator=_coordinator(options),
+            coordinator=_coordinator(probe, options),
         )
     return 0
 
 
-def _coordinator(options: argparse.Namespace) -> Coordinator | None:
-    return Coordinator(options.coordinator, options.ca_file) if options.coordinator else None
+def _coordinator(probe: Probe, options: argparse.Namespace) -> Coordinator | None:
+    """Return what to measure the link by; nothing is measured where its rate is declared."""
+    if options.coordinator is None or (probe.capacity and probe.capacity.link_rate):
+        return None
+    return Coordinator(options.coordinator, options.ca_file)
 
 
 def _verified() -> tuple[PrecisionSupport, ...]:

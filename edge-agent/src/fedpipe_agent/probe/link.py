@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import re
 import ssl
 import time
 from pathlib import Path
@@ -15,6 +16,9 @@ TIMEOUT = 10.0
 """Seconds for connecting, for each wait on the answer, and for the download."""
 DEADLINE = 30.0
 """Seconds that all of it may take, looking up the name included."""
+
+UNKNOWN_ISSUER = (2, 18, 19, 20, 21)
+"""OpenSSL's verify codes for a chain that ends at no trusted authority."""
 
 
 class LinkError(Exception):
@@ -40,13 +44,28 @@ def measure(url: str, ca: Path | None = None, *, wait: Wait | None = None, child
     return int(text)
 
 
+def check_authorities(ca: Path) -> None:
+    """Raise LinkError when the file cannot be opened."""
+    try:
+        ca.open("rb").close()
+    except OSError as error:
+        raise LinkError(f"{ca}: {error.strerror}") from None
+
+
 def _answer(url: str, ca: Path | None) -> bytes:
     try:
         return f"rate {_measure(url, ca)}".encode()
     except LinkError as error:
         return f"error {error}".encode()
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return f"error {error or type(error).__name__}".encode()
+        return f"error {_told(error)}".encode()
+
+
+def _told(error: Exception) -> str:
+    text = re.sub(r" \(_ssl\.c:\d+\)", "", str(error)) or type(error).__name__
+    if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in UNKNOWN_ISSUER:
+        return f"{text}; name its authority with --ca-file"
+    return text
 
 
 def _measure(url: str, ca: Path | None) -> int:
@@ -55,8 +74,8 @@ def _measure(url: str, ca: Path | None) -> int:
     host = parts.hostname or ""
     connection = http.client.HTTPConnection(host, parts.port, timeout=TIMEOUT)
     if parts.scheme == "https":
-        if ca is not None and not ca.is_file():
-            raise LinkError(f"{ca}: no such file")
+        if ca is not None:
+            check_authorities(ca)
         context = ssl.create_default_context(cafile=ca)
         connection = http.client.HTTPSConnection(host, parts.port, timeout=TIMEOUT, context=context)
     with contextlib.closing(connection):
@@ -64,14 +83,14 @@ def _measure(url: str, ca: Path | None) -> int:
         response = connection.getresponse()
         if response.status not in (200, 206):
             raise LinkError(f"it answered {response.status} {response.reason}")
-        received, seconds = _download(response)
-    if received < MEANINGFUL_BYTES or seconds <= 0:
-        raise LinkError(f"{received} bytes tell nothing; at least {MEANINGFUL_BYTES} are needed")
+        first, received, seconds = _download(response)
+    if first + received < MEANINGFUL_BYTES or seconds <= 0:
+        raise LinkError(f"{first + received} bytes tell nothing; at least {MEANINGFUL_BYTES} are needed")
     return max(1, round(received / seconds))
 
 
-def _download(response: http.client.HTTPResponse) -> tuple[int, float]:
-    """Return bytes and seconds of what comes within TIMEOUT after the first byte."""
+def _download(response: http.client.HTTPResponse) -> tuple[int, int, float]:
+    """Return the bytes that came first (0 or 1), those within TIMEOUT after them, and their seconds."""
     first = len(response.read(1))
     started = time.monotonic()
     received = 0
@@ -80,4 +99,4 @@ def _download(response: http.client.HTTPResponse) -> tuple[int, float]:
         if not part:
             break
         received += len(part)
-    return received, time.monotonic() - started
+    return first, received, time.monotonic() - started

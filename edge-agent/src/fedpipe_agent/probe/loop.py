@@ -72,24 +72,30 @@ class Coordinator:
 
 
 class Link:
-    """The link's rate, measured now and then."""
+    """The link's rate, measured now and then; `known` is what an earlier probe measured."""
 
-    def __init__(self, coordinator: Coordinator | None) -> None:
+    def __init__(self, coordinator: Coordinator | None, known: int | None = None) -> None:
         self._coordinator = coordinator
         self._child = Child(link.DEADLINE)
         self._due = 0.0
         self._trouble = ""
-        self.rate: int | None = None
+        self.rate = known if coordinator else None
 
-    def look(self, wait: Wait | None = None) -> int | None:
+    def look(self, waiter: Waiter | None = None) -> int | None:
         """Return the rate in bytes per second, measured anew when that is due; None when it is not known."""
         if self._coordinator is None or time.monotonic() < self._due:
             return self.rate
         try:
             self.rate = link.measure(
-                self._coordinator.url, self._coordinator.ca, wait=wait, child=self._child
+                self._coordinator.url,
+                self._coordinator.ca,
+                wait=waiter.readable if waiter else None,
+                child=self._child,
             )
         except link.LinkError as error:
+            if waiter and waiter.stopping:
+                # Cut short by the signal: no fault of the link to be told to anybody.
+                return self.rate
             self.rate = None
             self._tell(str(error))
         else:
@@ -154,15 +160,14 @@ def run(
     """Make passes every `interval` seconds until SIGTERM; report at least about every `heartbeat` seconds."""
     schedule = Schedule(interval, heartbeat)
     journal = Journal()
-    measured = Link(coordinator)
     try:
         with waiter.interruptible():
             before = _last_status(publisher)
-        while True:
+        measured = Link(coordinator, before.link_rate if before and before.source != "declared" else None)
+        while not waiter.stopping:
             started = time.monotonic()
-            link_rate = measured.look(waiter.readable)
             before = probe.look(
-                wait=waiter.readable, verified=publisher.verified, link_rate=link_rate, before=before
+                wait=waiter.readable, verified=publisher.verified, link_rate=measured.rate, before=before
             )
             if waiter.stopping:
                 # A read cut short by the signal is no fault of NVML to be told to anybody.
@@ -182,6 +187,8 @@ def run(
                     schedule.wrote(before, time.monotonic())
                     metrics.wrote(cause)
                     journal.wrote()
+            # After the write, so that a coordinator which keeps it waiting delays no first report.
+            measured.look(waiter)
             waiter.sleep(_vary(interval) - (time.monotonic() - started))
     except Stopped:
         # It came while the API server was silent.

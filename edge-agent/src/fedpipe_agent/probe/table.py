@@ -2,19 +2,25 @@
 
 from collections.abc import Iterator
 
-from fedpipe_api.node import Device, FedPipeNode, FedPipeNodeStatus
+from fedpipe_api.node import Capacity, Device, FedPipeNode, FedPipeNodeStatus
 
 from .summary import gib
 
 
-def table(node: FedPipeNode) -> str:
-    """Return one line per fact, the label in the first column."""
-    rows = [("node", node.metadata.name), *_rows(node.status or FedPipeNodeStatus())]
+def table(node: FedPipeNode, capacity: Capacity | None = None) -> str:
+    """Return one line per fact, the label in the first column; `capacity` is the declared one, if any."""
+    link_from = "declared" if capacity and capacity.link_rate else "from the coordinator"
+    rows = [("node", node.metadata.name), *_rows(node.status or FedPipeNodeStatus(), link_from)]
     width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label:<{width}}  {text}".rstrip() for label, text in rows)
+    return "\n".join(f"{label:<{width}}  {_printable(text)}".rstrip() for label, text in rows)
 
 
-def _rows(status: FedPipeNodeStatus) -> Iterator[tuple[str, str]]:
+def _printable(text: str) -> str:
+    # Names come from drivers and files: none may move the cursor of a terminal or begin a line.
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+def _rows(status: FedPipeNodeStatus, link_from: str) -> Iterator[tuple[str, str]]:
     versions = [f"driver {status.driver_version}"] if status.driver_version else []
     versions += [f"CUDA {status.cuda_version}"] if status.cuda_version else []
     yield "source", " · ".join([status.source, *versions])
@@ -29,7 +35,7 @@ def _rows(status: FedPipeNodeStatus) -> Iterator[tuple[str, str]]:
         if status.cpu.cache_disk_free is not None:
             yield "cache", f"{gib(status.cpu.cache_disk_free)} free on disk"
     if status.link_rate is not None:
-        yield "link", f"{status.link_rate / 1e6:.1f} MB/s from the coordinator"
+        yield "link", f"{_rate(status.link_rate)} {link_from}"
     for support in status.precisions:
         answer = "yes" if support.usable else "no"
         proof = "verified" if support.verified else "unverified"
@@ -59,3 +65,10 @@ def _free_of(free: int | None, total: int | None) -> str:
     if total is None:
         return "memory not told"
     return f"{gib(total)}" if free is None else f"{gib(free)} of {gib(total)} free"
+
+
+def _rate(rate: int) -> str:
+    for size, unit in ((1e6, "MB/s"), (1e3, "kB/s")):
+        if rate >= size:
+            return f"{rate / size:.1f} {unit}"
+    return f"{rate} B/s"

@@ -227,8 +227,8 @@ def step_order(samples: Samples, size: int, *parts: object) -> Iterator[np.ndarr
     """Yield the `size` samples of each optimizer step, without end.
 
     Whole permutations of the data follow one another; they depend on `parts` (seed, round, node) only. Within
-    a step the longest come first, so that micro-batches carry little padding and what one leaves in memory has
-    room for the next.
+    a step the longest come first, so that micro-batches carry little padding and what one leaves in memory
+    has room for the next.
     """
     random = generator(*parts)
     left = np.empty(0, dtype=np.int64)

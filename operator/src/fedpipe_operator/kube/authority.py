@@ -27,7 +27,6 @@ class Authority:
         self._settings = settings
         self._material: Material | None = None
         self._published: dict[str, tuple[str, list[dict[str, Any]]]] = {}
-        self._told_probes: str | None = None
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
 
@@ -76,16 +75,17 @@ class Authority:
                 log.warning("the coordinator's certificate: %s; trying again", error)
 
     async def _tell_probes(self, material: Material) -> None:
-        """Keep the ConfigMap that probes trust; without it they tell no link rate, and all else works."""
+        """Fill the ConfigMap that probes trust; without it they tell no link rate, and all else works.
+
+        Applied at every look, so that one which somebody emptied is filled again.
+        """
         name = self._settings.probe_ca
-        if name is None or self._told_probes == material.bundle:
+        if name is None:
             return
         try:
             await self._api.apply_config_map(self._settings.namespace, name, {CA_KEY: material.bundle}, [])
         except ApiError as error:
             log.warning("ConfigMap %s, with the CA for probes: %s; trying again", name, error)
-        else:
-            self._told_probes = material.bundle
 
     async def publish(self, namespace: str, owners: list[dict[str, Any]]) -> None:
         """Make the CA known in a namespace, for as long as any of the owners lives."""
