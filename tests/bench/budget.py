@@ -5,7 +5,7 @@
 Each pair is a random BERT-, GPT-2- or Llama-shaped model with random weights, a job (sequence length, batch,
 rank bounds, global rank, proximal term, quantization) and a budget between the least and the most that the job's
 precisions need. A process does what an agent does: it registers with its overhead, gets the planner's plan for
-the budget, loads the base, takes the global adapter in, evaluates, and trains two steps by the plan. It is forked
+the budget, loads the base, takes the global adapter in, evaluates, and trains eight steps by the plan. It is forked
 from one that is about to register and has loaded and trained nothing; the pages of libraries that a fork drops
 are mapped in again, so that it is as large as if it had started afresh.
 
@@ -46,7 +46,7 @@ from fedpipe_operator.planner.workload import Configuration, workload
 MIB = 2**20
 OPERATIONS = (2e9, 2e10)
 """Of one optimizer step, at least and at most: keeps a pair to a few seconds."""
-STEPS, ACCUMULATION = 2, 2
+STEPS, ACCUMULATION = 8, 2
 LOOK_SECONDS = 0.002
 """Between two looks of the watcher."""
 HEADROOM = 0.1

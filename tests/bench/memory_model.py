@@ -30,7 +30,7 @@ from fedpipe_api.node import Capacity
 from fedpipe_operator.planner import memory, read_shape
 from fedpipe_operator.planner.workload import Configuration, workload
 
-LENGTH, STEPS, ACCUMULATION, GLOBAL_RANK = 64, 2, 2, 32
+LENGTH, STEPS, ACCUMULATION, GLOBAL_RANK = 64, 8, 2, 32
 MICRO_BATCHES, RANKS = (1, 4, 16), (4, 16)
 LABELS = tuple(f"class {index}" for index in range(20))
 TASKS = {"bert-base": Task.SEQUENCE_CLASSIFICATION, "gpt2": Task.CAUSAL_LM, "llama-7b": Task.CAUSAL_LM}

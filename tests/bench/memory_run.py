@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from fedpipe_agent.train import loop
 from fedpipe_agent.train import model as base
 from fedpipe_agent.train.adapters import Adapters, GlobalAdapter
-from fedpipe_agent.train.data import Samples
+from fedpipe_agent.train.data import Samples, step_order
 from fedpipe_agent.train.device import Device
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision, Task
@@ -70,10 +70,11 @@ class Base:
     ) -> int:
         """Return the peak bytes of a round from a global adapter on: evaluation if wanted, then training."""
         generator = np.random.default_rng(0)
-        count = max(settings.batch, 2 * settings.micro_batch)
-        tokens = generator.integers(1, self.shape.vocabulary, (count, self.length)).tolist()
-        # Every second is shorter: without padding attention takes no mask, which is large in long sequences.
-        tokens[1::2] = [sample[: -self.length // 4] for sample in tokens[1::2]]
+        count = 2 * max(settings.batch * settings.steps, 2 * settings.micro_batch)
+        # Every fourth is cut to the length, as real texts are; the rest make padding, and kernels, of any length.
+        lengths = generator.integers(self.length // 4, self.length + 1, count)
+        lengths[::4] = self.length
+        tokens = [generator.integers(1, self.shape.vocabulary, length).tolist() for length in lengths]
         samples = Samples(tokens, [0] * count, self.task, 0)
         self.device.reset_peak()
         with GlobalAdapter(adapter, self.shape) as opened:
@@ -81,7 +82,8 @@ class Base:
         if evaluate:
             loop.evaluate(self.model, samples, settings.micro_batch, self.device, after=lambda done: None)
         peak = self.device.peak()
-        order = iter([np.arange(settings.batch)] * settings.steps)
-        outcome = loop.train(self.model, samples, order, settings, self.device)
+        outcome = loop.train(
+            self.model, samples, step_order(samples, settings.batch, 0), settings, self.device
+        )
         assert outcome.micro_batch == settings.micro_batch
         return max(peak, outcome.peak_bytes)

@@ -99,9 +99,9 @@ def test_unequal_nodes_get_unequal_plans_and_each_says_why():
     assert slow.local_steps < 50
     assert slow.reason.startswith("50 local steps do not fit the deadline of 20m; it does ")
     assert (
-        found.left_out["none"] == f"needs {found.left_out['none'].split()[1]} MiB at nf4 ×1, r 2; has 0 MiB"
+        found.left_out["none"] == f"needs {found.left_out['none'].split()[1]} MiB at bf16 ×1, r 2; has 0 MiB"
     )
-    assert found.left_out["tiny"].endswith("at nf4 ×1, r 2; has 506 MiB")
+    assert found.left_out["tiny"].endswith("at bf16 ×1, r 2; has 506 MiB")
     assert "for one step at" in found.left_out["late"]
     assert "it may take 18m of the round's 20m" in found.left_out["late"]
     assert len(found.selected) == 24

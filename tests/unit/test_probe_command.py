@@ -240,7 +240,8 @@ def test_an_interrupt_while_the_coordinator_is_silent_ends_quietly(tmp_path: Pat
         silent.settimeout(40)
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
         process = subprocess.Popen(
-            [AGENT, "probe", *declared(tmp_path), "--coordinator", url],
+            # What runs these tests may ignore it, as a shell does for what it puts in the background.
+            ["env", "--default-signal=INT", AGENT, "probe", *declared(tmp_path), "--coordinator", url],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -21,13 +21,12 @@ QUANTIZED = (Precision.INT8, Precision.NF4)
 CPU_SLACK, CUDA_SLACK = 112 * 2**20, 96 * 2**20
 """What the runtime takes only when training: modules and kernels loaded at first use, thread buffers; on CUDA
 the workspace of cuBLAS."""
-CPU_KERNELS = 24 * 2**20
-"""What oneDNN's compiled bfloat16 kernels take where batches have two lengths. Batches of many lengths take
-more, and are planned too low (tests/bench/README.md)."""
+CPU_KERNELS = 12 * 2**20
+"""What oneDNN's compiled bfloat16 kernels take: the agent keeps those of one layer (its train/device.py)."""
 CUDA_ROUNDING = 1.06
 """What CUDA's caching allocator rounds up and cannot reuse, as a factor on activations."""
 
-CPU_UNUSED = 0.8
+CPU_UNUSED = 0.9
 """Share of what a forward pass frees that glibc cannot use again before the backward pass: tensors are
 aligned, and the hole of one is too small for the next of its size. Smaller ones fit into the holes of an MLP
 of four times the model's width; of a narrower one the share is more. Fitted (tests/bench/memory_model.py)."""
@@ -35,7 +34,7 @@ CPU_RECOMPUTED = 0.25
 """How much less that share is of what checkpointing frees as well. Fitted in the same way."""
 CPU_HEAP = 32 * 2**20
 """The largest block glibc keeps in its heap; larger ones leave no holes."""
-CPU_UNPACKED = 0.7
+CPU_UNPACKED = 0.8
 """Share of a layer's MLP weights, unpacked to compute with, that turn into holes because what the layer keeps
 is put where they were. In the middle of what processes differ by."""
 
@@ -66,9 +65,8 @@ def fixed_bytes(work: Workload, device: wire.DeviceFacts, configuration: Configu
     if device.kind == "cpu" and 4 * vocabulary * tokens <= CPU_HEAP:
         losses *= 2  # the holes of these and of the logits
     training = saved + max(layer, losses)
-    evaluating = (
-        2 * tokens * (8 * vocabulary + element * (work.shape.intermediate * 2 + 4 * work.shape.hidden))
-    )
+    widths = work.shape.intermediate * 2 + 4 * work.shape.hidden + 2 * work.length  # the mask, twice
+    evaluating = 2 * tokens * (8 * vocabulary + element * widths)
     activations = max(training, evaluating)
     if device.kind == "cuda":
         activations = math.ceil(CUDA_ROUNDING * activations)
@@ -156,7 +154,7 @@ def _holes(work: Workload, device: wire.DeviceFacts, configuration: Configuratio
     # The last layer's serve its own backward pass.
     unpacked = (layers - 1) * (3 if shape.gated_mlp else 2) * weight
     times, share = (2, 1.0) if configuration.checkpointing else (1, CPU_UNPACKED)
-    unfilled = times * min(1.0, tokens / shape.hidden) ** 2
+    unfilled = times * math.pow(min(1.0, tokens / shape.hidden), 1.25)
     return math.ceil(max(share * unpacked, freed) + unfilled * unpacked)
 
 
