@@ -69,7 +69,7 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- end -}}
 
-{{- /* Where agents and probes find the coordinator */ -}}
+{{- /* Where probes find the coordinator: the URL that the operator gives its agents */ -}}
 {{- define "fedpipe.coordinator" -}}
 {{- $service := printf "https://%s.%s.svc:8443" (include "fedpipe.fullname" .) .Release.Namespace -}}
 {{- .Values.operator.coordinatorURL | default $service -}}

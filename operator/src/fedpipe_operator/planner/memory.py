@@ -36,7 +36,7 @@ CPU_HEAP = 32 * 2**20
 """The largest block glibc keeps in its heap; larger ones leave no holes."""
 CPU_UNPACKED = 0.8
 """Share of a layer's MLP weights, unpacked to compute with, that turn into holes because what the layer keeps
-is put where they were. In the middle of what processes differ by."""
+is put where they were. Fitted; processes differ by a fifth."""
 
 
 def base_bytes(shape: wire.ModelShape, device: wire.DeviceFacts, precision: Precision) -> int:
@@ -135,8 +135,8 @@ def _holes(work: Workload, device: wire.DeviceFacts, configuration: Configuratio
 
     Activations fill the holes of unpacked weights while they are smaller, so that the larger kind of holes
     counts; the nearer their size comes to that of the weights the fewer fit, and the weights' holes come on
-    top. Checkpointing leaves the holes of all layers where it computes them first, and unpacks twice: in some
-    processes nothing fits into the weights' holes then.
+    top (how fast is fitted). Checkpointing leaves the holes of all layers where it computes them first, and
+    unpacks twice: in some processes nothing fits into the weights' holes then.
     """
     shape, precision = work.shape, configuration.precision
     layers = shape.layers - work.first_layer
