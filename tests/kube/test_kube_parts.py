@@ -243,10 +243,12 @@ class Paged:
 
 async def test_everything_there_is_is_known_before_the_watches_begin(tmp_path: Path) -> None:
     names = ["a", "b", "c", "d", "e"]
+    ancient = capacity("ancient")
+    ancient["status"]["observedAt"] = "0000-01-01T00:00:00Z"
     api: Any = Paged(
         {
             "/api/v1/nodes": [node(name) for name in names],
-            "/apis/fedpipe.io/v1alpha1/fedpipenodes": [capacity(name) for name in names],
+            "/apis/fedpipe.io/v1alpha1/fedpipenodes": [ancient, *(capacity(name) for name in names)],
             "/api/v1/namespaces/one/pods": [pod(name) for name in names[:3]],
             "/api/v1/namespaces/two/pods": [pod(names[3])],
         }
@@ -256,7 +258,9 @@ async def test_everything_there_is_is_known_before_the_watches_begin(tmp_path: P
     controller: Any = SimpleNamespace(inventory=known)
     engine: Any = None
     await Resync(api, engine, controller, settings).fill()
-    assert sorted(known.nodes) == sorted(known.capacities) == names
+    assert sorted(known.nodes) == names
+    assert sorted(known.capacities) == [*names[:1], "ancient", *names[1:]]
+    assert "status.observedAt" in (known.capacities["ancient"].fault or "")
     assert len(known.pods_of(UID)) == 4
 
 

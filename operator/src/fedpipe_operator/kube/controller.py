@@ -283,16 +283,16 @@ class Controller:
         made = await self._api.create_pod(build_agent_pod(job, view, capacity, self._settings))
         if made is not None:
             known.expected[node] = self._clock() + EXPECTED_SECONDS
-            if self.inventory.pod(known.namespace, made["metadata"]["name"]) is None:
+            if self.inventory.pod(known.namespace, child_name(known.name, node)) is None:
                 # Its agent may call before the watch shows it.
                 self.inventory.see_pod(made)
             return
-        found = await self._api.get_pod(known.namespace, child_name(known.name, node))
+        name = child_name(known.name, node)
+        found = await self._api.get_pod(known.namespace, name)
         if found is not None:
             self.inventory.see_pod(found)
-            owners = found["metadata"].get("ownerReferences") or ()
-            if not any(owner["uid"] == known.uid for owner in owners):
-                name = found["metadata"]["name"]
+            pod = self.inventory.pod(known.namespace, name)
+            if pod is None or pod.job != known.uid:
                 raise UserError(f"Pod {name} is in the way and is not of this job; delete it")
 
     def _refuse(self, known: Tended, text: str) -> None:

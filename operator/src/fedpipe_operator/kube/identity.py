@@ -14,6 +14,7 @@ from fedpipe_api.names import AUDIENCE, child_name
 from ..coordinator import Identity
 from ..engine import Refused
 from .api import Api, ApiError
+from .fields import Unreadable
 from .views import PodView, pod_view
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,10 @@ class PodIdentities:
             body = await self._api.get_pod(bound.namespace, bound.name)
         except ApiError as error:
             raise Refused(503, "PodUnknown", str(error)) from None
-        return None if body is None else pod_view(body)
+        try:
+            return None if body is None else pod_view(body)
+        except Unreadable as error:
+            raise _Stranger(f"Pod {bound.namespace}/{bound.name} cannot be read: {error}") from None
 
     async def _reviewed(self, token: str) -> BoundPod:
         if len(token) > TOKEN_BYTES:

@@ -1,16 +1,28 @@
 """What the watches have shown: nodes, capacities, Pods, and who holds which GPU node."""
 
+import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
+from .fields import Fields, Unreadable
 from .fleet import Fleet
 from .views import CapacityView, NodeView, PodView, capacity_view, node_view, pod_view
 
 Body = Mapping[str, Any]
+View = TypeVar("View")
+
+log = logging.getLogger(__name__)
+
+UNSEEN = CapacityView("", unschedulable=False, fault="", devices=0, memory=0, link_rate=None, observed_at=0.0)
 
 
 class Inventory:
-    """Kept by kopf's handlers, read by the controller; `on_fleet` and `on_pod` hear of what matters."""
+    """Kept by kopf's handlers, read by the controller; `on_fleet` and `on_pod` hear of what matters.
+
+    An object that cannot be read is left out, logged once, and never keeps the others from being seen.
+    """
 
     def __init__(self, on_fleet: Callable[[], None], on_pod: Callable[[str], None]) -> None:
         self.nodes: dict[str, NodeView] = {}
@@ -18,28 +30,47 @@ class Inventory:
         self._pods: dict[str, dict[str, PodView]] = {}
         self._by_name: dict[tuple[str, str], PodView] = {}
         self._holders: dict[str, str] = {}
+        self._unreadable: defaultdict[str, dict[str, str]] = defaultdict(dict)
         self._on_fleet = on_fleet
         self._on_pod = on_pod
 
+    def unreadable(self) -> dict[str, int]:
+        """Return how many objects of each kind cannot be read now."""
+        return {kind: len(faults) for kind, faults in self._unreadable.items()}
+
     def see_node(self, body: Body) -> None:
-        """Take in a Node."""
-        view = node_view(body)
-        if self.nodes.get(view.name) != view:
+        """Take in a Node; while it cannot be read, what was known of it holds."""
+        view = self._read("Node", node_view, body)
+        if view is not None and self.nodes.get(view.name) != view:
             self.nodes[view.name] = view
             self._on_fleet()
 
     def see_capacity(self, body: Body) -> None:
-        """Take in a FedPipeNode; a mere heartbeat concerns nobody unless its node had been given up."""
-        view = capacity_view(body)
+        """Take in a FedPipeNode; a mere heartbeat concerns nobody unless its node had been silent too long.
+
+        One that cannot be read is a node that no agent is started on; one at work keeps its place.
+        """
+        view = self._read("FedPipeNode", capacity_view, body)
+        if view is None:
+            name = _name(body)
+            if not name:
+                return
+            fault = f"its FedPipeNode cannot be read: {self._unreadable['FedPipeNode'][name]}"
+            view = replace(self.capacities.get(name, UNSEEN), name=name, fault=fault)
         before = self.capacities.get(view.name)
         self.capacities[view.name] = view
         if before is None or not view.same_but_time(before) or before.stale(view.observed_at):
             self._on_fleet()
 
     def see_pod(self, body: Body) -> None:
-        """Take in a Pod."""
-        view = pod_view(body)
-        if view is not None and self._by_name.get((view.namespace, view.name)) != view:
+        """Take in a Pod; one that cannot be read any more is as good as gone."""
+        view = self._read("Pod", pod_view, body)
+        if view is None:
+            known = self._by_name.get(_key(body))
+            if known is not None:
+                self._forget(known)
+                self._on_pod(known.job)
+        elif self._by_name.get((view.namespace, view.name)) != view:
             replaced = self._by_name.get((view.namespace, view.name))
             if replaced is not None and replaced.uid != view.uid:
                 self._forget(replaced)
@@ -47,18 +78,33 @@ class Inventory:
             self._pods.setdefault(view.job, {})[view.name] = view
             self._on_pod(view.job)
 
+    def _read(self, kind: str, read: Callable[[Body], View], body: Body) -> View | None:
+        name = "/".join(filter(None, _key(body))) if kind == "Pod" else _name(body)
+        try:
+            view = read(body)
+        except Unreadable as error:
+            if self._unreadable[kind].get(name) != str(error):
+                log.warning("%s %s cannot be read and is left out: %s", kind, name, error)
+            self._unreadable[kind][name] = str(error)
+            return None
+        self._unreadable[kind].pop(name, None)
+        return view
+
     def lose_node(self, name: str) -> None:
         """Forget a Node."""
+        self._unreadable["Node"].pop(name, None)
         if self.nodes.pop(name, None):
             self._on_fleet()
 
     def lose_capacity(self, name: str) -> None:
         """Forget a FedPipeNode."""
+        self._unreadable["FedPipeNode"].pop(name, None)
         if self.capacities.pop(name, None):
             self._on_fleet()
 
     def lose_pod(self, namespace: str, name: str, uid: str) -> None:
         """Forget a Pod, unless another one has taken its name."""
+        self._unreadable["Pod"].pop(f"{namespace}/{name}", None)
         view = self._by_name.get((namespace, name))
         if view is not None and view.uid == uid:
             self._forget(view)
@@ -103,3 +149,16 @@ class Inventory:
         """Return the fleet as a job sees it; `names` gives other jobs' names by uid."""
         held = {node: names[who] for node, who in self._holders.items() if who != uid and who in names}
         return Fleet(self.nodes, self.capacities, held)
+
+
+def _key(body: Body) -> tuple[str, str]:
+    """Return namespace and name, empty where they cannot be read."""
+    try:
+        meta = Fields(body).object("metadata")
+        return meta.text("namespace", longest=63), meta.text("name", longest=253)
+    except Unreadable:
+        return "", ""
+
+
+def _name(body: Body) -> str:
+    return _key(body)[1]

@@ -54,7 +54,9 @@ class Operator:
         self.engine = Engine(settings.store, notify=self._note)
         self.authority = Authority(api, settings)
         self.events = Events(api, "fedpipe-operator")
-        self.figures = Figures(self.engine, settings.store, lambda: api.requests, self._age)
+        self.figures = Figures(
+            self.engine, settings.store, lambda: api.requests, self._age, self._count_unreadable
+        )
         output = OutputWriter(self.engine, api, settings)
         self.controller = Controller(
             self.engine,
@@ -76,6 +78,9 @@ class Operator:
     def _age(self) -> float:
         # Every job is looked at every few seconds; without jobs there is nothing to be late for.
         return time.monotonic() - self.controller.last_look if self.controller.jobs else 0.0
+
+    def _count_unreadable(self) -> dict[str, int]:
+        return self.controller.inventory.unreadable()
 
     def _job_name(self, uid: str) -> str | None:
         # From the ledger, not from the watch: agents that outlived the last operator call before this one has

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import Any
 
 from fedpipe_api.names import COMPONENT_LABEL, NODE_LABEL
 from fedpipe_api.node import READY, STALE_SECONDS
+
+from .fields import Fields, one_line
 
 Body = Mapping[str, Any]
 
@@ -19,7 +20,7 @@ AGENT, WRITER = "agent", "output"
 GPU = "nvidia.com/gpu"
 MIG = "nvidia.com/mig-"
 
-# Waiting reasons that end only when somebody mends something.
+# Waiting reasons that end only when somebody fixes something.
 _STUCK = {
     "ErrImagePull": "its image cannot be pulled",
     "ImagePullBackOff": "its image cannot be pulled",
@@ -51,7 +52,7 @@ class CapacityView:
     name: str
     unschedulable: bool
     fault: str | None
-    """Why its probe says it is not ready."""
+    """Why it cannot be used: what its probe says, or that it cannot be read."""
     devices: int
     memory: int
     """Bytes of the largest device that tells them; of the machine where there is no device."""
@@ -95,114 +96,113 @@ class PodView:
 
 
 def node_view(body: Body) -> NodeView:
-    """Return the view of a Node."""
-    meta, spec, status = body["metadata"], body.get("spec", {}), body.get("status", {})
-    ready = any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions") or ())
-    allocatable: Mapping[str, str] = status.get("allocatable") or {}
+    """Return the view of a Node; Unreadable names a field that is not as Kubernetes has it."""
+    top = Fields(body)
+    meta, spec, status = top.object("metadata"), top.object("spec"), top.object("status")
+    conditions = status.objects("conditions")
     offered = sorted(
-        name for name, count in allocatable.items() if (name == GPU or name.startswith(MIG)) and count != "0"
+        name
+        for name, count in status.texts("allocatable").items()
+        if (name == GPU or name.startswith(MIG)) and count != "0"
     )
     # A whole GPU before an instance; of instances the largest, whose name has the most gigabytes.
     offered.sort(key=lambda name: (name != GPU, -_gigabytes(name)))
     return NodeView(
-        name=meta["name"],
-        labels=dict(meta.get("labels") or {}),
-        ready=ready,
-        cordoned=bool(spec.get("unschedulable")),
+        name=meta.name("name"),
+        labels=meta.texts("labels"),
+        ready=any(c.text("type") == "Ready" and c.text("status") == "True" for c in conditions),
+        cordoned=spec.flag("unschedulable"),
         accelerator=offered[0] if offered else None,
     )
 
 
 def _gigabytes(resource: str) -> int:
-    digits = "".join(c for c in resource.rpartition(".")[2] if c.isdigit())
-    return int(digits or 0)
+    digits = "".join(c for c in resource.rpartition(".")[2] if c in "0123456789")
+    return int(digits[:9] or 0)
 
 
 def capacity_view(body: Body) -> CapacityView:
-    """Return the view of a FedPipeNode; one without status has never been looked at."""
-    status: Mapping[str, Any] = body.get("status") or {}
-    ready = next((c for c in status.get("conditions") or () if c["type"] == READY), None)
+    """Return the view of a FedPipeNode; one without status has never been looked at.
+
+    Unreadable names a field that is not as Kubernetes has it: its probe's token may be in anybody's hands.
+    """
+    top = Fields(body)
+    status = top.object("status")
+    ready = next((c for c in status.objects("conditions") if c.text("type") == READY), None)
     fault = "its probe has not reported yet"
     if ready is not None:
-        fault = (
-            "" if ready["status"] == "True" else f"{ready['reason']}: {ready.get('message') or 'not ready'}"
-        )
-    devices = status.get("devices") or ()
-    cpu = status.get("cpu") or {}
+        why = one_line(f"{ready.text('reason')}: {ready.text('message') or 'not ready'}")
+        fault = "" if ready.text("status") == "True" else why
+    devices = status.objects("devices")
     # A device that does not tell its memory has none to plan with: the machine's is not its own.
-    sizes = [d.get("totalMemory") or 0 for d in devices] or [cpu.get("totalMemory") or 0]
+    sizes = [device.count("totalMemory") for device in devices] or [status.object("cpu").count("totalMemory")]
     return CapacityView(
-        name=body["metadata"]["name"],
-        unschedulable=bool((body.get("spec") or {}).get("unschedulable")),
+        name=top.object("metadata").name("name"),
+        unschedulable=top.object("spec").flag("unschedulable"),
         fault=fault or None,
         devices=len(devices),
         memory=max(sizes),
-        link_rate=status.get("linkRate") or None,
-        observed_at=_seconds(status.get("observedAt")) or 0.0,
+        link_rate=status.count("linkRate") or None,
+        observed_at=status.time("observedAt") or 0.0,
     )
 
 
 def pod_view(body: Body) -> PodView | None:
-    """Return the view of an agent Pod; None for a Pod that no FedPipeJob controls."""
-    meta, status = body["metadata"], body.get("status") or {}
-    owner = next((o for o in meta.get("ownerReferences") or () if o.get("controller")), None)
-    annotations = meta.get("annotations") or {}
-    if owner is None or owner["kind"] != "FedPipeJob" or NODE_LABEL not in annotations:
+    """Return the view of an agent Pod; None for a Pod that no FedPipeJob controls.
+
+    Unreadable names a field that is not as Kubernetes has it, or not as the operator wrote it.
+    """
+    top = Fields(body)
+    meta, status = top.object("metadata"), top.object("status")
+    owner = next((o for o in meta.objects("ownerReferences") if o.flag("controller")), None)
+    annotations = meta.texts("annotations")
+    if owner is None or owner.text("kind") != "FedPipeJob" or NODE_LABEL not in annotations:
         return None
     # A sidecar of the podTemplate may fail as it likes; one that must run first may not.
-    containers = [c for c in status.get("containerStatuses") or () if c["name"] in (AGENT, WRITER)]
-    containers += status.get("initContainerStatuses") or ()
+    containers = [c for c in status.objects("containerStatuses") if c.text("name") in (AGENT, WRITER)]
+    containers += status.objects("initContainerStatuses")
     return PodView(
-        namespace=meta["namespace"],
-        name=meta["name"],
-        uid=meta["uid"],
-        job=owner["uid"],
-        node=annotations[NODE_LABEL],
-        template=annotations.get(TEMPLATE_ANNOTATION, ""),
-        phase=status.get("phase") or "Pending",
-        created=_seconds(meta.get("creationTimestamp")) or 0.0,
+        namespace=meta.name("namespace"),
+        name=meta.name("name"),
+        uid=meta.name("uid"),
+        job=owner.name("uid"),
+        node=meta.object("annotations").text(NODE_LABEL, longest=253),
+        template=meta.object("annotations").text(TEMPLATE_ANNOTATION, longest=253),
+        phase=status.text("phase", longest=63) or "Pending",
+        created=meta.time("creationTimestamp") or 0.0,
         deleting="deletionTimestamp" in meta,
-        writer=(meta.get("labels") or {}).get(COMPONENT_LABEL) == WRITER,
+        writer=meta.texts("labels").get(COMPONENT_LABEL) == WRITER,
         trouble=_trouble(status, containers),
         ended=_ended(status, containers),
     )
 
 
-def _trouble(status: Body, containers: Iterable[Body]) -> str | None:
+def _trouble(status: Fields, containers: Iterable[Fields]) -> str | None:
     for container in containers:
-        waiting = (container.get("state") or {}).get("waiting") or {}
-        told = _STUCK.get(waiting.get("reason", ""))
-        if told is not None:
-            last = (container.get("lastState") or {}).get("terminated") or {}
-            detail = last.get("message") or waiting.get("message") or waiting["reason"]
-            return f"{told}: {_last_line(detail)}"
-    if status.get("phase") == "Failed":
-        ended: Body = next(
-            (c["state"]["terminated"] for c in containers if "terminated" in c.get("state", {})), {}
-        )
-        detail = status.get("message") or ended.get("message") or ended.get("reason") or "no reason given"
-        return f"its Pod failed ({status.get('reason') or 'Error'}): {_last_line(detail)}"
-    for condition in status.get("conditions") or ():
-        if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
-            return f"its Pod cannot be scheduled: {_last_line(condition.get('message') or '')}"
+        waiting = container.object("state").object("waiting")
+        reason = waiting.text("reason")
+        if reason in _STUCK:
+            last = container.object("lastState").object("terminated").text("message")
+            return f"{_STUCK[reason]}: {one_line(last or waiting.text('message') or reason)}"
+    if status.text("phase") == "Failed":
+        ended = next(iter(_terminated(containers)), Fields({}))
+        detail = status.text("message") or ended.text("message") or ended.text("reason") or "no reason given"
+        reason = one_line(status.text("reason"), 63) or "Error"
+        return f"its Pod failed ({reason}): {one_line(detail)}"
+    for condition in status.objects("conditions"):
+        if condition.text("type") == "PodScheduled" and condition.text("reason") == "Unschedulable":
+            return f"its Pod cannot be scheduled: {one_line(condition.text('message'))}"
     return None
 
 
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1][-400:] if lines else ""
+def _terminated(containers: Iterable[Fields]) -> list[Fields]:
+    states = [container.object("state") for container in containers]
+    return [state.object("terminated") for state in states if "terminated" in state]
 
 
-def _ended(status: Body, containers: Iterable[Body]) -> float | None:
-    if status.get("phase") not in ("Succeeded", "Failed"):
+def _ended(status: Fields, containers: Iterable[Fields]) -> float | None:
+    if status.text("phase") not in ("Succeeded", "Failed"):
         return None
-    times = [
-        c["state"]["terminated"].get("finishedAt") for c in containers if "terminated" in c.get("state", {})
-    ]
-    times += [c.get("lastTransitionTime") for c in status.get("conditions") or ()]
-    known = [s for s in map(_seconds, times) if s is not None]
-    return max(known, default=0.0)
-
-
-def _seconds(text: str | None) -> float | None:
-    return None if text is None else datetime.fromisoformat(text).timestamp()
+    times = [ended.time("finishedAt") for ended in _terminated(containers)]
+    times += [condition.time("lastTransitionTime") for condition in status.objects("conditions")]
+    return max((at for at in times if at is not None), default=0.0)

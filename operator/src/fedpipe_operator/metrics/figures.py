@@ -28,7 +28,7 @@ TURN_SECONDS = 0.005
 
 
 class Figures:
-    """The operator's own metrics; `requests` and `age` are read at scrape time."""
+    """The operator's own metrics; `requests`, `age` and `unreadable` are read at scrape time."""
 
     def __init__(
         self,
@@ -36,11 +36,13 @@ class Figures:
         store: Path,
         requests: Callable[[], Mapping[tuple[str, str], int]],
         age: Callable[[], float],
+        unreadable: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self._engine = engine
         self._store = store
         self._requests = requests
         self._age = age
+        self._unreadable = unreadable
         self._sizes = (0, 0)
         self._totals: dict[str, Totals] = {}
         self._own = CollectorRegistry()
@@ -84,6 +86,8 @@ class Figures:
         add_phases(samples, self._engine)
         for (verb, code), count in self._requests().items():
             samples.add("fedpipe_operator_api_requests_total", (verb, code), count)
+        for kind, count in self._unreadable().items():
+            samples.add("fedpipe_operator_unreadable_objects", (kind,), count)
         samples.add("fedpipe_operator_reconcile_age_seconds", (), self._age())
         samples.add("fedpipe_operator_store_bytes", (), self._sizes[0])
         samples.add("fedpipe_operator_store_free_bytes", (), self._sizes[1])

@@ -97,6 +97,11 @@ FAMILIES: tuple[Family, ...] = (
         ("verb", "code"),
         "API requests besides kopf's; code 0 had no answer.",
     ),
+    _gauge(
+        "fedpipe_operator_unreadable_objects",
+        ("kind",),
+        "Objects of the cluster that cannot be read and are left out; the log names the field.",
+    ),
     _gauge("fedpipe_operator_store_bytes", (), "Bytes of blobs in the store."),
     _gauge("fedpipe_operator_store_free_bytes", (), "Bytes free on the store's volume."),
     _gauge("fedpipe_operator_jobs", ("phase",), "Jobs by phase."),
