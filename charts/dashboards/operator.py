@@ -72,6 +72,14 @@ PANELS = [
     ),
     Panel(
         "timeseries",
+        "Objects left out",
+        [("fedpipe_operator_unreadable_objects", "{{kind}}")],
+        width=12,
+        text="Nodes, FedPipeNodes and Pods that cannot be read; the operator's log names the field.",
+        low=0,
+    ),
+    Panel(
+        "timeseries",
         "Probes: time of a pass",
         [("fedpipe_probe_pass_seconds", "{{node}}")],
         "s",

@@ -188,7 +188,11 @@ async def run(directory: Path) -> tuple[Prometheus, ExitStack]:
         return 1.0
 
     figures = Figures(
-        engine, directory / "store", lambda: {("GET", "200"): looks, ("PATCH", "409"): looks // 4}, age
+        engine,
+        directory / "store",
+        lambda: {("GET", "200"): looks, ("PATCH", "409"): looks // 4},
+        age,
+        lambda: {"FedPipeNode": 1},
     )
     watches = [asyncio.create_task(figures.watch_lag()), asyncio.create_task(figures.watch_store())]
     try:

@@ -307,7 +307,7 @@ async def test_every_series_is_of_the_table_and_vanishes_with_its_job(tmp_path: 
     try:
         await engine.submit(job())
         await engine.offer(UID, ["edge-1", "edge-2"])
-        figures = Figures(engine, tmp_path, lambda: {("get", "200"): 3}, lambda: 0.5)
+        figures = Figures(engine, tmp_path, lambda: {("get", "200"): 3}, lambda: 0.5, dict)
         found = {family.name: family for family in text_string_to_metric_families(await scraped(figures))}
         # The parser takes the ending off counters, and what a client adds for its histograms is no family of ours.
         named = {name + "_total" * (family.type == "counter") for name, family in found.items()}

@@ -1,7 +1,6 @@
 """What the watches have shown: nodes, capacities, Pods, and who holds which GPU node."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -30,7 +29,7 @@ class Inventory:
         self._pods: dict[str, dict[str, PodView]] = {}
         self._by_name: dict[tuple[str, str], PodView] = {}
         self._holders: dict[str, str] = {}
-        self._unreadable: defaultdict[str, dict[str, str]] = defaultdict(dict)
+        self._unreadable: dict[str, dict[str, str]] = {"Node": {}, "FedPipeNode": {}, "Pod": {}}
         self._on_fleet = on_fleet
         self._on_pod = on_pod
 

@@ -36,7 +36,7 @@ class Figures:
         store: Path,
         requests: Callable[[], Mapping[tuple[str, str], int]],
         age: Callable[[], float],
-        unreadable: Callable[[], Mapping[str, int]] = dict,
+        unreadable: Callable[[], Mapping[str, int]],
     ) -> None:
         self._engine = engine
         self._store = store
