@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from chart.rendering import CHART, MODES, template, values_of
+from fedpipe_operator.kube.settings import AllowedStore
 
 INFORMATION = 1
 
@@ -59,6 +60,13 @@ BAD = [
     ({"probe": {"tolerations": [{"effect": "Never"}]}}, "effect"),
     ({"modelCache": {"hostPath": "cache"}}, "hostPath"),
     ({"modelCache": {"hostPath": "/var/../etc/{x}"}}, "hostPath"),
+    ({"output": {"allow": []}}, "allow"),
+    ({"output": {"allowed": ["s3://adapters"]}}, "/output/allowed/0"),
+    ({"output": {"allowed": [{"endpoint": "https://a"}]}}, "/output/allowed/0"),
+    ({"output": {"allowed": [{"prefix": "file:///"}]}}, "/output/allowed/0/prefix"),
+    ({"output": {"allowed": [{"prefix": "s3://adapters/../x"}]}}, "prefix"),
+    ({"output": {"allowed": [{"prefix": "s3://adapters", "endpoint": "minio:9000"}]}}, "/output/allowed/0/endpoint"),
+    ({"output": {"allowed": [{"prefix": "gs://adapters", "endpoint": "https://a"}]}}, "output.allowed: gs:// has no endpoint"),
     ({"metrics": {"podMonitor": {"interval": "30"}}}, "interval"),
     ({"metrics": {"rules": {"labels": {"release": 1}}}}, "release"),
     ({"networkPolicy": {"metricsFrom": [{"namespace": "x"}]}}, "metricsFrom"),
@@ -87,6 +95,22 @@ def test_a_bad_value_is_refused_by_name(values: dict[str, Any], told: str) -> No
 )
 def test_a_coordinator_url_is_taken(url: str) -> None:
     assert template({"operator": {"coordinatorURL": url}})
+
+
+def test_allowed_stores_reach_the_operator() -> None:
+    allowed = [
+        {"prefix": "s3://"},
+        {"prefix": "s3://adapters/team-a", "endpoint": "https://minio.example:9000"},
+        {"prefix": "gs://adapters"},
+        {"prefix": "az://account/models/x"},
+    ]
+    rendered = yaml.safe_dump_all(template({"output": {"allowed": allowed}}))
+    told = re.findall(r"--output-allow=(\S+)", rendered)
+    assert told == [",".join(entry.values()) for entry in allowed]
+    assert [AllowedStore.parse(text).endpoint for text in told] == [
+        entry.get("endpoint") for entry in allowed
+    ]
+    assert "--output-allow" not in yaml.safe_dump_all(template({}))
 
 
 def test_every_value_has_a_comment_and_a_place_in_the_schema() -> None:

@@ -90,7 +90,13 @@ VALID = [
     Case("no update checks", {"spec.aggregation.checks.mode": "none"}),
     Case("server optimizer", {"spec.aggregation.server": {"name": "fedadam", "learningRate": 0.1}}),
     Case("output to a claim", {"spec.output.volume": {"persistentVolumeClaim": CLAIM}}),
-    Case("output to a URL", {"spec.output.url": "s3://bucket/prefix"}),
+    Case("output to a URL", {"spec.output": {"url": "s3://bucket/prefix", "secretName": "writer"}}),
+    Case("output to Google", {"spec.output": {"url": "gs://buc_ket.example", "secretName": "writer"}}),
+    Case("output to Azure", {"spec.output": {"url": "az://account/container/a/", "secretName": "a.b"}}),
+    Case(
+        "output to a partition",
+        {"spec.output": {"url": "s3://bucket/day=2027-01-01/a.b~1+2_", "secretName": "writer"}},
+    ),
     Case("selector", {"spec.nodes.selector": {"matchLabels": {"site": "edge", "fedpipe.io/gpu": ""}}}),
     Case(
         "selector expressions",
@@ -145,7 +151,6 @@ INVALID = [
     Case("unknown format", {"spec.data.format": "xml"}, "spec.data.format"),
     Case("repository path", {"spec.model.huggingFace.repo": "../secret/a"}, "spec.model.huggingFace.repo"),
     Case("claim name", {"spec.data.volume.persistentVolumeClaim.claimName": "a b"}, "claimName"),
-    Case("url", {"spec.output.url": "bucket/prefix"}, "spec.output.url"),
     Case("too many labels", {"spec.model.labels": [str(i) for i in range(1001)]}, "spec.model.labels"),
     Case("empty label", {"spec.model.labels": ["a", ""]}, "spec.model.labels[1]"),
     Case("long label", {"spec.model.labels": ["a", "b" * 257]}, "spec.model.labels[1]"),
@@ -269,6 +274,63 @@ INVALID = [
         "cel",
     ),
     Case("output nowhere", {"spec.output": {}}, "spec.output", "volume, url", "cel"),
+    *[
+        Case(
+            f"output to {url!r}",
+            {"spec.output": {"url": url, "secretName": "writer"}},
+            "spec.output.url",
+            "must be a URL of an object store",
+            "cel",
+        )
+        for url in (
+            "",
+            "bucket/prefix",
+            "file:///var/lib/fedpipe/blobs/temp",
+            "http://169.254.169.254/latest",
+            "https://bucket.s3.amazonaws.com/a",
+            "webhdfs://host:9870/a",
+            "reference::http://host/a",
+            "simplecache::s3://bucket/a",
+            "s3://bucket/a::http://host",
+            "s3://user:password@bucket/a",
+            "s3://host:9000/bucket",
+            "s3://bucket/../other",
+            "s3://bucket/a/..",
+            "s3://bucket/./a",
+            "s3://bucket//a",
+            "s3://bucket/a%2F..%2Fb",
+            "s3://bucket/a?endpoint=http://host",
+            "s3://bucket/a#b",
+            "s3://bucket/a b",
+            "s3://bucket/a\n",
+            "s3://bucket/\u2024\u2024/a",
+            "S3://bucket/a",
+            "s3://Bucket/a",
+            "s3://",
+            "s3:///a",
+            "az://account",
+            "local://tmp",
+        )
+    ],
+    Case(
+        "output without Secret",
+        {"spec.output": {"url": "s3://bucket"}},
+        "spec.output.secretName",
+        "needed by url",
+        "cel",
+    ),
+    Case(
+        "Secret without output",
+        {"spec.output": {"volume": {"persistentVolumeClaim": CLAIM}, "secretName": "writer"}},
+        "spec.output.secretName",
+        "needed by url",
+        "cel",
+    ),
+    Case(
+        "Secret of another namespace",
+        {"spec.output": {"url": "s3://bucket", "secretName": "other/writer"}},
+        "spec.output.secretName",
+    ),
     Case(
         "in without values",
         {"spec.nodes.selector.matchExpressions": [{"key": "a", "operator": "In"}]},
@@ -296,7 +358,7 @@ FULL = job(
     {
         "spec.nodes": {"selector": {"matchLabels": {"site": "edge"}}, "min": 2, "max": 6},
         "spec.rounds": {"count": 30, "localSteps": 50, "minUpdates": 2, "until": {"patience": 5}},
-        "spec.output.url": "s3://bucket/prefix",
+        "spec.output": {"url": "s3://bucket/prefix", "secretName": "writer"},
     }
 )
 """A job whose fields the changes below touch."""

@@ -179,7 +179,14 @@ CHANGES = st.fixed_dictionaries(
         "spec.adapter.ranks.max": st.integers(0, 20),
         "spec.adapter.selection.mode": st.sampled_from(["list", "all", "some"]),
         "spec.adapter.selection.matrices": st.lists(st.text("ab", max_size=2), max_size=2),
-        "spec.output": st.sampled_from([{}, {"url": "s3://a"}, {"url": "a"}]),
+        "spec.output": st.fixed_dictionaries(
+            {},
+            optional={
+                "url": st.sampled_from(["s3://bucket/a", "gs://bucket", "az://account"])
+                | st.from_regex(r"\A(s3|gs|az|file)://[a-z0-9./@:%]{0,12}\Z"),
+                "secretName": st.just("writer"),
+            },
+        ),
         "spec.nodes.selector": st.fixed_dictionaries(
             {},
             optional={

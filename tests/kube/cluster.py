@@ -46,7 +46,11 @@ def stand_in_agent(pod: dict[str, Any], directory: Path) -> Process:
     container = pod["spec"]["containers"][0]
     if container["name"] == "output":
         script = [sys.executable, "-m", "fedpipe_operator.kube", "deliver"]
-        arguments[-1] = arguments[-1].replace("/output", str(directory.parents[1] / "output"))
+        output, credentials = str(directory.parents[1] / "output"), str(directory / "credentials")
+        arguments = [
+            output + one.removeprefix("/output") if one.startswith("/output") else one for one in arguments
+        ]
+        arguments = [credentials if one == "/var/run/credentials" else one for one in arguments]
     given = {e["name"]: e["value"] for e in container.get("env", ())}
     environment = os.environ | given | ENVIRONMENT | {"SSL_CERT_FILE": str(directory / "ca.crt")}
     return start_process([*script, *arguments], directory, environment)

@@ -1,5 +1,6 @@
 """A stand-in for scheduler and kubelets: binds each Pod to its node, runs its agent, tells how that goes."""
 
+import base64
 import http.client
 import subprocess
 import threading
@@ -198,7 +199,18 @@ class Kubelet:
         status, answer = self.plane.request("GET", f"/api/v1/namespaces/{self.namespace}/configmaps/{name}")
         assert status == 200, answer
         (directory / "ca.crt").write_text(answer["data"]["ca.crt"])
+        for volume in spec["volumes"]:
+            if "secret" in volume:
+                self._mount_secret(volume["secret"], directory / volume["name"])
         return True
+
+    def _mount_secret(self, source: dict[str, Any], directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        path = f"/api/v1/namespaces/{self.namespace}/secrets/{source['secretName']}"
+        status, answer = self.plane.request("GET", path)
+        assert status == 200 or (source.get("optional") and status == 404), answer
+        for key, value in answer.get("data", {}).items():
+            (directory / key).write_bytes(base64.b64decode(value))
 
     def _end(self, pod: dict[str, Any], known: Running | None) -> None:
         meta = pod["metadata"]

@@ -1,6 +1,7 @@
 """The operator on a real API server: its own process, its own rights, agents as processes."""
 
 import json
+import re
 import socket
 import ssl
 import tarfile
@@ -18,17 +19,28 @@ from fedpipe_api.base import UserError
 from fedpipe_operator.kube.get import _fetch, unpack
 from kube.cluster import CUSTOM, Cluster, taking
 from kube.controlplane import ControlPlane
+from standins.object_store import KEY, SECRET, ObjectStore
 
 
 @pytest.fixture(scope="module")
-def cluster(control_plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def object_store() -> Iterator[ObjectStore]:
+    """A store that the operator of all tests here allows."""
+    one = ObjectStore()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    control_plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory, object_store: ObjectStore
+) -> Iterator[Cluster]:
     """Three nodes, kubelets and a running operator, for all tests here."""
     one = Cluster(control_plane, "operator", tmp_path_factory.mktemp("operator"))
     for name in ("edge-1", "edge-2", "edge-3"):
         one.add_node(name)
     try:
         one.start_kubelet()
-        one.start_operator()
+        one.start_operator("--output-allow", f"s3://adapters/team,{object_store.url}")
         yield one
     finally:
         one.tear_down()
@@ -37,7 +49,7 @@ def cluster(control_plane: ControlPlane, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture
 def name(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[str]:
     """The test's own job name; the job and its Pods are gone afterwards."""
-    own = request.node.name.removeprefix("test_").replace("_", "-")[:40].rstrip("-")
+    own = re.sub("[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower())[:60].strip("-")
     yield own
     cluster.plane.request("DELETE", cluster.job_path(own))
     cluster.wait(f"{own} is gone", lambda: cluster.job(own) is None)
@@ -130,24 +142,62 @@ def _expose(cluster: Cluster) -> None:
     cluster.create(f"/api/v1/namespaces/{cluster.own}/endpoints", endpoints)
 
 
-def test_the_adapter_is_written_to_volume_and_url(cluster: Cluster, name: str) -> None:
-    there = cluster.directory / "bucket"
+def secret_of(cluster: Cluster, secret_name: str, **data: str) -> None:
+    path = f"/api/v1/namespaces/{cluster.namespace}/secrets"
+    cluster.create(path, {"metadata": {"name": secret_name}, "stringData": data})
+
+
+def test_the_adapter_is_written_to_volume_and_url(
+    cluster: Cluster, name: str, object_store: ObjectStore
+) -> None:
+    secret_of(cluster, "writer", AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET)
     volume = {"persistentVolumeClaim": {"claimName": "models", "path": "adapters"}}
-    cluster.submit(name, output={"volume": volume, "url": there.as_uri()})
+    cluster.submit(name, output={"volume": volume, "url": "s3://adapters/team/", "secretName": "writer"})
     cluster.wait("written", lambda: cluster.condition("Output", name)[:2] == ("True", "OutputWritten"))
-    assert cluster.condition("Output", name)[2] == f"claim models/adapters/{name}, {there.as_uri()}/{name}"
-    for directory in (cluster.directory / "output" / "adapters" / name, there / name):
-        assert {path.name for path in directory.iterdir()} == {
-            "README.md", "adapter_config.json", "adapter_model.safetensors"
-        }  # fmt: skip
+    assert cluster.condition("Output", name)[2] == f"claim models/adapters/{name}, s3://adapters/team/{name}"
+    directory = cluster.directory / "output" / "adapters" / name
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    stored = {f"/adapters/team/{name}/{file}": content for file, content in files.items()}
+    assert stored.items() <= object_store.objects.items()
     assert cluster.status(name)["adapter"]["path"].startswith("claim models/")
 
 
 def test_an_output_that_cannot_be_written_says_so(cluster: Cluster, name: str) -> None:
-    cluster.submit(name, output={"url": "nowhere://bucket"})
+    cluster.submit(name, output={"url": "s3://adapters/team", "secretName": "absent"})
     cluster.wait("failed", lambda: cluster.condition("Output", name)[:2] == ("False", "OutputFailed"))
-    assert "nowhere" in cluster.condition("Output", name)[2]
+    message = cluster.condition("Output", name)[2]
+    assert "spec.output.secretName: credentials for s3:// are missing; give AWS_ACCESS_KEY_ID" in message
     assert cluster.status(name)["phase"] == "Succeeded"
+    # Once the Secret is there, the Pod that tries again writes it.
+    secret_of(cluster, "absent", AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET)
+
+
+def test_what_a_store_answers_is_not_passed_on(
+    cluster: Cluster, name: str, object_store: ObjectStore
+) -> None:
+    object_store.answer = (403, b"PRIVATE-ANSWER of another service")
+    secret_of(cluster, "known", AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET)
+    cluster.submit(name, output={"url": "s3://adapters/team", "secretName": "known"})
+    cluster.wait("failed", lambda: cluster.condition("Output", name)[:2] == ("False", "OutputFailed"))
+    assert "the object store denies the upload" in cluster.condition("Output", name)[2]
+    pods = json.dumps(pods_of(cluster, name))
+    for secret in ("PRIVATE-ANSWER", "403", SECRET):
+        assert secret not in json.dumps(cluster.status(name)) + json.dumps(cluster.events(name))
+    assert "PRIVATE-ANSWER" not in pods + cluster.log()
+    object_store.answer = None
+
+
+@pytest.mark.parametrize("url", ["s3://adapters/team-b", "s3://adapters", "gs://adapters/team"])
+def test_a_store_that_is_not_allowed_is_refused_before_anything_runs(
+    cluster: Cluster, name: str, url: str
+) -> None:
+    cluster.submit(name, output={"url": url, "secretName": "writer"})
+    cluster.wait("refused", lambda: cluster.condition("Accepted", name)[:2] == ("False", "Invalid"))
+    message = cluster.condition("Accepted", name)[2]
+    assert message.startswith("spec.output.url: this cluster allows not that object store")
+    assert "output.allowed in the values of the chart" in message
+    assert not pods_of(cluster, name)
 
 
 def test_a_selector_without_nodes_says_why(cluster: Cluster, name: str) -> None:

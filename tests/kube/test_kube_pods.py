@@ -9,8 +9,8 @@ import pytest
 from fedpipe_api.base import UserError
 from fedpipe_api.names import child_name
 from fedpipe_operator.kube.merge import strategic_merge
-from fedpipe_operator.kube.pods import build_agent_pod, template_digest
-from fedpipe_operator.kube.settings import Settings
+from fedpipe_operator.kube.pods import build_agent_pod, build_writer_pod, template_digest
+from fedpipe_operator.kube.settings import AllowedStore, Settings
 from fedpipe_operator.kube.views import capacity_view, node_view, pod_view
 from kube.objects import UID, capacity, job, node
 
@@ -189,6 +189,35 @@ def test_a_template_is_merged_by_names() -> None:
 def test_a_template_that_does_not_fit_is_named(template: Any, message: str) -> None:
     with pytest.raises(UserError, match="^" + message.replace("[", r"\[")):
         build(job(podTemplate=template))
+
+
+STORES = (AllowedStore.parse("s3://adapters,http://minio.storage.svc:9000"), AllowedStore.parse("gs://"))
+
+
+def test_the_writer_mounts_the_secret_and_is_restricted() -> None:
+    volume = {"persistentVolumeClaim": {"claimName": "models-{node}", "path": "a"}}
+    output = {"url": "s3://adapters/x/", "secretName": "writer", "volume": volume}
+    settings = Settings(**vars(SETTINGS) | {"output_allowed": STORES})
+    pod = build_writer_pod(job(output=output), "edge-1", settings)
+    kubernetes_validate.validate(pod, "1.36", strict=True)
+    assert pod["metadata"]["namespace"] == "support"
+    [container] = pod["spec"]["containers"]
+    assert container["args"][6:] == [
+        "--url", "s3://adapters/x/tickets", "--credentials", "/var/run/credentials",
+        "--endpoint", "http://minio.storage.svc:9000", "--output", "/output/a/tickets",
+    ]  # fmt: skip
+    assert volumes(pod)["credentials"]["secret"]["secretName"] == "writer"
+    assert mounts(pod)["/var/run/credentials"]["readOnly"]
+    assert volumes(pod)["output"]["persistentVolumeClaim"] == {"claimName": "models-edge-1"}
+    assert pod["spec"]["automountServiceAccountToken"] is False
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert "env" not in container, "no credentials in the environment"
+
+
+def test_a_writer_to_a_store_that_is_not_allowed_any_more_is_not_built() -> None:
+    output = {"url": "s3://adapters/x", "secretName": "writer"}
+    with pytest.raises(UserError, match=r"spec.output.url: this cluster allows no object store"):
+        build_writer_pod(job(output=output), "edge-1", SETTINGS)
 
 
 def test_null_takes_a_field_away_and_other_lists_are_replaced() -> None:

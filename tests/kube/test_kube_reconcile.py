@@ -185,7 +185,7 @@ def test_a_silent_probe_or_a_cordon_takes_nobody_from_work() -> None:
                     "CrashLoopBackOff", lastState={"terminated": {"message": "INFO\nno /data/train.jsonl"}}
                 ),
             ),
-            "its agent keeps failing: no /data/train.jsonl",
+            "its container keeps failing: no /data/train.jsonl",
         ),
         (
             pod(

@@ -150,7 +150,7 @@ ADVICE: dict[Reason, Advice] = {
     Reason.OUTPUT_WRITTEN: Advice("The adapter lies at spec.output."),
     Reason.OUTPUT_FAILED: Advice(
         "The adapter is in the operator's store but could not be written to spec.output.",
-        "Mend the volume or the credentials named in the message; `fedpipe get adapter` works meanwhile.",
+        "Fix the volume, URL or Secret named in the message; `fedpipe get adapter` works meanwhile.",
     ),
 }
 """What each reason tells; the troubleshooting tables are written from it."""

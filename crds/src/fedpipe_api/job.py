@@ -1,11 +1,13 @@
 """FedPipeJob: one federated fine-tuning of one language model (`fedpipe.io/v1alpha1`)."""
 
+import re
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, FiniteFloat, JsonValue, StringConstraints
 
 from .base import Duration, Model, ModuleName, Name, Precision
+from .object_url import EXAMPLES, OBJECT_URL_PATTERN
 from .objects import (
     Claim,
     HostPath,
@@ -349,8 +351,15 @@ class Output(Model):
     url: str | None = Field(
         default=None,
         max_length=2048,
-        pattern=r"^[a-z0-9+.-]+://.+",
-        description="An fsspec URL such as s3://bucket/prefix.",
+        description=f"Object store: {EXAMPLES}. In a cluster it must be one that the administrator allows.",
+    )
+    secret_name: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=253,
+        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
+        description="Secret of the job's namespace with the credentials for url; `fedpipe run` takes them "
+        "from its environment.",
     )
 
     rules: ClassVar = (
@@ -359,6 +368,20 @@ class Output(Model):
             message="give volume, url or both",
             cel="has(self.volume) || has(self.url)",
             holds=lambda output: output.volume is not None or output.url is not None,
+        ),
+        Rule(
+            field="url",
+            message=f"must be a URL of an object store: {EXAMPLES}, with plain path segments",
+            cel=f"!has(self.url) || self.url.matches('{OBJECT_URL_PATTERN}')",
+            holds=lambda output: (
+                output.url is None or re.fullmatch(OBJECT_URL_PATTERN[1:-1], output.url) is not None
+            ),
+        ),
+        Rule(
+            field="secretName",
+            message="needed by url, and by it only",
+            cel="has(self.url) == has(self.secretName)",
+            holds=lambda output: (output.url is None) == (output.secret_name is None),
         ),
     )
 

@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from fedpipe_api.base import UserError
+from fedpipe_api.object_url import ObjectURL
 
 from .api import own_namespace
-from .settings import Settings
+from .settings import AllowedStore, Settings
 
 app = typer.Typer(
     name="fedpipe-operator",
@@ -46,7 +47,7 @@ def run(
     store: Annotated[Path, typer.Option(envvar="FEDPIPE_STORE", help="Directory of ledger and blobs.")],
     agent_image: Annotated[str, typer.Option(envvar="FEDPIPE_AGENT_IMAGE", help="Image of agent Pods.")],
     operator_image: Annotated[
-        str, typer.Option(envvar="FEDPIPE_OPERATOR_IMAGE", help="Image of Pods that write an output volume.")
+        str, typer.Option(envvar="FEDPIPE_OPERATOR_IMAGE", help="Image of Pods that write spec.output.")
     ],
     namespace: Annotated[
         str | None, typer.Option(envvar="FEDPIPE_NAMESPACE", help="The operator's own; default: its Pod's.")
@@ -80,6 +81,14 @@ def run(
     image_pull_secret: Annotated[
         list[str] | None, typer.Option(help="For agent Pods, repeatable; in the job's namespace.")
     ] = None,
+    output_allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PREFIX[,ENDPOINT]",
+            help="Object store that spec.output.url may name, such as s3://BUCKET/PATH, repeatable; "
+            "default: none.",
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log kopf's details too.")] = False,
 ) -> int:
     """Run operator, coordinator and metrics."""
@@ -102,6 +111,7 @@ def run(
         model_cache=model_cache,
         runtime_class=runtime_class,
         image_pull_secrets=tuple(image_pull_secret or ()),
+        output_allowed=tuple(AllowedStore.parse(text) for text in output_allow or ()),
     )
     _log(verbose)
     from .run import serve
@@ -116,12 +126,21 @@ def deliver(
     coordinator: Annotated[str, typer.Option(help="The coordinator's URL.")],
     token_file: Annotated[Path, typer.Option(help="The Pod's token.")],
     ca_file: Annotated[Path, typer.Option(help="The coordinator's CA.")],
-    output: Annotated[Path, typer.Option(help="Directory to write.")],
+    output: Annotated[Path | None, typer.Option(help="Directory to write.")] = None,
+    url: Annotated[str | None, typer.Option(help="Object store to write to.")] = None,
+    endpoint: Annotated[str | None, typer.Option(help="Of a store that is not the provider's own.")] = None,
+    credentials: Annotated[
+        Path | None, typer.Option(help="Directory of the credentials for --url, a file for each key.")
+    ] = None,
 ) -> int:
-    """Write a job's adapter into a mounted volume; the operator's own Pods run this."""
+    """Write a job's adapter into a mounted volume or an object store; the operator's own Pods run this."""
+    from .deliver import Target
     from .deliver import deliver as write
 
-    write(coordinator, token_file, ca_file, output)
+    if url is not None and credentials is None:
+        raise UserError("--credentials: required by --url")
+    target = Target(ObjectURL.parse(url), endpoint, credentials) if url and credentials else None
+    write(coordinator, token_file, ca_file, output, target)
     return 0
 
 

@@ -126,12 +126,23 @@ class Controller:
             known.job = FedPipeJob.model_validate(
                 {k: body[k] for k in ("apiVersion", "kind", "metadata", "spec") if k in body}
             )
-            known.invalid = None
+            known.invalid = self._not_allowed(known)
         except ValidationError as error:
             known.invalid = explain(error)
         known.changed.set()
         if known.task is None:
             known.task = asyncio.create_task(self._tend(known), name=f"tend {known.title}")
+
+    def _not_allowed(self, known: Tended) -> str | None:
+        """Return why the administrator does not allow a job; one that runs already goes on to its end."""
+        output = known.job.spec.output if known.job else None
+        if output is None or output.url is None or known.uid in self.engine.jobs:
+            return None
+        try:
+            self._settings.store_of(output.url)
+        except UserError as error:
+            return str(error)
+        return None
 
     async def forget_job(self, uid: str) -> None:
         """Remove what belongs to a job that is being deleted: Pods, then its rows and blobs. Idempotent."""

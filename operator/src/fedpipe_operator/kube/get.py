@@ -79,15 +79,20 @@ async def _fetch(kubeconfig: Path | None, namespace: str, service: str, path: st
 
 def unpack(body: bytes, directory: Path) -> None:
     """Write the files of a tar of a PEFT directory; UserError for anything that is none."""
+    files = adapter_files(body)
+    directory.mkdir(parents=True)
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+
+
+def adapter_files(body: bytes) -> dict[str, bytes]:
+    """Return the files of a tar of a PEFT directory by name; UserError for anything that is none."""
     try:
         with tarfile.open(fileobj=io.BytesIO(body), mode="r:") as archive:
             members = archive.getmembers()
             names = [member.name for member in members]
             if set(names) - FILES or len(names) != len(set(names)) or not all(m.isreg() for m in members):
                 raise UserError(f"the operator sent an unexpected archive: {', '.join(names[:5])}")
-            contents = {m.name: found.read() for m in members if (found := archive.extractfile(m))}
+            return {m.name: found.read() for m in members if (found := archive.extractfile(m))}
     except tarfile.TarError as error:
         raise UserError(f"the operator sent no archive: {error}") from None
-    directory.mkdir(parents=True)
-    for name, content in contents.items():
-        (directory / name).write_bytes(content)

@@ -1,93 +1,73 @@
-"""Delivers a finished adapter to spec.output: an fsspec URL from here, a volume by a Pod that mounts it."""
+"""Delivers a finished adapter to spec.output by a Pod of the job's namespace; the operator writes nowhere."""
 
 import asyncio
-import tempfile
-from pathlib import Path
 
 from fedpipe_api.base import UserError
 from fedpipe_api.job import FedPipeJob
 from fedpipe_api.names import child_name
 
-from ..engine import Engine
 from ..engine.state import JobState
 from .api import Api
-from .http import export_adapter
 from .inventory import Inventory
-from .pods import build_writer_pod
+from .pods import build_writer_pod, output_place
 from .settings import Settings
+from .views import PodView
 
 POLL_SECONDS = 1.0
-VOLUME_SECONDS = 600.0
-"""A volume that is not written after so long is reported; its Pod goes on trying."""
+WRITE_SECONDS = 600.0
+"""An adapter that is not written after so long is reported; its Pod goes on trying."""
 
 
 class OutputWriter:
     """Writes adapters where jobs want them. `inventory` is set once there is a controller."""
 
-    def __init__(self, engine: Engine, api: Api, settings: Settings) -> None:
-        self._engine = engine
+    def __init__(self, api: Api, settings: Settings) -> None:
         self._api = api
         self._settings = settings
         self.inventory: Inventory | None = None
 
     async def __call__(self, job: FedPipeJob, state: JobState) -> str:
-        """Return where the adapter lies now. UserError says what keeps it from getting there."""
-        output = job.spec.output
-        assert output is not None
-        places = []
-        if output.volume is not None:
-            places.append(await self._mount(job, state))
-        if output.url is not None:
-            where = f"{output.url.rstrip('/')}/{job.metadata.name}"
-            await asyncio.to_thread(self._upload, state, where)
-            places.append(where)
-        return ", ".join(places)
-
-    async def _mount(self, job: FedPipeJob, state: JobState) -> str:
-        assert job.spec.output is not None
-        volume = job.spec.output.volume
-        assert volume is not None
+        """Return where the adapter is stored now. UserError says what keeps it from getting there."""
         node = min(state.plan.nodes, default="") if state.plan else ""
         await self._api.create_pod(build_writer_pod(job, node, self._settings))
-        name = child_name(job.metadata.name, "")
         try:
-            async with asyncio.timeout(VOLUME_SECONDS):
-                await self._succeeded(job.metadata.namespace, name)
+            async with asyncio.timeout(WRITE_SECONDS):
+                await self._succeeded(job)
         except TimeoutError:
-            raise UserError(f"spec.output.volume: not written yet; see kubectl describe pod {name}") from None
-        if volume.persistent_volume_claim is not None:
-            claim = volume.persistent_volume_claim
-            parts = (claim.claim_name.replace("{node}", node), claim.path, job.metadata.name)
-            return "claim " + "/".join(filter(None, parts))
-        assert volume.host_path is not None
-        return f"{node}:{volume.host_path.path.rstrip('/')}/{job.metadata.name}"
+            name = child_name(job.metadata.name, "")
+            raise UserError(f"spec.output: not written yet; see kubectl describe pod {name}") from None
+        return ", ".join(_places(job, node))
 
-    async def _succeeded(self, namespace: str, name: str) -> None:
-        assert self.inventory is not None
+    async def _succeeded(self, job: FedPipeJob) -> None:
         while True:
-            pod = self.inventory.pod(namespace, name)
+            pod = self._find(job)
             if pod is not None and pod.phase == "Succeeded":
                 return
             if pod is not None and pod.phase == "Failed":
                 # Its successor has the same name.
-                await self._api.delete_pod(namespace, name, pod.uid, force=False)
+                await self._api.delete_pod(pod.namespace, pod.name, pod.uid, force=False)
             if pod is not None and pod.trouble:
-                raise UserError(f"spec.output.volume: {pod.trouble}")
+                raise UserError(f"spec.output: {pod.trouble}")
             await asyncio.sleep(POLL_SECONDS)
 
-    def _upload(self, state: JobState, where: str) -> None:
-        import fsspec
+    def _find(self, job: FedPipeJob) -> PodView | None:
+        """Return the job's writer; another Pod that has its name is none."""
+        assert self.inventory is not None
+        found = self.inventory.pod(job.metadata.namespace, child_name(job.metadata.name, ""))
+        return found if found is not None and found.writer and found.job == job.metadata.uid else None
 
-        with tempfile.TemporaryDirectory() as temporary:
-            directory = Path(temporary) / "adapter"
-            export_adapter(self._engine, state, directory)
-            try:
-                filesystem, path = fsspec.core.url_to_fs(where)
-                filesystem.makedirs(path, exist_ok=True)
-                for file in sorted(directory.iterdir()):
-                    filesystem.put_file(str(file), f"{path}/{file.name}")
-            except ImportError as error:
-                raise UserError(f"spec.output.url: {error}; use an operator image that has it") from None
-            except Exception as error:  # every store has errors of its own
-                text = " ".join(str(error).split())
-                raise UserError(f"spec.output.url {where}: {type(error).__name__}: {text}") from None
+
+def _places(job: FedPipeJob, node: str) -> list[str]:
+    """Return where the adapter is stored, as people write it."""
+    output = job.spec.output
+    assert output is not None
+    places = []
+    if output.volume is not None and output.volume.persistent_volume_claim is not None:
+        claim = output.volume.persistent_volume_claim
+        parts = (claim.claim_name.replace("{node}", node), claim.path, job.metadata.name)
+        places.append("claim " + "/".join(filter(None, parts)))
+    elif output.volume is not None and output.volume.host_path is not None:
+        places.append(f"{node}:{output.volume.host_path.path.rstrip('/')}/{job.metadata.name}")
+    if output.url is not None:
+        places.append(str(output_place(job)))
+    return places

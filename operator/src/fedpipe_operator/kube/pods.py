@@ -16,7 +16,8 @@ from fedpipe_api.names import (
     VERSION,
     child_name,
 )
-from fedpipe_api.objects import Claim, HostPath
+from fedpipe_api.object_url import ObjectURL
+from fedpipe_api.objects import Claim, HostPath, Volume
 
 from .merge import strategic_merge
 from .settings import Settings
@@ -33,7 +34,7 @@ GRACE_SECONDS = 60
 
 IDENTITY_DIRECTORY = "/var/run/fedpipe"
 MODEL_DIRECTORY, DATA_DIRECTORY, CACHE_DIRECTORY = "/model", "/data", "/cache"
-OUTPUT_DIRECTORY = "/output"
+OUTPUT_DIRECTORY, CREDENTIALS_DIRECTORY = "/output", "/var/run/credentials"
 
 Document = dict[str, Any]
 
@@ -77,39 +78,42 @@ def build_agent_pod(job: FedPipeJob, node: NodeView, capacity: CapacityView, set
 
 
 def build_writer_pod(job: FedPipeJob, node: str, settings: Settings) -> Document:
-    """Return the manifest of the Pod that writes the adapter to spec.output.volume.
+    """Return the manifest of the Pod that writes the adapter to spec.output.
 
-    A hostPath is one of `node`; a claim decides by itself where the Pod may run.
+    A hostPath is one of `node`; a claim decides by itself where the Pod may run. UserError for an object
+    store that is not allowed.
     """
-    assert job.spec.output is not None
-    volume = job.spec.output.volume
-    assert volume is not None
-    kind: Document
-    if volume.persistent_volume_claim is not None:
-        claim = volume.persistent_volume_claim
-        kind = {"persistentVolumeClaim": {"claimName": claim.claim_name.replace("{node}", node)}}
-        directory = "/".join(filter(None, (OUTPUT_DIRECTORY, claim.path.strip("/"), job.metadata.name)))
-    else:
-        assert volume.host_path is not None
-        kind = {"hostPath": {"path": volume.host_path.path, "type": "Directory"}}
-        directory = f"{OUTPUT_DIRECTORY}/{job.metadata.name}"
+    output = job.spec.output
+    assert output is not None
+    args = [
+        *("--coordinator", settings.coordinator),
+        *("--token-file", f"{IDENTITY_DIRECTORY}/token"),
+        *("--ca-file", f"{IDENTITY_DIRECTORY}/{CA_KEY}"),
+    ]
+    volumes = [identity_volume()]
+    mounts: list[Document] = [{"name": "identity", "mountPath": IDENTITY_DIRECTORY, "readOnly": True}]
+    if output.url is not None:
+        store = settings.store_of(output.url)
+        args += ["--url", str(output_place(job)), "--credentials", CREDENTIALS_DIRECTORY]
+        args += ["--endpoint", store.endpoint] if store.endpoint else []
+        # Optional: where it is missing the Pod says so, instead of never starting.
+        secret = {"secretName": output.secret_name, "optional": True, "defaultMode": 0o440}
+        volumes.append({"name": "credentials", "secret": secret})
+        mounts.append({"name": "credentials", "mountPath": CREDENTIALS_DIRECTORY, "readOnly": True})
+    if output.volume is not None:
+        kind, directory = _output_volume(output.volume, job.metadata.name, node)
+        args += ["--output", directory]
+        volumes.append({"name": "output"} | kind)
+        mounts.append({"name": "output", "mountPath": OUTPUT_DIRECTORY})
     container: Document = {
         "name": WRITER,
         "image": settings.operator_image,
         "command": ["fedpipe-operator", "deliver"],
-        "args": [
-            *("--coordinator", settings.coordinator),
-            *("--token-file", f"{IDENTITY_DIRECTORY}/token"),
-            *("--ca-file", f"{IDENTITY_DIRECTORY}/{CA_KEY}"),
-            *("--output", directory),
-        ],
+        "args": args,
         "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}},
         "securityContext": container_security(),
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [
-            {"name": "identity", "mountPath": IDENTITY_DIRECTORY, "readOnly": True},
-            {"name": "output", "mountPath": OUTPUT_DIRECTORY},
-        ],
+        "volumeMounts": mounts,
     }
     spec: Document = {
         "restartPolicy": "OnFailure",
@@ -117,14 +121,32 @@ def build_writer_pod(job: FedPipeJob, node: str, settings: Settings) -> Document
         "enableServiceLinks": False,
         "securityContext": pod_security(),
         "containers": [container],
-        "volumes": [identity_volume(), {"name": "output"} | kind],
+        "volumes": volumes,
     }
     if settings.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
-    if volume.host_path is not None:
+    if output.volume is not None and output.volume.host_path is not None:
         _pin(spec, node)
     metadata = _metadata(job, "", WRITER, settings)
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+
+
+def output_place(job: FedPipeJob) -> ObjectURL:
+    """Return where in the object store of spec.output.url the adapter is written."""
+    assert job.spec.output is not None
+    assert job.spec.output.url is not None
+    return ObjectURL.parse(job.spec.output.url) / job.metadata.name
+
+
+def _output_volume(volume: Volume, name: str, node: str) -> tuple[Document, str]:
+    """Return the volume to mount and the directory in it that the adapter is written to."""
+    if volume.persistent_volume_claim is not None:
+        claim = volume.persistent_volume_claim
+        directory = "/".join(filter(None, (OUTPUT_DIRECTORY, claim.path.strip("/"), name)))
+        return {"persistentVolumeClaim": {"claimName": claim.claim_name.replace("{node}", node)}}, directory
+    assert volume.host_path is not None
+    kind = {"hostPath": {"path": volume.host_path.path, "type": "Directory"}}
+    return kind, f"{OUTPUT_DIRECTORY}/{name}"
 
 
 def _metadata(job: FedPipeJob, node: str, component: str, settings: Settings) -> Document:

@@ -57,7 +57,7 @@ class Operator:
         self.figures = Figures(
             self.engine, settings.store, lambda: api.requests, self._age, self._count_unreadable
         )
-        output = OutputWriter(self.engine, api, settings)
+        output = OutputWriter(api, settings)
         self.controller = Controller(
             self.engine,
             api,

@@ -2,6 +2,32 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+from fedpipe_api.base import UserError
+from fedpipe_api.object_url import ObjectURL
+
+
+@dataclass(frozen=True)
+class AllowedStore:
+    """Where spec.output.url may lead: a prefix, and the endpoint of a store that is no provider's own."""
+
+    prefix: ObjectURL
+    endpoint: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return what `PREFIX[,ENDPOINT]` says."""
+        prefix, _, endpoint = text.partition(",")
+        try:
+            place = ObjectURL.parse_prefix(prefix)
+        except ValueError as error:
+            raise UserError(f"--output-allow {prefix}: {error}") from None
+        if endpoint and (place.scheme == "gs" or not endpoint.startswith(("https://", "http://"))):
+            raise UserError(
+                f"--output-allow {prefix}: the endpoint must be an http(s) URL, and gs:// has none"
+            )
+        return cls(place, endpoint or None)
 
 
 @dataclass(frozen=True)
@@ -31,6 +57,20 @@ class Settings:
     runtime_class: str | None = None
     """For GPU nodes whose GPUs are no resource of the Node, such as a Jetson without device plugin."""
     image_pull_secrets: tuple[str, ...] = ()
+    output_allowed: tuple[AllowedStore, ...] = ()
+    """Object stores that jobs may name; empty: none."""
+
+    def store_of(self, url: str) -> AllowedStore:
+        """Return what allows a job's spec.output.url, the longest prefix first; UserError for none."""
+        place = ObjectURL.parse(url)
+        fitting = [allowed for allowed in self.output_allowed if place.inside(allowed.prefix)]
+        if not fitting:
+            some = "not that object store" if self.output_allowed else "no object store"
+            raise UserError(
+                f"spec.output.url: this cluster allows {some}; "
+                "its administrator adds it to output.allowed in the values of the chart"
+            )
+        return max(fitting, key=lambda allowed: len(allowed.prefix.parts))
 
     @property
     def own_tls_secret(self) -> str:

@@ -15,7 +15,7 @@ TEMPLATE_ANNOTATION = "fedpipe.io/template"
 """On agent Pods: digest of what they were built from, so that a changed template is noticed."""
 
 AGENT, WRITER = "agent", "output"
-"""Components: the Pod that trains on a node, and the one that writes the adapter to spec.output.volume."""
+"""Components: the Pod that trains on a node, and the one that writes the adapter to spec.output."""
 
 GPU = "nvidia.com/gpu"
 MIG = "nvidia.com/mig-"
@@ -29,7 +29,7 @@ _STUCK = {
     "CreateContainerConfigError": "its container cannot be configured",
     "CreateContainerError": "its container cannot be created",
     "RunContainerError": "its container cannot be started",
-    "CrashLoopBackOff": "its agent keeps failing",
+    "CrashLoopBackOff": "its container keeps failing",
 }
 
 
@@ -84,7 +84,7 @@ class PodView:
     created: float
     deleting: bool
     writer: bool = False
-    """Whether it writes the job's output to a volume; then it stands for no node."""
+    """Whether it writes the job's output; then it stands for no node."""
     trouble: str | None = None
     """Why its agent does not run, as a clause about the Pod."""
     ended: float | None = None

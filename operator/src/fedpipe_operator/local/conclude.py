@@ -10,11 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpipe_api.base import UserError
-from fedpipe_api.job import Phase
+from fedpipe_api.job import FedPipeJobSpec, Phase
+from fedpipe_api.object_url import ObjectURL
 
 from ..engine.state import JobState
 from ..engine.status import status
 from ..export import write_adapter
+from ..export.upload import open_store, own_credentials, upload
 from . import measures
 from .agents import agent_command
 from .directory import History, RunDirectory, write_atomically
@@ -31,7 +33,30 @@ def conclude(directory: RunDirectory) -> int:
     if not directory.report.exists():
         write_results(directory, history)
     print_summary(directory, history)
+    if directory.adapter.exists():
+        deliver(directory.adapter, state)
     return 0 if state.finished and state.finished.phase is Phase.SUCCEEDED else 1
+
+
+def deliver(adapter: Path, state: JobState) -> None:
+    """Write the adapter to spec.output.url with the user's own credentials; a volume is a cluster's alone."""
+    output, console = state.spec.output, Console(highlight=False)
+    if output is not None and output.url is not None:
+        place = ObjectURL.parse(output.url) / state.name
+        upload({path.name: path.read_bytes() for path in adapter.iterdir()}, place, *own_credentials(place))
+        console.print(Text(f"stored   {place}"), soft_wrap=True)
+    if output is not None and output.volume is not None:
+        console.print(Text("spec.output.volume is of a cluster; it is not written here"), soft_wrap=True)
+
+
+def check_output(spec: FedPipeJobSpec) -> None:
+    """UserError, before any training, where the environment lacks the credentials for spec.output.url."""
+    if spec.output is not None and spec.output.url is not None:
+        url = ObjectURL.parse(spec.output.url)
+        try:
+            open_store(url, *own_credentials(url))
+        except UserError as error:
+            raise UserError(f"spec.output.url: in the environment, {error}") from None
 
 
 def read(directory: RunDirectory) -> History:

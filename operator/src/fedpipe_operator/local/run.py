@@ -25,7 +25,7 @@ from ..engine.notes import Note
 from ..engine.state import JobState
 from . import manifest
 from .agents import Agents, agent_command
-from .conclude import conclude
+from .conclude import check_output, conclude
 from .directory import RunDirectory, RunRecord
 from .manifest import LocalJob
 from .progress import View, view
@@ -66,6 +66,7 @@ class Outcome:
 def run(local: LocalJob, out: Path | None, resume: bool, port: int) -> int:
     """Run a job to its end, or on from where it stopped; return the exit status."""
     agent_command()
+    check_output(local.job.spec)
     directory = RunDirectory(out or Path("runs") / local.job.metadata.name)
     found = _look(directory, local, resume)
     if found.finished:
