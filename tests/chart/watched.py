@@ -21,7 +21,8 @@ from aiohttp import web
 
 from fedpipe_api.wire import Assignment, AssignmentKind, Progress
 from fedpipe_operator.coordinator import application
-from fedpipe_operator.engine import Engine, status
+from fedpipe_operator.engine import Engine
+from fedpipe_operator.engine.status import status
 from fedpipe_operator.metrics import Figures
 from nvml import apiserver
 from nvml.running import running

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load, load_file, save
 
 from fedpipe_api.wire import LORA_A, LORA_B, MANIFEST_HEADER, Assignment, UpdateManifest
-from fedpipe_operator.engine import status
+from fedpipe_operator.engine.status import status
 from standins.agents import make_update, manifest_of, model_shape, registration
 from standins.local import Local, local, working
 from standins.server import UID

@@ -1,8 +1,7 @@
 """The engine: owns rounds. A pure state machine over a durable ledger, driven by one task per job."""
 
 from .accept import Refused
+from .engine import Engine
 from .notes import Note
-from .rounds import Engine
-from .status import status
 
-__all__ = ["Engine", "Note", "Refused", "status"]
+__all__ = ["Engine", "Note", "Refused"]

@@ -1,6 +1,7 @@
 """A job in memory: its state, who waits for it, and what dies with the process."""
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, field
 
 from fedpipe_api.wire import Progress
@@ -48,3 +49,10 @@ class Job:
         if self.wait != wait:
             self.wait = wait
             self.shown.fire()
+
+
+async def until(event: asyncio.Event, seconds: float | None) -> None:
+    """Wait for the event, for at most the given seconds; None: as long as it takes."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

@@ -8,10 +8,10 @@ from fedpipe_api.conditions import Condition, Reason, set_condition
 from fedpipe_api.job import FedPipeJob
 from fedpipe_api.status import AdapterStatus, FedPipeJobStatus, NodeStatus, Phase
 
-from ..engine import status as engine_status
 from ..engine.decide import Wait
 from ..engine.jobs import Job
 from ..engine.status import NODE_ROWS
+from ..engine.status import status as engine_status
 from .fleet import Choice
 from .views import PodView
 

@@ -1,0 +1,107 @@
+"""Drives one job: performs what `decide` says, and records it."""
+
+import asyncio
+import errno
+import logging
+
+from fedpipe_api.base import UserError
+from fedpipe_api.conditions import Reason
+from fedpipe_api.status import Phase
+
+from .aggregation import aggregate
+from .decide import Action, Aggregate, CloseRound, Finish, MakePlan, OpenRound, Wait, decide
+from .jobs import Job, until
+from .journal import Journal
+from .planning import Infeasible, make_plan
+from .records import Finished, Record, RoundClosed, RoundOpened
+from .state import blobs_in_use
+from .worker import Worker
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 5.0
+"""Pause before an action that failed is tried again."""
+
+
+class Driver:
+    """What drives every job: one task for each calls `drive`."""
+
+    def __init__(self, journal: Journal, worker: Worker) -> None:
+        self._journal = journal
+        self._worker = worker
+
+    async def drive(self, job: Job) -> None:
+        """Drive one job until it ends."""
+        while not job.state.finished:
+            committed = job.committed.next
+            try:
+                await self._perform(job, decide(job.state, self._journal.clock()), committed)
+            except Infeasible as error:
+                await self._stand(job, Wait(Reason.PLAN_INFEASIBLE, str(error)), committed)
+            except UserError as error:
+                async with job.lock:
+                    await self._journal.commit(
+                        job, Finished(phase=Phase.FAILED, reason=Reason.INVALID, message=str(error)[:1024])
+                    )
+            except Exception as error:
+                full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+                log.exception("job %s: will be tried again", job.state.name)
+                reason = Reason.STORE_FULL if full else Reason.AGGREGATING
+                job.stand(Wait(reason, f"{type(error).__name__}: {error}; trying again"))
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _stand(self, job: Job, wait: Wait, committed: asyncio.Event) -> None:
+        job.stand(wait)
+        await until(committed, None if wait.until is None else max(0.0, wait.until - self._journal.clock()))
+
+    async def _perform(self, job: Job, action: Action, committed: asyncio.Event) -> None:
+        match action:
+            case Wait():
+                await self._stand(job, action, committed)
+            case MakePlan():
+                record: Record = await make_plan(self._worker, job.state, action.reason)
+                async with job.lock:
+                    await self._journal.commit(job, record)
+            case Aggregate():
+                await self._aggregate(job, action.round)
+            case OpenRound() | CloseRound() | Finish():
+                async with job.lock:
+                    # Something may have been committed while we waited for the lock.
+                    if decide(job.state, self._journal.clock()) == action:
+                        await self._journal.commit(job, self._record_of(job, action))
+
+    def _record_of(self, job: Job, action: OpenRound | CloseRound | Finish) -> Record:
+        state = job.state
+        match action:
+            case OpenRound():
+                assert state.plan is not None
+                return RoundOpened(
+                    round=action.round,
+                    plan=state.plan.version,
+                    participants=state.planned,
+                    deadline=self._journal.clock() + state.spec.rounds.deadline,
+                )
+            case CloseRound():
+                opened = state.rounds[action.round]
+                missing = set(opened.opened.participants) - set(opened.updates)
+                stragglers = {node: _steps_heard(job, node, action.round) for node in sorted(missing)}
+                down, job.bytes_down = job.bytes_down, 0
+                return RoundClosed(round=action.round, stragglers=stragglers, bytes_down=down)
+            case Finish():
+                return Finished(phase=action.phase, reason=action.reason, message=action.message)
+
+    async def _aggregate(self, job: Job, round_number: int) -> None:
+        job.stand(Wait(Reason.AGGREGATING, f"round {round_number} is aggregated"))
+        record, files = await aggregate(self._worker, self._journal.blobs, job.state)
+        async with job.lock, self._journal.store_lock:
+            before = blobs_in_use(job.state)
+            for path, digest in files:
+                await asyncio.to_thread(self._journal.blobs.adopt, path, digest)
+            await self._journal.commit(job, record)
+            await self._journal.remove(before)
+
+
+def _steps_heard(job: Job, node: str, round_number: int) -> int:
+    live = job.live.get(node)
+    heard = live.progress if live else None
+    return heard.step if heard and heard.round == round_number else 0

@@ -1,0 +1,108 @@
+"""The engine as a whole: its life, and what the runner of the fleet says."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from fedpipe_api.job import FedPipeJob, FedPipeJobSpec
+
+from .driver import Driver
+from .inbox import Inbox
+from .jobs import Job, Live, until
+from .journal import Journal
+from .notes import Note
+from .records import Offered, SpecChanged, Submitted
+from .silence import watch_silence
+from .worker import Worker
+
+
+class Engine(Inbox):
+    """All jobs of one store. Call from one event loop; nothing here blocks it."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        clock: Callable[[], float] = time.time,
+        notify: Callable[[str, Note], None] = lambda uid, note: None,
+    ) -> None:
+        super().__init__(Journal(directory, clock=clock, notify=notify))
+        self._worker = Worker()
+        self._driver = Driver(self._journal, self._worker)
+        self._watch: asyncio.Task[None] | None = None
+
+    # Life
+
+    async def start(self) -> None:
+        """Take up every job of the ledger where it stopped."""
+        await self._journal.replay()
+        self._worker.start()
+        for job in self.jobs.values():
+            self._run(job)
+        self._watch = asyncio.create_task(watch_silence(self))
+
+    async def stop(self) -> None:
+        """Stop driving; everything that matters is in the store already."""
+        tasks = [job.task for job in self.jobs.values()] + [self._watch]
+        for task in tasks:
+            if task:
+                task.cancel()
+        await asyncio.gather(*(task for task in tasks if task), return_exceptions=True)
+        await asyncio.to_thread(self._worker.stop)
+        self._journal.close()
+
+    def _run(self, job: Job) -> None:
+        now = self.clock()
+        # An agent that was there before a restart gets the full time to call again.
+        job.live = {node: Live(now) for node in job.state.agents}
+        job.task = asyncio.create_task(self._driver.drive(job), name=f"drive {job.state.name}")
+
+    # What the runner of the fleet says: kube/ or local/
+
+    async def submit(self, job: FedPipeJob) -> None:
+        """Take a job in by its metadata.uid, or its edited spec if it is known. Idempotent."""
+        meta = job.metadata
+        if meta.uid is None:
+            raise ValueError("a job needs a uid")
+        generation = meta.generation or 1
+        known = self.jobs.get(meta.uid)
+        if known is None:
+            record = Submitted(namespace=meta.namespace, name=meta.name, generation=generation, spec=job.spec)
+            self._run(await self._journal.open(meta.uid, record))
+            return
+        async with known.lock:
+            if known.state.spec != job.spec and not known.state.finished:
+                await self._journal.commit(known, SpecChanged(generation=generation, spec=job.spec))
+
+    async def change(self, uid: str, spec: FedPipeJobSpec) -> None:
+        """Change a job's spec where no API server counts its generations (the local run)."""
+        job = self.jobs[uid]
+        async with job.lock:
+            if job.state.spec != spec:
+                await self._journal.commit(job, SpecChanged(generation=job.state.generation + 1, spec=spec))
+
+    async def offer(self, uid: str, nodes: Iterable[str], excluded: dict[str, str] | None = None) -> None:
+        """Say which nodes may take part, and why others may not. Idempotent."""
+        job, names = self.jobs[uid], tuple(sorted(nodes))
+        async with job.lock:
+            state = job.state
+            if (names, excluded or {}) != (state.offered, state.excluded) and not state.finished:
+                record = Offered(sequence=state.sequence + 1, nodes=names, excluded=excluded or {})
+                await self._journal.commit(job, record)
+
+    async def delete(self, uid: str) -> None:
+        """Forget a job: its records and blobs."""
+        job = self.jobs.pop(uid, None)
+        if job is None:
+            return
+        if job.task:
+            job.task.cancel()
+            await asyncio.gather(job.task, return_exceptions=True)
+        job.turned.fire()
+        job.shown.fire()
+        await self._journal.forget(job)
+
+    async def moved(self, uid: str, seconds: float) -> None:
+        """Return when the job changed, or after the given seconds."""
+        await until(self.jobs[uid].shown.next, seconds)

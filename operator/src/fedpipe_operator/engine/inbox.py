@@ -1,0 +1,144 @@
+"""What agents send: each message is checked against the job's state, and recorded if it is new."""
+
+import asyncio
+import time
+
+from fedpipe_api.wire import (
+    Assignment,
+    Evaluation,
+    ProfileReport,
+    Progress,
+    Registered,
+    Registration,
+    UpdateManifest,
+)
+
+from ..store import Incoming
+from . import accept
+from .accept import Refused, Verdict
+from .decide import assignment
+from .jobs import Job, Live, until
+from .journal import Journal
+from .records import AgentLost, AgentRegistered, Evaluated, Profiled, UpdateAccepted
+
+
+class Inbox:
+    """The agents' side of the engine (see coordinator/)."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self.jobs = journal.jobs
+        self.blobs = journal.blobs
+        self.clock = journal.clock
+
+    def job(self, uid: str) -> Job:
+        """Return a job; Refused with 404 when it is gone."""
+        try:
+            return self.jobs[uid]
+        except KeyError:
+            raise Refused(404, "JobUnknown", "the job is gone") from None
+
+    def facts(self, uid: str, node: str) -> Registered:
+        """Return what an agent needs to load its model and data."""
+        spec = self.job(uid).state.spec
+        return Registered(
+            job=self.job(uid).state.name, node=node, model=spec.model, data=spec.data,
+            optimizer=spec.optimizer, adapter=spec.adapter, seed=spec.seed,
+        )  # fmt: skip
+
+    async def register(self, uid: str, node: str, message: Registration) -> Registered:
+        """Take an agent in."""
+        job = self.job(uid)
+        async with job.lock:
+            state = job.state
+            if not state.finished and accept.registration(state, node, message) is Verdict.NEW:
+                await self._journal.commit(
+                    job,
+                    AgentRegistered(
+                        sequence=state.sequence + 1,
+                        node=node,
+                        device=message.device,
+                        samples=message.samples,
+                        evaluation_samples=message.evaluation_samples,
+                        model=message.model if state.model is None else None,
+                    ),
+                )
+        job.live[node] = Live(self.clock())
+        return self.facts(uid, node)
+
+    async def next_assignment(self, uid: str, node: str, seconds: float) -> Assignment | None:
+        """Return the node's work as soon as there is some; None after the given seconds."""
+        end = time.monotonic() + seconds
+        # Once: that somebody still waits here says nothing of an agent that has died meanwhile.
+        await self._heard(self.job(uid), node)
+        while True:
+            job = self.job(uid)
+            turned = job.turned.next
+            work = assignment(job.state, node, self.clock())
+            left = end - time.monotonic()
+            if work is not None or left <= 0:
+                return work
+            await until(turned, left)
+
+    async def profile(self, uid: str, node: str, report: ProfileReport) -> None:
+        """Take a node's measurements."""
+        job = self.job(uid)
+        async with job.lock:
+            if accept.profile(job.state, node, report) is Verdict.NEW:
+                await self._journal.commit(job, Profiled(node=node, report=report))
+
+    async def evaluation(self, uid: str, node: str, message: Evaluation) -> None:
+        """Take a node's evaluation."""
+        job = self.job(uid)
+        async with job.lock:
+            if accept.evaluation(job.state, node, message) is Verdict.NEW:
+                await self._journal.commit(job, Evaluated(node=node, evaluation=message))
+
+    async def update(
+        self, uid: str, node: str, round_number: int, manifest: UpdateManifest, incoming: Incoming
+    ) -> None:
+        """Count a checked, synced update: its blob first, then its record; only then answer the agent."""
+        job = self.job(uid)
+        async with job.lock:
+            if accept.update(job.state, node, round_number, manifest) is Verdict.KNOWN:
+                return
+            async with self._journal.store_lock:
+                await asyncio.to_thread(self.blobs.adopt, incoming.path, manifest.digest)
+                record = UpdateAccepted(round=round_number, node=node, manifest=manifest)
+                await self._journal.commit(job, record)
+
+    async def progress(self, uid: str, node: str, message: Progress) -> bool:
+        """Note a sign of life; return whether the work is still wanted."""
+        job = self.job(uid)
+        if message.state == "failed":
+            await self.lose(uid, node, message.message or "the agent failed")
+            return False
+        await self._heard(job, node)
+        if node in job.live:
+            job.live[node].progress = message
+        job.shown.fire()
+        work = assignment(job.state, node, self.clock())
+        return work is not None and (work.kind, work.round) == (message.kind, message.round)
+
+    def sent(self, uid: str, size: int) -> None:
+        """Count bytes that went down to an agent of the job."""
+        self.job(uid).bytes_down += size
+
+    async def _heard(self, job: Job, node: str) -> None:
+        known = job.state.agents.get(node)
+        job.live.setdefault(node, Live(self.clock())).seen = self.clock()
+        if known is not None and node in job.state.lost:
+            async with job.lock:
+                sequence = job.state.sequence + 1
+                await self._journal.commit(
+                    job, known.model_copy(update={"sequence": sequence, "model": None})
+                )
+
+    async def lose(self, uid: str, node: str, reason: str) -> None:
+        """Say that a node's agent is gone; rounds stop waiting for it."""
+        job = self.jobs[uid]
+        async with job.lock:
+            state = job.state
+            if node in state.offered and node not in state.lost and not state.finished:
+                record = AgentLost(sequence=state.sequence + 1, node=node, reason=reason[:1024])
+                await self._journal.commit(job, record)
