@@ -223,7 +223,10 @@ def test_a_blob_that_is_gone_leads_to_the_next_assignment(models, tmp_path):
         (lambda d: None, "train.jsonl: no such file"),
         (lambda d: (d / "train.jsonl").write_text(""), "train.jsonl: the file is empty"),
         (lambda d: (d / "train.jsonl").write_text('{"label": 1}\n'), "train.jsonl:1: no field 'text'"),
-        (lambda d: (d / "train.jsonl").write_text('{"text": "", "label": 9}\n'), "train.jsonl:1: label 9"),
+        (
+            lambda d: (d / "train.jsonl").write_text('{"text": "", "label": 9}\n'),
+            "train.jsonl:1: field 'label' is not",
+        ),
     ],
 )
 def test_a_mistake_in_the_data_is_one_line_here_and_there(models, tmp_path, capfd, prepare, message):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from fedpipe_api.base import UserError
 
-from .errors import Failure, Refused, Stopped
+from . import console
+from .errors import Failure, Refused, Stopped, describe, trace
 
 USAGE = """usage: fedpipe-agent train|probe [options]
 
@@ -31,24 +32,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = bool(arguments) and arguments[0] in ("-h", "--help")
         (sys.stdout if wanted else sys.stderr).write(USAGE + "\n")
         return 0 if wanted else 2
+    status = _run(arguments)
+    if argv is None:  # the process itself
+        console.close()
+    return status
+
+
+def _run(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         # Each subcommand imports only what it needs: the probe's image has no torch.
         command = importlib.import_module(_COMMANDS[arguments[0]], __package__)
         status: int = command.main(arguments[1:])
-    except Stopped:
-        return 0
-    except UserError as error:
-        return _complain(error, 2)
-    except (Failure, Refused) as error:
-        return _complain(error, 1)
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+    except (Stopped, KeyboardInterrupt) as error:
+        return 0 if isinstance(error, Stopped) else _complain("interrupted", 130)
+    except SystemExit:  # of argparse, which has said why
+        raise
+    except (UserError, Failure, Refused) as error:
+        return _complain(describe(error), 2 if isinstance(error, UserError) else 1)
+    except BaseException as error:  # a panic of a library's Rust is no Exception
+        sys.stderr.write(trace(error))
+        return _complain(describe(error), 1)
     return status
 
 
-def _complain(error: Exception | str, status: int) -> int:
-    sys.stderr.write(f"fedpipe-agent: {error}\n")
+def _complain(line: str, status: int) -> int:
+    sys.stderr.write(f"fedpipe-agent: {line}\n")
     return status
 
 

@@ -6,9 +6,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from fedpipe_api import wire
-from fedpipe_api.base import UserError
 
-from .errors import Aborted, Failure, Refused
+from .errors import Aborted, describe
 from .transport import Transport
 
 PERIOD = 2.0
@@ -65,16 +64,13 @@ class Work:
                         break
 
 
-def report_failure(transport: Transport, error: Exception, current: wire.Assignment | None) -> None:
-    """Tell the coordinator in one line why the agent ends; a few attempts, because it ends either way."""
-    line = next((line for line in str(error).splitlines() if line.strip()), "")
-    if not isinstance(error, UserError | Failure | Refused):
-        line = f"{type(error).__name__}: {line}"
+def report_failure(transport: Transport, error: BaseException, current: wire.Assignment | None) -> None:
+    """Report in one line why the agent ends; a few attempts, because it ends either way."""
     progress = wire.Progress(
         kind=current.kind if current else wire.AssignmentKind.PROFILE,
         round=current.round if current else 0,
         state="failed",
-        message=line[:1024],
+        message=describe(error)[:1024],
     )
     for _ in range(3):
         if transport.progress(progress) is not None:

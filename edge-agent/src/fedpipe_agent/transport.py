@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from urllib3.exceptions import HTTPError
 
 from fedpipe_api import wire
-from fedpipe_api.base import Model, UserError
+from fedpipe_api.base import Model, UserError, explain
 
 from .errors import Aborted, Failure, Refused
 
@@ -269,11 +269,17 @@ class Transport:
     ) -> urllib3.BaseHTTPResponse:
         """Send a request and return the 2xx response, its body still to be read."""
         try:
-            token = self._token_file.read_text(encoding="utf-8").strip()
+            token = self._token_file.read_text(encoding="ascii").strip()
         except OSError as error:
             raise UserError(
                 f"--token-file {self._token_file}: {error.strerror}; give a readable file"
             ) from None
+        except UnicodeDecodeError:
+            token = ""
+        if not token.isprintable() or not token:  # http.client would quote it
+            raise UserError(
+                f"--token-file {self._token_file}: not a token; give a file with one line of ASCII"
+            )
         response = self._pool.request(
             method,
             self._base + path,
@@ -315,7 +321,9 @@ class Transport:
                 time.sleep(min(wait, left, 60))
                 tries += 1
             except ValidationError as error:
-                raise Failure(f"{what}: the coordinator's answer is not understood: {error}") from error
+                raise Failure(
+                    f"{what}: the coordinator's answer is not understood: {explain(error)}"
+                ) from error
 
 
 def _kind(body: bytes | _PacedFile | None) -> dict[str, str]:

@@ -23,7 +23,7 @@ from ..transport import Transport
 from . import data, importance, loop
 from . import model as base
 from .adapters import Adapters, GlobalAdapter, save
-from .device import Device
+from .device import Device, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +114,10 @@ class Agent:
                     self._evaluate_only(assignment, assignment.plan, work)
                 else:
                     self._train(assignment, assignment.plan, work, begin)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise Failure(f"out of memory: {assignment.kind}; give the node more memory") from error
         except Aborted:
             log.info("%s of round %d is no longer wanted", assignment.kind, assignment.round)
             time.sleep(ABORTED_PAUSE)

@@ -14,6 +14,7 @@ from typing import NoReturn
 from fedpipe_api.base import UserError, parse_quantity
 from fedpipe_api.node import Capacity
 
+from ..console import own_lines_only
 from ..errors import Stopped
 from ..heartbeat import report_failure
 from ..kernels import Check
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     _environment(capacity)
-    with tempfile.TemporaryDirectory(prefix="fedpipe-agent-") as work:
+    with own_lines_only(), tempfile.TemporaryDirectory(prefix="fedpipe-agent-") as work:
         _work(options, capacity, Path(work))
     return 0
 
@@ -73,7 +74,9 @@ def _work(options: argparse.Namespace, capacity: Capacity, work: Path) -> None:
         agent = Agent(job, Source(options.model), transport, device, work)
         agent.prepare(options.data)
         agent.run(check)
-    except Exception as error:
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a panic of a library's Rust is no Exception
         report_failure(transport, error, agent.current if agent else None)
         raise
     finally:

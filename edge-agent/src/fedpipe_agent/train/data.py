@@ -12,7 +12,8 @@ import torch
 from fedpipe_api.base import UserError
 from fedpipe_api.job import DataSource, ModelSource, Task
 
-from .rows import locate, read
+from ..errors import Stopped
+from .rows import Row, locate, read
 from .seeds import generator
 
 IGNORED = -100
@@ -156,8 +157,7 @@ def _tokenised(path: Path, source: DataSource, model: ModelSource, tokenizer: An
     while chunk := list(islice(rows, READ_ROWS)):
         if classes:
             marks += [_label(row, place, source.fields.label, model.labels) for place, row in chunk]
-            texts = [_text(row, place, source.fields.text) for place, row in chunk]
-            ids = _ids(tokenizer, texts, truncation=True, max_length=source.max_length)
+            ids = _ids(tokenizer, chunk, source.fields.text, truncation=True, max_length=source.max_length)
             # A tokenizer without special tokens gives nothing for an empty text.
             tokens += [sample or [tokenizer.eos_token_id] for sample in ids]
             continue
@@ -168,10 +168,8 @@ def _tokenised(path: Path, source: DataSource, model: ModelSource, tokenizer: An
         )
         prompts: list[list[int]] = [[]] * len(chunk)
         if prompted:
-            prompts = _ids(tokenizer, [_text(row, place, first) for place, row in chunk])
-        completions = _ids(
-            tokenizer, [_text(row, place, second) for place, row in chunk], add_special_tokens=not prompted
-        )
+            prompts = _ids(tokenizer, chunk, first)
+        completions = _ids(tokenizer, chunk, second, add_special_tokens=not prompted)
         for prompt, completion in zip(prompts, completions, strict=True):
             sample, mark = _joined(prompt, completion, tokenizer.eos_token_id, source.max_length)
             tokens.append(sample)
@@ -181,10 +179,21 @@ def _tokenised(path: Path, source: DataSource, model: ModelSource, tokenizer: An
     return Samples(tokens, marks, model.task, tokenizer.pad_token_id)
 
 
-def _ids(tokenizer: Any, texts: list[str], **options: Any) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(
-        texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options
-    )["input_ids"]
+def _ids(tokenizer: Any, rows: list[tuple[str, Row]], field: str, **options: Any) -> list[list[int]]:
+    texts = [_text(row, place, field) for place, row in rows]
+    try:
+        ids: list[list[int]] = tokenizer(
+            texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options
+        )["input_ids"]
+    except (Stopped, KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:  # a panic of its Rust is no Exception
+        if len(rows) == 1:
+            what = f"{rows[0][0]}: the tokenizer fails at field {field!r}: {type(error).__name__}"
+            raise UserError(f"{what}; fix or remove the row") from None
+        for row in rows:  # which one it is
+            _ids(tokenizer, [row], field, **options)
+        raise
     return ids
 
 
@@ -206,6 +215,13 @@ def _text(row: dict[str, Any], place: str, field: str) -> str:
         raise UserError(f"{place}: no field {field!r}; add it or correct spec.data.fields")
     if not isinstance(value, str):
         raise UserError(f"{place}: field {field!r} is {type(value).__name__}, not text; write a string")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON can escape half a surrogate pair; no tokenizer takes it
+            raise UserError(
+                f"{place}: field {field!r} holds half a surrogate pair; fix or remove the row"
+            ) from None
     return value
 
 
@@ -215,12 +231,12 @@ def _label(row: dict[str, Any], place: str, field: str, labels: tuple[str, ...])
         raise UserError(f"{place}: no field {field!r}; add it or correct spec.data.fields")
     if isinstance(value, str) and value in labels:
         return labels.index(value)
-    if isinstance(value, str) and value.isdigit():
+    if isinstance(value, str) and value.isdecimal() and len(value) < 10:
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
         return value
     shown = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
-    raise UserError(f"{place}: label {value!r} is not one of the job's {len(labels)}: {shown}")
+    raise UserError(f"{place}: field {field!r} is not one of the job's {len(labels)} labels: {shown}")
 
 
 def step_order(samples: Samples, size: int, *parts: object) -> Iterator[np.ndarray]:
