@@ -87,7 +87,9 @@ class Client(StandIn):
         end, digest = self.body.of(self.number, work.round)
         known = {"digest": digest, "size": self.body.size}
         headers = {
-            MANIFEST_HEADER: manifest_of(b"-", work.plan).model_copy(update=known).to_json(),
+            MANIFEST_HEADER: manifest_of(b"-", work.plan, work.round, work.adapter)
+            .model_copy(update=known)
+            .to_json(),
             "Content-Length": str(self.body.size),
         }
         url = f"{self.address()}/v1/rounds/{work.round}/update"

@@ -71,7 +71,7 @@ class Gated(Obedient):
         assert work.plan is not None
         await self.gate.come(f"train-{work.round}", self.node)
         body = make_update(self.shape, work.plan, self.node, work.round)
-        manifest = manifest_of(body, work.plan)
+        manifest = manifest_of(body, work.plan, work.round, work.adapter)
         headers = {MANIFEST_HEADER: manifest.to_json(), aiohttp.hdrs.CONTENT_LENGTH: str(len(body))}
         url = f"{self.address()}/v1/rounds/{work.round}/update"
         async with self._session.put(url, data=self._halves(body, work.round), headers=headers) as response:

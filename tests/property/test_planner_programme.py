@@ -35,7 +35,7 @@ def model(matrices, hidden=64, layers=2):
         intermediate=4 * hidden,
         vocabulary=1000,
         causal=False,
-        parameters=200_000,
+        parameters=200_000 + sum(rows * columns for rows, columns in matrices),
         linear_parameters=100_000,
         matrices=tuple(
             wire.MatrixShape(

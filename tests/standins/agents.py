@@ -16,6 +16,7 @@ from fedpipe_api.wire import (
     MANIFEST_HEADER,
     Assignment,
     AssignmentKind,
+    Blob,
     DeviceFacts,
     Evaluation,
     KernelResult,
@@ -82,12 +83,16 @@ def make_update(shape: ModelShape, plan: NodePlan, node: str, round_number: int)
     return save(tensors)
 
 
-def manifest_of(body: bytes, plan: NodePlan) -> UpdateManifest:
-    """Return a truthful manifest."""
+def manifest_of(
+    body: bytes, plan: NodePlan, round_number: int = 1, adapter: Blob | None = None, *, samples: int = 100
+) -> UpdateManifest:
+    """Return a truthful manifest of an update that started from the given adapter."""
     return UpdateManifest(
+        round=round_number,
+        adapter=adapter.digest if adapter else None,
         digest=hashlib.sha256(body).hexdigest(),
         size=len(body),
-        samples=100,
+        samples=samples,
         steps=plan.local_steps,
         planned_steps=plan.local_steps,
         micro_batch=plan.micro_batch,
@@ -143,10 +148,10 @@ class StandIn:
             await self._profile(work)
         elif work.kind is AssignmentKind.TRAIN:
             if work.evaluate:
-                await self._evaluate(work.round - 1)
+                await self._evaluate(work, work.round - 1)
             await self._train(work)
         elif work.kind is AssignmentKind.EVALUATE:
-            await self._evaluate(work.round)
+            await self._evaluate(work, work.round)
         return work
 
     async def _download(self, digest: str) -> None:
@@ -164,10 +169,11 @@ class StandIn:
         async with self._session.post(f"{self.address()}/v1/profile", data=report.to_json()) as response:
             response.raise_for_status()
 
-    async def _evaluate(self, round_number: int) -> None:
+    async def _evaluate(self, work: Assignment, round_number: int) -> None:
+        assert work.plan is not None
         body = Evaluation(
             round=round_number, samples=10, tokens=10, loss_sum=20.0 / (1 + round_number),
-            correct=min(10, round_number), precision=Precision.FP32,
+            correct=min(10, round_number), precision=work.plan.precision,
         )  # fmt: skip
         url = f"{self.address()}/v1/rounds/{round_number}/evaluation"
         async with self._session.post(url, data=body.to_json()) as response:
@@ -177,7 +183,7 @@ class StandIn:
     async def _train(self, work: Assignment) -> None:
         assert work.plan is not None
         body = make_update(self.shape, work.plan, self.node, work.round)
-        manifest = manifest_of(body, work.plan)
+        manifest = manifest_of(body, work.plan, work.round, work.adapter, samples=self.samples)
         url = f"{self.address()}/v1/rounds/{work.round}/update"
         headers = {MANIFEST_HEADER: manifest.to_json()}
         async with self._session.put(url, data=body, headers=headers) as response:

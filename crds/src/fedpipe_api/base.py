@@ -6,9 +6,11 @@ from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     GetJsonSchemaHandler,
     PlainSerializer,
     StringConstraints,
@@ -34,6 +36,8 @@ class Model(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
+        # JSON has neither NaN nor infinity: their literals and numbers that overflow are refused.
+        allow_inf_nan=False,
         alias_generator=to_camel,
         populate_by_name=True,
         # Field names such as `model` and `model_shape` are ours, not pydantic's.
@@ -91,6 +95,9 @@ _PLAIN = {
 """What pydantic says in Python's words, by the type of the fault."""
 
 
+_LONGEST_NAME = 256
+
+
 def explain(error: ValidationError, prefix: str = "") -> str:
     """Return the first fault of a validation error as `field.path: what is wrong`."""
     fault = error.errors(include_url=False)[0]
@@ -99,7 +106,8 @@ def explain(error: ValidationError, prefix: str = "") -> str:
         if isinstance(part, int):
             path += f"[{part}]"
         elif not part.startswith("function-"):
-            path += f".{part}" if path else part
+            shown = _shown(part)
+            path += f".{shown}" if path else shown
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "rule" and fault["ctx"]["field"]:
         path += f".{fault['ctx']['field']}" if path else fault["ctx"]["field"]
@@ -110,6 +118,12 @@ def explain(error: ValidationError, prefix: str = "") -> str:
     elif fault["type"] == "too_short":
         message = f"must have at least {fault['ctx']['min_length']}"
     return f"{path}: {message}" if path else message
+
+
+def _shown(name: str) -> str:
+    """Return the name of a field as a line can hold it: the sender may have chosen it."""
+    shown = name if name.isprintable() else ascii(name)[1:-1]
+    return shown if len(shown) <= _LONGEST_NAME else f"{shown[:_LONGEST_NAME]}…"
 
 
 def keyed(*keys: str) -> dict[str, Any]:
@@ -199,6 +213,34 @@ Quantity = Annotated[
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=253)]
 ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+def _one_line(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+Word = Annotated[str, StringConstraints(max_length=64), AfterValidator(_one_line)]
+Text = Annotated[str, StringConstraints(max_length=1024), AfterValidator(_one_line)]
+"""One line for people; what would break the line, or a terminal, becomes a blank."""
+Sha256 = Annotated[str, StringConstraints(min_length=64, max_length=64, pattern=r"^[0-9a-f]{64}$")]
+
+# Every number from the wire has one of these types, so that none overflows in a sum, a float or a database.
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""How many of something; a float holds every whole number up to its bound."""
+Positive = Annotated[int, Field(ge=1, le=2**53)]
+"""How many of something that there is."""
+Bytes = Annotated[int, Field(ge=0, le=2**53)]
+RoundNumber = Annotated[int, Field(ge=0, le=999_999)]
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
+"""A duration, at most 31 years."""
+Moment = Annotated[float, Field(ge=0, le=253_402_300_799)]
+"""Seconds since the epoch, at most the last of the year 9999."""
+Loss = Annotated[float, Field(ge=-1e9, le=1e9)]
+"""Mean loss of a target (natural log)."""
+Score = Annotated[float, Field(ge=0, le=1e30)]
+"""Importance of a weight matrix; sums over nodes and matrices stay finite."""
+Figure = Annotated[float, Field(ge=0, le=1e300)]
+"""A norm, a ratio or another figure that is not negative and whose square root is all that is taken."""
 
 
 class Precision(StrEnum):

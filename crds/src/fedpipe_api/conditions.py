@@ -38,6 +38,7 @@ class Reason(StrEnum):
     NO_MATCHING_NODES = "NoMatchingNodes"
     NOT_ENOUGH_NODES = "NotEnoughNodes"
     WAITING_FOR_AGENTS = "WaitingForAgents"
+    MODEL_DIFFERS = "ModelDiffers"
     PROFILING = "Profiling"
     IMPORTANCE_INVALID = "ImportanceInvalid"
     ROUND_OPEN = "RoundOpen"
@@ -93,6 +94,11 @@ ADVICE: dict[Reason, Advice] = {
     Reason.WAITING_FOR_AGENTS: Advice(
         "Agent Pods were created and have not all registered.",
         "If it lasts, see `kubectl describe pod -l fedpipe.io/job=JOB` for its image, volume or node.",
+    ),
+    Reason.MODEL_DIFFERS: Advice(
+        "The nodes have different models, and none is that of more than half of them.",
+        "Put the same model where spec.model points on every node, or exclude the wrong nodes by "
+        "nodes.selector; the message names them and the field that differs.",
     ),
     Reason.PROFILING: Advice("Nodes measure memory, time and the importance of weight matrices."),
     Reason.IMPORTANCE_INVALID: Advice(

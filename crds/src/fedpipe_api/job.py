@@ -4,7 +4,7 @@ import re
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, FiniteFloat, JsonValue, StringConstraints
+from pydantic import AfterValidator, Field, JsonValue, StringConstraints
 
 from .base import Duration, Model, ModuleName, Name, Precision
 from .object_url import EXAMPLES, OBJECT_URL_PATTERN
@@ -183,7 +183,9 @@ class Until(Model):
     metric: Literal["accuracy", "loss", "perplexity"] = Field(
         default="loss", description="Accuracy is for sequence-classification."
     )
-    reaches: FiniteFloat | None = Field(default=None, description="Stop once the metric is at least as good.")
+    reaches: float | None = Field(
+        default=None, ge=-1e9, le=1e9, description="Stop once the metric is at least as good."
+    )
     patience: int | None = Field(
         default=None, ge=1, le=10000, description="Stop after so many rounds without improvement."
     )

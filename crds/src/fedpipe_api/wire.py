@@ -9,13 +9,32 @@ Protocol (HTTP; every call is idempotent):
 Any refusal is a `Refusal` with a 4xx status.
 """
 
+import json
 import math
 from enum import StrEnum
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import Field, FiniteFloat
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
-from .base import Model
-from .job import Adapter, DataSource, Method, ModelSource, Name, Optimizer, Precision
+from .base import (
+    Bytes,
+    Count,
+    Loss,
+    Model,
+    ModuleName,
+    Name,
+    Positive,
+    Precision,
+    RoundNumber,
+    Score,
+    Seconds,
+    Sha256,
+    Text,
+    Word,
+    explain,
+)
+from .job import Adapter, DataSource, Method, ModelSource, Optimizer
 
 MANIFEST_HEADER = "FedPipe-Manifest"
 """HTTP header of an update: the UpdateManifest as compact JSON."""
@@ -49,45 +68,107 @@ def sent_as_int8(method: Method) -> bool:
     return method is Method.EXACT
 
 
-Sha256 = str
-
-
 def scale(alpha: float, rank: int, rs_lora: bool) -> float:
     """Return the LoRA scale s: alpha/r, or alpha/sqrt(r) for rsLoRA (METHOD, symbols)."""
     return alpha / math.sqrt(rank) if rs_lora else alpha / rank
 
 
+M = TypeVar("M", bound=Model)
+
+
+class BadMessage(Exception):
+    """A message that is not what it should be; one line that names the field."""
+
+
+def read_message(kind: type[M], body: str | bytes) -> M:
+    """Return the message in JSON text in which no name is given twice; raises BadMessage."""
+    try:
+        message = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise BadMessage(explain(error)) from None
+    # What is sent counts: of two fields with one name another reader could take the other.
+    json.loads(body, object_pairs_hook=_once)
+    return message
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise BadMessage(f"{twice if twice.isprintable() else ascii(twice)}: given twice; send it once")
+
+
+Side = Annotated[int, Field(ge=1, le=2**20)]
+"""Rows or columns of a tensor; the largest vocabularies have a quarter of it."""
+
+HEAD_LIMIT = 2**28
+"""Parameters that all fully trained tensors may have together: 1 GiB as float32."""
+
+
+TensorName = Annotated[ModuleName, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]
+
+
 class MatrixShape(Model):
     """A weight matrix (d rows = outputs, c columns = inputs)."""
 
-    name: str = Field(max_length=256)
-    rows: int = Field(ge=1)
-    columns: int = Field(ge=1)
+    name: TensorName
+    rows: Side
+    columns: Side
 
 
 class TensorShape(Model):
     """A fully trained tensor of the task head."""
 
-    name: str = Field(max_length=256)
-    shape: tuple[int, ...] = Field(max_length=8)
+    name: TensorName
+    shape: tuple[Side, ...] = Field(max_length=8)
+
+    @property
+    def size(self) -> int:
+        """Its parameters."""
+        return math.prod(self.shape)
 
 
 class ModelShape(Model):
     """What the planner needs to know of a base model, read from its configuration without its weights."""
 
-    architecture: str = Field(max_length=64, description="transformers' model_type.")
-    layers: int = Field(ge=1)
-    hidden: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    key_value_heads: int = Field(ge=1)
-    intermediate: int = Field(ge=1)
-    vocabulary: int = Field(ge=1)
+    architecture: Word = Field(min_length=1, description="transformers' model_type.")
+    layers: int = Field(ge=1, le=10_000)
+    hidden: Side
+    heads: int = Field(ge=1, le=10_000)
+    key_value_heads: int = Field(ge=1, le=10_000)
+    intermediate: Side
+    vocabulary: int = Field(ge=1, le=2**24)
     causal: bool
     gated_mlp: bool = False
-    parameters: int = Field(ge=1, description="All base parameters, head excluded.")
-    linear_parameters: int = Field(ge=0, description="Those in linear layers that quantization shrinks.")
+    parameters: int = Field(ge=1, le=2**43, description="All base parameters, head excluded.")
+    linear_parameters: int = Field(
+        ge=0, le=2**43, description="Those in linear layers that quantization shrinks."
+    )
     matrices: tuple[MatrixShape, ...] = Field(min_length=1, max_length=10000, description="The candidates.")
     head: tuple[TensorShape, ...] = Field(default=(), max_length=100)
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        """Refuse what no base model has: an inflated shape would fill the store and the memory."""
+        for field, tensors in (("matrices", self.matrices), ("head", self.head)):
+            if len({tensor.name for tensor in tensors}) < len(tensors):
+                raise _impossible(field, "a name is given twice")
+        if any(matrix.name.startswith(HEAD) for matrix in self.matrices):
+            raise _impossible("matrices", f"a name begins with {HEAD!r}, as the head's tensors do")
+        head = sum(tensor.size for tensor in self.head)
+        if head > HEAD_LIMIT:
+            raise _impossible("head", f"{head} parameters, more than {HEAD_LIMIT}")
+        if self.linear_parameters > self.parameters:
+            raise _impossible("linearParameters", "more than parameters")
+        # A candidate can also be of the head, or the output embeddings, which may share their weights.
+        largest = self.parameters + head + self.hidden * self.vocabulary
+        if sum(matrix.rows * matrix.columns for matrix in self.matrices) > largest:
+            raise _impossible("matrices", "together larger than the model has parameters")
+        return self
+
+
+def _impossible(field: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("rule", "{message}", {"field": field, "message": message})
 
 
 class KernelResult(Model):
@@ -95,33 +176,33 @@ class KernelResult(Model):
 
     precision: Precision
     usable: bool
-    seconds: float | None = None
-    message: str | None = Field(default=None, max_length=1024)
+    seconds: Seconds | None = None
+    message: Text | None = None
 
 
 class DeviceFacts(Model):
     """What the agent found it runs on."""
 
-    kind: str = Field(pattern=r"^(cpu|cuda)$")
-    name: str = Field(max_length=128)
-    uuid: str | None = Field(default=None, max_length=128)
-    compute_capability: str | None = Field(default=None, max_length=16)
-    free_memory: int = Field(ge=0, description="Bytes it may use in all, runtime included.")
-    overhead: int = Field(ge=0, description="Bytes the runtime already takes of it.")
-    threads: int = Field(ge=1)
-    speed: float = Field(gt=0)
-    link_rate: int | None = Field(default=None, ge=1, description="Bytes per second.")
+    kind: str = Field(max_length=4, pattern=r"^(cpu|cuda)$")
+    name: Text = Field(max_length=128)
+    uuid: Text | None = Field(default=None, max_length=128)
+    compute_capability: Word | None = Field(default=None, max_length=16)
+    free_memory: Bytes = Field(description="Bytes it may use in all, runtime included.")
+    overhead: Bytes = Field(description="Bytes the runtime already takes of it.")
+    threads: int = Field(ge=1, le=65536)
+    speed: float = Field(gt=0, le=1e6)
+    link_rate: Positive | None = Field(default=None, description="Bytes per second.")
     kernels: tuple[KernelResult, ...] = Field(max_length=8)
 
 
 class Registration(Model):
     """An agent presents itself; repeated after every restart of either side."""
 
-    version: str = Field(max_length=64)
+    version: Word
     device: DeviceFacts
     model: ModelShape
-    samples: int = Field(ge=1)
-    evaluation_samples: int = Field(ge=0)
+    samples: Positive
+    evaluation_samples: Count
 
 
 class Registered(Model):
@@ -133,7 +214,7 @@ class Registered(Model):
     data: DataSource
     optimizer: Optimizer
     adapter: Adapter
-    seed: int
+    seed: int = Field(ge=0, le=2**31 - 1)
 
 
 class Start(StrEnum):
@@ -162,20 +243,23 @@ def uploaded_as_bf16(start: Start) -> bool:
     return start is Start.SPLIT
 
 
+Rank = Annotated[int, Field(ge=0, le=4096)]
+
+
 class NodePlan(Model):
     """What one node carries. `ranks` holds only the matrices it trains, by full module name."""
 
     precision: Precision
-    micro_batch: int = Field(ge=1)
-    accumulation: int = Field(ge=1)
-    ranks: dict[str, int] = Field(max_length=10000)
+    micro_batch: Positive
+    accumulation: Positive
+    ranks: dict[ModuleName, Rank] = Field(max_length=10000)
     checkpointing: bool = False
-    local_steps: int = Field(ge=1)
-    predicted_bytes: int = Field(ge=0, description="Peak, runtime included.")
-    predicted_step_seconds: float = Field(ge=0)
-    predicted_round_seconds: float = Field(ge=0)
-    limited_by: str = Field(max_length=64)
-    reason: str = Field(default="", max_length=1024)
+    local_steps: Positive
+    predicted_bytes: Bytes = Field(description="Peak, runtime included.")
+    predicted_step_seconds: Seconds
+    predicted_round_seconds: Seconds
+    limited_by: Word
+    reason: Text = ""
 
 
 class AssignmentKind(StrEnum):
@@ -190,8 +274,8 @@ class AssignmentKind(StrEnum):
 class Blob(Model):
     """A file of the store."""
 
-    digest: Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
-    size: int = Field(ge=0)
+    digest: Sha256
+    size: Bytes
 
 
 class Assignment(Model):
@@ -204,70 +288,81 @@ class Assignment(Model):
     """
 
     kind: AssignmentKind
-    round: int = Field(default=0, ge=0)
+    round: RoundNumber = 0
     plan: NodePlan | None = None
     adapter: Blob | None = None
     start: Start = Start.SPLIT
-    learning_rate: float = Field(default=0, ge=0)
+    learning_rate: float = Field(default=0, ge=0, le=10)
     evaluate: bool = False
-    profile_steps: int = Field(default=0, ge=0)
+    profile_steps: Count = 0
     importance: bool = False
-    remaining_seconds: float | None = Field(default=None, description="Until the round's deadline.")
-    reason: str = Field(default="", max_length=1024)
+    remaining_seconds: Seconds | None = Field(default=None, description="Until the round's deadline.")
+    reason: Text = ""
 
 
 class ProfileReport(Model):
     """What profiling measured on the node."""
 
-    step_seconds: FiniteFloat = Field(gt=0)
-    peak_bytes: int = Field(ge=0)
-    micro_batch: int = Field(ge=1, description="The one that ran, after any halving.")
-    scores: dict[str, FiniteFloat] = Field(default_factory=dict, max_length=10000)
+    step_seconds: Seconds = Field(gt=0)
+    peak_bytes: Bytes
+    micro_batch: Positive = Field(description="The one that ran, after any halving.")
+    scores: dict[ModuleName, Score] = Field(default_factory=dict, max_length=10000)
+
+
+LOSS_LIMIT = 1000.0
+"""The largest mean loss of a target (natural log) that a node reports. Chance is ln(vocabulary), about 12; a
+model this far off has diverged, and how far says nothing."""
 
 
 class Evaluation(Model):
     """Loss and metrics of a global adapter on a node's held-out share; sums, for the engine to add."""
 
-    round: int = Field(ge=0)
-    samples: int = Field(ge=1)
-    tokens: int = Field(ge=1, description="Predicted tokens; equals samples for classification.")
-    loss_sum: FiniteFloat = Field(ge=0, description="Summed over tokens (natural log).")
-    correct: int | None = Field(default=None, ge=0)
+    round: RoundNumber
+    samples: Positive
+    tokens: Positive = Field(description="Predicted tokens; equals samples for classification.")
+    loss_sum: float = Field(ge=0, le=1e19, description="Summed over tokens (natural log).")
+    correct: Count | None = None
     precision: Precision
 
 
 class UpdateManifest(Model):
-    """What accompanies an update; sent in a header, so small."""
+    """What accompanies an update; sent in a header, so small.
 
-    digest: Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
-    size: int = Field(ge=1)
-    samples: int = Field(ge=1)
-    steps: int = Field(ge=0, description="Optimizer steps done.")
-    planned_steps: int = Field(ge=1)
-    micro_batch: int = Field(ge=1)
-    train_loss: FiniteFloat
-    step_seconds: FiniteFloat = Field(ge=0)
-    peak_bytes: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    download_seconds: FiniteFloat = Field(default=0, ge=0)
-    evaluate_seconds: FiniteFloat = Field(default=0, ge=0)
-    train_seconds: FiniteFloat = Field(default=0, ge=0)
+    `round` and `adapter` say what the update is a change of: the round that it was made for, and the global
+    adapter as it was downloaded, None where there was none. They are not in ledgers of versions before 0.2.
+    """
+
+    round: RoundNumber = 0
+    adapter: Sha256 | None = None
+    digest: Sha256
+    size: Bytes = Field(ge=1)
+    samples: Positive
+    steps: Count = Field(description="Optimizer steps done.")
+    planned_steps: Positive
+    micro_batch: Positive
+    train_loss: Loss
+    step_seconds: Seconds
+    peak_bytes: Bytes
+    tokens: Count
+    download_seconds: Seconds = 0
+    evaluate_seconds: Seconds = 0
+    train_seconds: Seconds = 0
 
 
 class Progress(Model):
     """A sign of life; sent at least every ten seconds while working."""
 
     kind: AssignmentKind
-    round: int = Field(ge=0)
-    state: str = Field(
+    round: RoundNumber
+    state: Word = Field(
         max_length=32, description="loading, evaluating, training, uploading, waiting, failed."
     )
-    step: int = Field(default=0, ge=0)
-    steps: int = Field(default=0, ge=0)
-    loss: FiniteFloat | None = None
-    memory: int | None = Field(default=None, ge=0)
-    tokens_per_second: FiniteFloat | None = Field(default=None, ge=0)
-    message: str | None = Field(default=None, max_length=1024)
+    step: Count = 0
+    steps: Count = 0
+    loss: Loss | None = None
+    memory: Bytes | None = None
+    tokens_per_second: float | None = Field(default=None, ge=0, le=1e15)
+    message: Text | None = None
 
 
 class Answer(Model):
@@ -279,5 +374,5 @@ class Answer(Model):
 class Refusal(Model):
     """Why a call was refused."""
 
-    reason: str = Field(max_length=64, description="A CamelCase word.")
-    error: str = Field(max_length=1024)
+    reason: Word = Field(description="A CamelCase word.")
+    error: Text

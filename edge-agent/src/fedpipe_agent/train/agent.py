@@ -197,7 +197,7 @@ class Agent:
             _tell(
                 work,
                 step=step.number,
-                loss=step.loss,
+                loss=_reported(step.loss),
                 memory=self._device.used(),
                 tokens_per_second=step.tokens_per_second,
             )
@@ -207,11 +207,17 @@ class Agent:
         order = self._order(plan, number)
         outcome = loop.train(self._model, self._samples, order, settings, self._device, after=after)
         work.report(state="uploading")
-        self._upload(number, plan, outcome, Times(begin, downloaded, evaluated), bf16)
+        self._upload(assignment, plan, outcome, Times(begin, downloaded, evaluated), bf16)
 
     def _upload(
-        self, number: int, plan: wire.NodePlan, outcome: loop.Outcome, times: Times, bf16: bool
+        self,
+        assignment: wire.Assignment,
+        plan: wire.NodePlan,
+        outcome: loop.Outcome,
+        times: Times,
+        bf16: bool,
     ) -> None:
+        number = assignment.round
         head = {
             name: parameter.detach().cpu().numpy()
             for name, parameter in base.head_parameters(self._model, self._task)
@@ -224,13 +230,15 @@ class Agent:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         manifest = wire.UpdateManifest(
+            round=number,
+            adapter=assignment.adapter.digest if assignment.adapter else None,
             digest=digest,
             size=path.stat().st_size,
             samples=len(self._samples),
             steps=outcome.steps,
             planned_steps=plan.local_steps,
             micro_batch=outcome.micro_batch,
-            train_loss=outcome.loss,
+            train_loss=_reported(outcome.loss),
             step_seconds=outcome.step_seconds,
             peak_bytes=outcome.peak_bytes,
             tokens=outcome.tokens,
@@ -275,7 +283,7 @@ class Agent:
                 round=number,
                 samples=sums.samples,
                 tokens=sums.targets,
-                loss_sum=sums.loss,
+                loss_sum=_reported(sums.loss, sums.targets),
                 correct=sums.correct,
                 precision=plan.precision,
             )
@@ -325,6 +333,12 @@ class Agent:
             proximal=optimizer.proximal,
             checkpointing=plan.checkpointing,
         )
+
+
+def _reported(loss: float, targets: int = 1) -> float:
+    """Return a sum of losses as it is reported; one that is not finite, or far too high, as the limit."""
+    limit = wire.LOSS_LIMIT * targets
+    return min(loss, limit) if math.isfinite(loss) else limit
 
 
 def _tell(work: Work, **fields: Any) -> None:

@@ -2,32 +2,35 @@
 
 import asyncio
 import logging
+import math
 import re
 from typing import TypeVar
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
-from pydantic import ValidationError
 
-from fedpipe_api.base import Model, explain
+from fedpipe_api.base import Model
 from fedpipe_api.wire import (
     CONTROL_LIMIT,
     HEADER_LIMIT,
     MANIFEST_HEADER,
     REGISTRATION_LIMIT,
     Answer,
+    BadMessage,
     Evaluation,
     ProfileReport,
     Progress,
     Refusal,
     Registration,
     UpdateManifest,
+    read_message,
 )
 
 from ..aggregate import Refused as BadUpdate
 from ..aggregate import check_update_file
 from ..engine import Engine, Refused, accept
 from ..engine.accept import Verdict
+from ..engine.quota import SAFETENSORS_HEADER
 from ..engine.state import blobs_in_use
 from ..store import Incoming
 from .identity import Identify, Identity
@@ -40,9 +43,6 @@ LONGEST_WAIT = 60.0
 
 _CHUNK = 1 << 20
 """Bytes handed to the writing thread at a time."""
-
-_SAFETENSORS_HEADER = 1 << 20
-"""Bytes that an update may hold beside its tensors."""
 
 LINK_PATH = "/v1/link"
 """Zeros for anyone who wants to know the rate of its link; a probe has no identity here."""
@@ -93,6 +93,8 @@ def _refuse(refused: Refused) -> web.Response:
     response = web.json_response(text=body.to_json(), status=refused.status)
     if refused.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
+    if refused.retry_after is not None:
+        response.headers["Retry-After"] = str(refused.retry_after)
     return response
 
 
@@ -174,23 +176,24 @@ class _Routes:
         if accept.update(state, who.node, number, manifest) is Verdict.KNOWN:
             return web.Response(status=204)
         shapes = accept.update_shapes(state, who.node)
-        limit = sum(4 * _count(shape) for shape in shapes.values()) + _SAFETENSORS_HEADER
+        limit = sum(4 * math.prod(shape) for shape in shapes.values()) + SAFETENSORS_HEADER
         if request.content_length is None:
             raise Refused(411, "LengthRequired", "an update needs a Content-Length")
         if max(request.content_length, manifest.size) > limit:
             raise Refused(413, "TooLarge", f"the update of {who.node} may have at most {limit} bytes")
         if request.content_length != manifest.size:
             raise Refused(400, "SizeDiffers", "Content-Length is not the manifest's size")
-        incoming = self._engine.blobs.incoming()
-        try:
-            await _receive(request, incoming, manifest)
+        with self._engine.receiving(who.job, who.node, manifest.size):
+            incoming = self._engine.blobs.incoming()
             try:
-                await asyncio.to_thread(check_update_file, incoming.path, shapes, limit)
-            except BadUpdate as error:
-                raise Refused(422, error.reason, f"update of {who.node}: {error}") from None
-            await self._engine.update(who.job, who.node, number, manifest, incoming)
-        finally:
-            incoming.discard()
+                await _receive(request, incoming, manifest)
+                try:
+                    await asyncio.to_thread(check_update_file, incoming.path, shapes, limit)
+                except BadUpdate as error:
+                    raise Refused(422, error.reason, f"update of {who.node}: {error}") from None
+                await self._engine.update(who.job, who.node, number, manifest, incoming)
+            finally:
+                incoming.discard()
         return web.Response(status=204)
 
 
@@ -205,13 +208,6 @@ def _round(request: web.Request) -> int:
     return int(text)
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
-
-
 async def _body(request: web.Request, kind: type[M], limit: int) -> M:
     if (request.content_length or 0) > limit:
         raise Refused(413, "TooLarge", f"a {kind.__name__} may have at most {limit} bytes")
@@ -221,9 +217,9 @@ async def _body(request: web.Request, kind: type[M], limit: int) -> M:
         if len(body) > limit:
             raise Refused(413, "TooLarge", f"a {kind.__name__} may have at most {limit} bytes")
     try:
-        return kind.model_validate_json(bytes(body))
-    except ValidationError as error:
-        raise Refused(422, "Invalid", explain(error)) from None
+        return read_message(kind, bytes(body))
+    except BadMessage as error:
+        raise Refused(422, "Invalid", str(error)) from None
 
 
 def _manifest(request: web.Request) -> UpdateManifest:
@@ -231,9 +227,9 @@ def _manifest(request: web.Request) -> UpdateManifest:
     if text is None:
         raise Refused(400, "BadRequest", f"header {MANIFEST_HEADER} is missing")
     try:
-        return UpdateManifest.model_validate_json(text)
-    except ValidationError as error:
-        raise Refused(422, "Invalid", f"{MANIFEST_HEADER}: {explain(error)}") from None
+        return read_message(UpdateManifest, text)
+    except BadMessage as error:
+        raise Refused(422, "Invalid", f"{MANIFEST_HEADER}: {error}") from None
 
 
 async def _receive(request: web.Request, incoming: Incoming, manifest: UpdateManifest) -> None:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 from fedpipe_api.wire import Blob
 
-from ..aggregate import AggregationRequest, NodeUpdate, StoredFile, aggregate_round
+from ..aggregate import AggregationRequest, NodeReport, NodeUpdate, StoredFile, aggregate_round
 from ..store import Blobs
+from .planning import REASON
 from .records import MatrixReport, NodeCheck, RoundAggregated
 from .state import JobState
+from .weights import CAP, capped
 from .worker import Worker
 
 NORM_HISTORY = 200
@@ -22,6 +24,7 @@ async def aggregate(
     started = time.monotonic()
     report = await worker.run(aggregate_round, request_of(blobs, state))
     assert state.current is not None
+    counted = weights(state)
     files = [file for file in (report.adapter, report.sent, report.server_state) if file is not None]
     record = RoundAggregated(
         round=state.current.opened.round,
@@ -29,13 +32,31 @@ async def aggregate(
         sent=_blob(report.sent) if report.sent else None,
         server_state=_blob(report.server_state) if report.server_state else None,
         matrices={name: MatrixReport(**vars(found)) for name, found in report.matrices.items()},
-        checks={node: NodeCheck(**vars(found)) for node, found in report.nodes.items()},
+        checks={node: _check(state, node, found, counted[node]) for node, found in report.nodes.items()},
         relative_error=report.relative_error,
         discarded_energy=report.discarded_energy,
         effective_rank=report.effective_rank,
         seconds=time.monotonic() - started,
     )
     return record, [(file.path, file.digest) for file in files]
+
+
+def weights(state: JobState) -> dict[str, int]:
+    """Return the samples that each update of the current round counts as: its claim, or less (METHOD §4)."""
+    assert state.current is not None
+    claims = {node: manifest.samples for node, manifest in state.current.updates.items()}
+    return {node: int(samples) for node, samples in capped(claims).items()}
+
+
+def _check(state: JobState, node: str, found: NodeReport, counted: int) -> NodeCheck:
+    assert state.current is not None
+    check = NodeCheck(**vars(found))
+    claimed = state.current.updates[node].samples
+    if counted == claimed:
+        return check
+    text = f"{claimed} samples counted as {counted}, {CAP:g} times the median of the others'"
+    reason = f"{found.reason}; {text}" if found.reason else text
+    return check.model_copy(update={"capped": counted, "reason": reason[:REASON]})
 
 
 def _blob(file: StoredFile) -> Blob:
@@ -45,6 +66,7 @@ def _blob(file: StoredFile) -> Blob:
 def request_of(blobs: Blobs, state: JobState) -> AggregationRequest:
     """Return what the closed round asks of the worker; from the ledger alone, so a retry is the same."""
     current, plan, spec = state.current, state.plan, state.spec
+    counted = weights(state)
     assert current is not None
     assert plan is not None
     before = state.rounds.get(current.opened.round - 1)
@@ -61,7 +83,7 @@ def request_of(blobs: Blobs, state: JobState) -> AggregationRequest:
         alpha=spec.adapter.alpha,
         rs_lora=spec.adapter.rs_lora,
         updates=tuple(
-            NodeUpdate(node, blobs.path(manifest.digest), manifest.samples, plan.nodes[node].ranks)
+            NodeUpdate(node, blobs.path(manifest.digest), counted[node], plan.nodes[node].ranks)
             for node, manifest in sorted(current.updates.items())
         ),
         directory=blobs.temporary,

@@ -10,6 +10,7 @@ from fedpipe_api.status import Phase
 from fedpipe_api.wire import START_OF_METHOD, Assignment, AssignmentKind
 
 from ..planner import needs_replan
+from .shapes import difference
 from .state import JobState, Round, evaluation_of
 
 REGISTRATION_SECONDS = 60.0
@@ -127,18 +128,33 @@ def _gather(state: JobState, now: float) -> Action:
         text = f"{len(state.offered)} nodes match, spec.nodes.min is {spec.nodes.min}"
         return Wait(Reason.NOT_ENOUGH_NODES, text)
     missing = set(state.offered) - set(live) - set(state.lost)
-    if not missing and len(live) >= spec.nodes.min:
-        return MakePlan("all agents registered")
     until = None
     if len(live) >= spec.nodes.min:
         until = max(state.registered_at[n] for n in live) + REGISTRATION_SECONDS
-        if now >= until:
-            return MakePlan(f"{_names(missing)} did not register in time")
+        if not missing or now >= until:
+            if state.shape is None:
+                return Wait(Reason.MODEL_DIFFERS, _disagreement(state))
+            late = f"{_names(missing)} did not register in time"
+            return MakePlan(late if missing else "all agents registered")
     text = f"{len(live)} of {len(state.offered)} agents registered"
     if state.lost:
         node = min(state.lost)
         text += f"; {node}: {state.lost[node]}"
     return Wait(Reason.WAITING_FOR_AGENTS, text, until)
+
+
+def _disagreement(state: JobState) -> str:
+    """Say which nodes have which model, where no model is that of more than half of them."""
+    groups: dict[str, list[str]] = {}
+    for node, shape in state.shapes.items():
+        groups.setdefault(shape, []).append(node)
+    first, second = sorted(groups.values(), key=lambda nodes: (-len(nodes), nodes))[:2]
+    one, other = (state.models[state.shapes[nodes[0]]] for nodes in (first, second))
+    return (
+        f"no model is that of more than half of the {len(state.shapes)} nodes: {_names(tuple(first))} and "
+        f"{_names(tuple(second))} differ in {difference(one, other)}; correct spec.model on the wrong ones, "
+        "or exclude them by spec.nodes.selector"
+    )
 
 
 def _profile(state: JobState, now: float) -> Action:

@@ -1,8 +1,11 @@
 """What agents send: each message is checked against the job's state, and recorded if it is new."""
 
 import asyncio
+import contextlib
 import time
+from collections.abc import Iterator
 
+from fedpipe_api.conditions import Reason
 from fedpipe_api.wire import (
     Assignment,
     Evaluation,
@@ -16,10 +19,18 @@ from fedpipe_api.wire import (
 from ..store import Incoming
 from . import accept
 from .accept import Refused, Verdict
-from .decide import assignment
+from .decide import Wait, assignment
 from .jobs import Job, Live, until
 from .journal import Journal
+from .quota import held, quota
 from .records import AgentLost, AgentRegistered, Evaluated, Profiled, UpdateAccepted
+from .shapes import digest_of
+
+UPLOAD_SECONDS = 5
+"""When an upload is welcome again that met another of its node's: that one has ended or broken off."""
+
+ROOM_SECONDS = 30
+"""When an upload is welcome again that found no room."""
 
 
 class Inbox:
@@ -60,7 +71,8 @@ class Inbox:
                         device=message.device,
                         samples=message.samples,
                         evaluation_samples=message.evaluation_samples,
-                        model=message.model if state.model is None else None,
+                        shape=(shape := digest_of(message.model)),
+                        model=None if shape in state.models else message.model,
                     ),
                 )
         job.live[node] = Live(self.clock())
@@ -106,6 +118,25 @@ class Inbox:
                 await asyncio.to_thread(self.blobs.adopt, incoming.path, manifest.digest)
                 record = UpdateAccepted(round=round_number, node=node, manifest=manifest)
                 await self._journal.commit(job, record)
+
+    @contextlib.contextmanager
+    def receiving(self, uid: str, node: str, size: int) -> Iterator[None]:
+        """Hold room for an update of the given bytes; Refused beside another of the node, or without room."""
+        job = self.job(uid)
+        if node in job.uploads:
+            text = f"another update of {node} is on its way; send one at a time"
+            raise Refused(429, "UploadInProgress", text, retry_after=UPLOAD_SECONDS)
+        limit = quota(job.state, self.blobs.volume())
+        taken = held(job.state) + sum(job.uploads.values())
+        if taken + size > limit:
+            text = f"job {job.state.name} may hold {limit} bytes in the store and has {taken}"
+            job.stand(Wait(Reason.STORE_FULL, f"an update of {node} is refused: {text}; enlarge the volume"))
+            raise Refused(507, "QuotaExceeded", text, retry_after=ROOM_SECONDS)
+        job.uploads[node] = size
+        try:
+            yield
+        finally:
+            del job.uploads[node]
 
     async def progress(self, uid: str, node: str, message: Progress) -> bool:
         """Note a sign of life; return whether the work is still wanted."""

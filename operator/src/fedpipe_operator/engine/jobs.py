@@ -42,6 +42,8 @@ class Job:
     live: dict[str, Live] = field(default_factory=dict)
     wait: Wait | None = None
     bytes_down: int = 0
+    uploads: dict[str, int] = field(default_factory=dict)
+    """Bytes of the update that each node is sending now."""
     task: asyncio.Task[None] | None = None
 
     def stand(self, wait: Wait) -> None:

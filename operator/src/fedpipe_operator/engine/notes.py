@@ -64,6 +64,9 @@ def _round_done(state: JobState, record: RoundAggregated) -> Note:
     up = sum(manifest.size for manifest in known.updates.values())
     took = (known.result_at or 0) - known.opened_at
     text = f"round {record.round}: {len(known.updates)} updates, {megabytes(up)} up, {took:.1f} s"
+    capped = sorted(node for node, check in record.checks.items() if check.capped)
+    if capped:
+        text += f"; {len(capped)} counted for less than claimed, first {capped[0]}"
     before = evaluation_of(state, record.round - 1)
     if before is not None:
         text += f"; before it loss {before.loss:.4f}"

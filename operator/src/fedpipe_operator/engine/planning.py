@@ -7,8 +7,13 @@ from fedpipe_api.wire import NodePlan, ProfileReport
 
 from ..planner import Calibration, NodeFacts, PlanRequest, calibrate, plan
 from .records import PlanMade
+from .shapes import difference
 from .state import JobState, Round
+from .weights import capped
 from .worker import Worker
+
+REASON = 1024
+"""Characters that a record keeps of a reason."""
 
 
 class Infeasible(Exception):
@@ -20,29 +25,32 @@ async def make_plan(worker: Worker, state: JobState, reason: str) -> PlanMade:
 
     Raises Infeasible when fewer nodes fit than spec.nodes.min, UserError when the spec cannot be planned.
     """
-    request = request_of(state)
+    # What is registered while the planner works is for the next plan.
+    request, shape, considered, odd = request_of(state), state.shape, state.live, _other_models(state)
     made = await worker.run(plan, request)
+    left_out = odd | {node: why[:REASON] for node, why in made.left_out.items()}
     if len(made.nodes) < state.spec.nodes.min:
-        why = "; ".join(f"{node}: {text}" for node, text in sorted(made.left_out.items())[:3])
+        why = "; ".join(f"{node}: {text}" for node, text in sorted(left_out.items())[:3])
         raise Infeasible(f"{len(made.nodes)} nodes fit, spec.nodes.min is {state.spec.nodes.min}. {why}")
     return PlanMade(
         version=state.plan.version + 1 if state.plan else 1,
         reason=reason,
+        shape=shape,
         nodes=made.nodes,
-        left_out=made.left_out,
+        left_out=dict(sorted(left_out.items())),
         selected=made.selected,
         scores=dict(request.importance or {}),
-        considered=tuple(facts.name for facts in request.nodes),
+        considered=considered,
     )
 
 
 def request_of(state: JobState) -> PlanRequest:
-    """Return what is known of the live nodes; it rests on the ledger alone."""
+    """Return what is known of the live nodes that have the job's model; it rests on the ledger alone."""
     assert state.model is not None
     bare = PlanRequest(
         model=state.model,
         spec=state.spec,
-        nodes=tuple(_facts(state, node) for node in state.live),
+        nodes=tuple(_facts(state, node) for node, shape in state.shapes.items() if shape == state.shape),
         importance=importance(state),
         selected=state.plan.selected if state.plan and state.plan.scores else (),
     )
@@ -51,17 +59,35 @@ def request_of(state: JobState) -> PlanRequest:
 
 
 def importance(state: JobState) -> Mapping[str, float] | None:
-    """Return each matrix's score, averaged over the nodes by samples (METHOD §1); None before profiling."""
+    """Return each matrix's score, averaged over the nodes by samples (METHOD §1); None before profiling.
+
+    Neither by the samples nor by the scores that it reports does a node count for more than its capped share.
+    """
     if state.spec.adapter.selection.mode != "importance" or not state.profiles:
         return None
+    # An agent that was stopped with a suspended job may not have registered again yet.
+    reports = {n: p.report for n, p in sorted(state.profiles.items()) if n in state.agents}
+    weights = capped({node: state.agents[node].samples for node in reports})
+    sums = {node: sum(report.scores.values()) for node, report in reports.items()}
+    shares = capped(sums)
     total: dict[str, float] = {}
-    samples = 0
-    for node, profiled in sorted(state.profiles.items()):
-        weight = state.agents[node].samples
-        samples += weight
-        for name, score in profiled.report.scores.items():
-            total[name] = total.get(name, 0.0) + weight * score
+    for node, report in reports.items():
+        factor = weights[node] * (shares[node] / sums[node] if sums[node] else 1.0)
+        for name, score in report.scores.items():
+            total[name] = total.get(name, 0.0) + factor * score
+    samples = sum(weights.values())
     return {name: score / samples for name, score in sorted(total.items())}
+
+
+def _other_models(state: JobState) -> dict[str, str]:
+    """Return why each live node with another model than the job's is left out."""
+    odd = {node: state.models[shape] for node, shape in state.shapes.items() if shape != state.shape}
+    if not odd:
+        return {}
+    assert state.model is not None
+    fields = {node: difference(model, state.model) for node, model in odd.items()}
+    text = "its model has another {} than the job's, which most nodes have; correct spec.model on it"
+    return {node: text.format(field) for node, field in fields.items()}
 
 
 def _facts(state: JobState, node: str) -> NodeFacts:

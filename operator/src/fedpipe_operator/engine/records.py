@@ -4,7 +4,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from fedpipe_api.base import Model
+from fedpipe_api.base import (
+    Bytes,
+    Count,
+    Figure,
+    Model,
+    ModuleName,
+    Moment,
+    Name,
+    Positive,
+    RoundNumber,
+    Score,
+    Seconds,
+    Sha256,
+    Text,
+    Word,
+)
 from fedpipe_api.job import FedPipeJobSpec
 from fedpipe_api.status import Phase
 from fedpipe_api.wire import (
@@ -17,14 +32,19 @@ from fedpipe_api.wire import (
     UpdateManifest,
 )
 
+NODES = 5000
+"""A job offers no more nodes than spec.nodes.max may say."""
+
+MATRICES = 10_000
+
 
 class Submitted(Model):
     """The job was accepted."""
 
     kind: Literal["submitted"] = "submitted"
-    namespace: str
-    name: str
-    generation: int
+    namespace: Name
+    name: Name
+    generation: Count
     spec: FedPipeJobSpec
 
     @property
@@ -37,7 +57,7 @@ class SpecChanged(Model):
     """The user edited the spec (suspend, a longer count, …)."""
 
     kind: Literal["spec"] = "spec"
-    generation: int
+    generation: Count
     spec: FedPipeJobSpec
 
     @property
@@ -50,9 +70,9 @@ class Offered(Model):
     """The nodes that may take part from now on, and why others may not."""
 
     kind: Literal["offered"] = "offered"
-    sequence: int
-    nodes: tuple[str, ...]
-    excluded: dict[str, str] = Field(default_factory=dict)
+    sequence: Count
+    nodes: tuple[Name, ...] = Field(max_length=NODES)
+    excluded: dict[Name, Text] = Field(default_factory=dict, max_length=10 * NODES)
 
     @property
     def key(self) -> str:
@@ -61,14 +81,19 @@ class Offered(Model):
 
 
 class AgentRegistered(Model):
-    """An agent presented itself, for the first time or anew. The model shape is kept from the first only."""
+    """An agent presented itself, for the first time or again.
+
+    `shape` is the digest of its model's shape; the shape itself is kept where it is the first of its kind in
+    the job. Ledgers of versions before 0.2 have no digests: every agent had the first one's shape.
+    """
 
     kind: Literal["registered"] = "registered"
-    sequence: int
-    node: str
+    sequence: Count
+    node: Name
     device: DeviceFacts
-    samples: int
-    evaluation_samples: int
+    samples: Positive
+    evaluation_samples: Count
+    shape: Sha256 | None = None
     model: ModelShape | None = None
 
     @property
@@ -81,9 +106,9 @@ class AgentLost(Model):
     """An agent is gone; rounds do not wait for it until it registers again."""
 
     kind: Literal["lost"] = "lost"
-    sequence: int
-    node: str
-    reason: str
+    sequence: Count
+    node: Name
+    reason: Text
 
     @property
     def key(self) -> str:
@@ -95,14 +120,16 @@ class PlanMade(Model):
     """What every node carries from the next round on."""
 
     kind: Literal["plan"] = "plan"
-    version: int
-    reason: str
-    nodes: dict[str, NodePlan]
-    left_out: dict[str, str]
-    selected: tuple[str, ...]
-    scores: dict[str, float] = Field(default_factory=dict)
+    version: Positive
+    reason: Text
+    # The digest of the model's shape that it is made for; ledgers of versions before 0.2 have none.
+    shape: Sha256 | None = None
+    nodes: dict[Name, NodePlan] = Field(max_length=NODES)
+    left_out: dict[Name, Text] = Field(max_length=NODES)
+    selected: tuple[ModuleName, ...] = Field(max_length=MATRICES)
+    scores: dict[ModuleName, Score] = Field(default_factory=dict, max_length=MATRICES)
     # Members that the plan knew, so that a newcomer is told from one that was left out.
-    considered: tuple[str, ...]
+    considered: tuple[Name, ...] = Field(max_length=NODES)
 
     @property
     def key(self) -> str:
@@ -114,7 +141,7 @@ class Profiled(Model):
     """A node's measurement, and its share of the importance scores."""
 
     kind: Literal["profiled"] = "profiled"
-    node: str
+    node: Name
     report: ProfileReport
 
     @property
@@ -127,10 +154,10 @@ class RoundOpened(Model):
     """A round began: who takes part, from which adapter, until when (seconds since the epoch)."""
 
     kind: Literal["opened"] = "opened"
-    round: int
-    plan: int
-    participants: tuple[str, ...]
-    deadline: float
+    round: RoundNumber
+    plan: Positive
+    participants: tuple[Name, ...] = Field(max_length=NODES)
+    deadline: Moment
 
     @property
     def key(self) -> str:
@@ -142,8 +169,8 @@ class UpdateAccepted(Model):
     """A node's update is durable and counts."""
 
     kind: Literal["update"] = "update"
-    round: int
-    node: str
+    round: RoundNumber
+    node: Name
     manifest: UpdateManifest
 
     @property
@@ -156,7 +183,7 @@ class Evaluated(Model):
     """A node evaluated the global adapter of a round."""
 
     kind: Literal["evaluated"] = "evaluated"
-    node: str
+    node: Name
     evaluation: Evaluation
 
     @property
@@ -169,9 +196,9 @@ class RoundClosed(Model):
     """No more updates of this round count. `stragglers` had none: the steps that were last heard of."""
 
     kind: Literal["closed"] = "closed"
-    round: int
-    stragglers: dict[str, int]
-    bytes_down: int
+    round: RoundNumber
+    stragglers: dict[Name, Count] = Field(max_length=NODES)
+    bytes_down: Bytes
 
     @property
     def key(self) -> str:
@@ -182,36 +209,39 @@ class RoundClosed(Model):
 class NodeCheck(Model):
     """What aggregation found of one update."""
 
-    norm: float
-    cosine: float | None = None
+    norm: Figure
+    # A cosine that rounding may have moved past one.
+    cosine: float | None = Field(default=None, ge=-2, le=2)
     verdict: Literal["ok", "clipped", "flagged", "rejected"]
-    reason: str
+    reason: Text
+    # The samples that it counted as, where the node claimed more than it may (METHOD §4).
+    capped: Positive | None = None
 
 
 class MatrixReport(Model):
     """What aggregation reports of one matrix."""
 
-    relative_error: float
-    discarded_energy: float
-    effective_rank: float
-    rank: int
-    spectrum: tuple[float, ...] = ()
+    relative_error: Figure
+    discarded_energy: Figure
+    effective_rank: Figure
+    rank: Count
+    spectrum: tuple[Figure, ...] = Field(default=(), max_length=16)
 
 
 class RoundAggregated(Model):
     """The round's global adapter is durable."""
 
     kind: Literal["aggregated"] = "aggregated"
-    round: int
+    round: RoundNumber
     adapter: Blob
     sent: Blob | None = None
     server_state: Blob | None = None
-    matrices: dict[str, MatrixReport]
-    checks: dict[str, NodeCheck]
-    relative_error: float
-    discarded_energy: float
-    effective_rank: float
-    seconds: float
+    matrices: dict[ModuleName, MatrixReport] = Field(max_length=MATRICES)
+    checks: dict[Name, NodeCheck] = Field(max_length=NODES)
+    relative_error: Figure
+    discarded_energy: Figure
+    effective_rank: Figure
+    seconds: Seconds
 
     @property
     def key(self) -> str:
@@ -224,8 +254,8 @@ class Finished(Model):
 
     kind: Literal["finished"] = "finished"
     phase: Literal[Phase.SUCCEEDED, Phase.FAILED]
-    reason: str
-    message: str
+    reason: Word
+    message: Text
 
     @property
     def key(self) -> str:

@@ -1,5 +1,6 @@
 """The state of a job: a pure fold over its records."""
 
+import math
 from dataclasses import dataclass, field
 
 from fedpipe_api.job import FedPipeJobSpec
@@ -21,6 +22,8 @@ from .records import (
     Submitted,
     UpdateAccepted,
 )
+from .shapes import digest_of, majority
+from .weights import capped
 
 
 @dataclass
@@ -51,7 +54,10 @@ class JobState:
     suspended_at: float | None = None
     offered: tuple[str, ...] = ()
     excluded: dict[str, str] = field(default_factory=dict)
-    model: ModelShape | None = None
+    models: dict[str, ModelShape] = field(default_factory=dict)
+    """Every shape that was registered, by its digest."""
+    models_of: dict[str, int] = field(default_factory=dict)
+    """How many of them each node brought."""
     agents: dict[str, AgentRegistered] = field(default_factory=dict)
     registered_at: dict[str, float] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
@@ -59,6 +65,8 @@ class JobState:
     plan_at: float | None = None
     profiles: dict[str, Profiled] = field(default_factory=dict)
     rounds: dict[int, Round] = field(default_factory=dict)
+    accepted: dict[str, int] = field(default_factory=dict)
+    """The round of every update that was accepted, by its digest."""
     evaluations: dict[int, dict[str, Evaluation]] = field(default_factory=dict)
     finished: Finished | None = None
     finished_at: float | None = None
@@ -68,6 +76,21 @@ class JobState:
     def plan(self) -> PlanMade | None:
         """The plan in force."""
         return self.plans[max(self.plans)] if self.plans else None
+
+    @property
+    def shape(self) -> str | None:
+        """The digest of the job's model: the plan's; before there is one, that of most live agents."""
+        return self.plan.shape if self.plan else majority(self.shapes.values())
+
+    @property
+    def shapes(self) -> dict[str, str]:
+        """The digest of each live agent's model."""
+        return {node: shape for node in self.live if (shape := self.agents[node].shape) is not None}
+
+    @property
+    def model(self) -> ModelShape | None:
+        """The shape of the job's model; None while the agents are too few or do not agree."""
+        return self.models[self.shape] if self.shape else None
 
     @property
     def current(self) -> Round | None:
@@ -134,22 +157,25 @@ def apply(state: JobState, record: Record, at: float) -> None:
             state.offered, state.excluded = record.nodes, record.excluded
             state.sequence = record.sequence
         case AgentRegistered():
-            state.agents[record.node] = record
-            state.registered_at[record.node] = at
-            state.lost.pop(record.node, None)
-            state.model = state.model or record.model
-            state.sequence = record.sequence
+            _register(state, record, at)
         case AgentLost():
             state.lost[record.node] = record.reason
             state.sequence = record.sequence
         case PlanMade():
-            state.plans[record.version], state.plan_at = record, at
+            # In ledgers of versions before 0.2 every agent has the first one's model.
+            known = (
+                record
+                if record.shape
+                else record.model_copy(update={"shape": next(iter(state.models), None)})
+            )
+            state.plans[record.version], state.plan_at = known, at
         case Profiled():
             state.profiles[record.node] = record
         case RoundOpened():
             state.rounds[record.round] = Round(record, at, record.deadline)
         case UpdateAccepted():
             state.rounds[record.round].updates[record.node] = record.manifest
+            state.accepted[record.manifest.digest] = record.round
         case Evaluated():
             state.evaluations.setdefault(record.evaluation.round, {})[record.node] = record.evaluation
         case RoundClosed():
@@ -160,6 +186,21 @@ def apply(state: JobState, record: Record, at: float) -> None:
             state.rounds[record.round].result_at = at
         case Finished():
             state.finished, state.finished_at = record, at
+
+
+def _register(state: JobState, record: AgentRegistered, at: float) -> None:
+    shape = record.shape
+    if record.model is not None:
+        shape = shape or digest_of(record.model)
+        state.models[shape] = record.model
+        state.models_of[record.node] = state.models_of.get(record.node, 0) + 1
+    if shape is None:
+        shape = next(iter(state.models), None)
+    # The shape itself is in `models`.
+    state.agents[record.node] = record.model_copy(update={"shape": shape, "model": None})
+    state.registered_at[record.node] = at
+    state.lost.pop(record.node, None)
+    state.sequence = record.sequence
 
 
 def _change_spec(state: JobState, record: SpecChanged, at: float) -> None:
@@ -187,15 +228,20 @@ def _shift_deadlines(state: JobState, seconds: float) -> None:
 
 def blobs_in_use(state: JobState) -> set[str]:
     """Return the digests that going on, or reading the result, still needs."""
-    keep: set[str] = set()
+    return set(kept_blobs(state))
+
+
+def kept_blobs(state: JobState) -> dict[str, int]:
+    """Return the bytes of each blob that is in use, by its digest."""
+    keep: dict[str, int] = {}
     for number in (state.done, state.done - 1):
         known = state.rounds.get(number)
         if known and known.result:
             files = (known.result.adapter, known.result.sent, known.result.server_state)
-            keep |= {file.digest for file in files if file}
+            keep |= {file.digest: file.size for file in files if file}
     current = state.current
     if current and current.result is None:
-        keep |= {manifest.digest for manifest in current.updates.values()}
+        keep |= {manifest.digest: manifest.size for manifest in current.updates.values()}
     return keep
 
 
@@ -211,14 +257,20 @@ class Evaluations:
 
 
 def evaluation_of(state: JobState, round_number: int) -> Evaluations | None:
-    """Return the loss per predicted token (natural log) and accuracy over all held-out samples of a round."""
-    found = state.evaluations.get(round_number)
+    """Return the loss per predicted token (natural log) and accuracy over the held-out samples of a round.
+
+    No node counts for more than its capped share of them.
+    """
+    found = dict(sorted(state.evaluations.get(round_number, {}).items()))
     if not found:
         return None
-    tokens = sum(e.tokens for e in found.values())
-    samples = sum(e.samples for e in found.values())
-    loss = sum(e.loss_sum for _, e in sorted(found.items())) / tokens
-    counted = [e.correct for e in found.values() if e.correct is not None]
-    accuracy = sum(counted) / samples if len(counted) == len(found) else None
+    tokens = capped({node: e.tokens for node, e in found.items()})
+    samples = capped({node: e.samples for node, e in found.items()})
+    loss = sum(e.loss_sum * (tokens[node] / e.tokens) for node, e in found.items()) / sum(tokens.values())
+    accuracy = None
+    if all(e.correct is not None for e in found.values()):
+        right = sum((e.correct or 0) * (samples[node] / e.samples) for node, e in found.items())
+        accuracy = right / sum(samples.values())
     # exp of 700 is the largest that a float holds.
-    return Evaluations(loss, accuracy, 2.718281828459045 ** min(loss, 700.0), samples, len(found))
+    perplexity = math.exp(min(loss, 700.0))
+    return Evaluations(loss, accuracy, perplexity, sum(e.samples for e in found.values()), len(found))

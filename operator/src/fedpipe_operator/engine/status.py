@@ -27,6 +27,7 @@ HISTORY = 50
 """Rounds kept in status; the ledger has all."""
 
 NODE_ROWS = 200
+_PLANLESS = (Reason.PLAN_INFEASIBLE, Reason.MODEL_DIFFERS)
 MATRIX_ROWS = 500
 
 
@@ -122,7 +123,7 @@ def _eta(state: JobState) -> str:
 
 def _conditions(state: JobState, wait: Wait | None, previous: tuple[Condition, ...]) -> tuple[Condition, ...]:
     since = _time(state.finished_at or _latest(state))
-    finished, held = state.finished, {Reason.QUORUM_LOST, Reason.STORE_FULL, Reason.PLAN_INFEASIBLE}
+    finished, held = state.finished, {Reason.QUORUM_LOST, Reason.STORE_FULL, *_PLANLESS}
     if finished:
         done: tuple[bool, str, str] = (finished.phase is Phase.SUCCEEDED, finished.reason, finished.message)
     else:
@@ -182,8 +183,15 @@ def _node(state: JobState, name: str, heard: Progress | None) -> NodeStatus:
         measured_seconds=measured,
         last_round=last,
         train_loss=manifest.train_loss if manifest else None,
-        message=state.lost.get(name) or left_out,
+        message=state.lost.get(name) or left_out or _capped(state, name),
     )
+
+
+def _capped(state: JobState, name: str) -> str | None:
+    """Return that the node counted for less than it claims in the latest round with its update."""
+    results = (state.rounds[n].result for n in sorted(state.rounds, reverse=True))
+    check = next((r.checks[name] for r in results if r and name in r.checks), None)
+    return check.reason if check and check.capped else None
 
 
 def _node_state(state: JobState, name: str, left_out: bool, heard: Progress | None) -> str:

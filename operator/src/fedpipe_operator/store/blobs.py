@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -91,6 +92,10 @@ class Blobs:
         for path in self._directory.glob("??/*"):
             if path.name not in keep:
                 path.unlink(missing_ok=True)
+
+    def volume(self) -> int:
+        """Return the bytes of the file system that the blobs are on."""
+        return shutil.disk_usage(self._directory).total
 
     def size(self) -> int:
         """Return the bytes of all blobs."""

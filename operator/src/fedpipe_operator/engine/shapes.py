@@ -1,0 +1,33 @@
+"""The shapes of the models that nodes registered: which is the job's, and what its tensors take."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from fedpipe_api.wire import ModelShape
+
+MODELS_PER_NODE = 4
+"""Shapes new to the job that one node may bring in its life: the ledger keeps each, up to 1 MiB."""
+
+
+def digest_of(model: ModelShape) -> str:
+    """Return the sha256 of a shape; equal shapes have equal digests."""
+    return hashlib.sha256(model.to_json().encode()).hexdigest()
+
+
+def majority(shapes: Iterable[str]) -> str | None:
+    """Return the shape that more than half have, or None."""
+    counts = Counter(shapes)
+    shape, count = counts.most_common(1)[0] if counts else ("", 0)
+    return shape if 2 * count > counts.total() else None
+
+
+def difference(model: ModelShape, other: ModelShape) -> str:
+    """Return the first field in which two shapes differ."""
+    return next(name for name in ModelShape.model_fields if getattr(model, name) != getattr(other, name))
+
+
+def trained_bytes(model: ModelShape, ranks: Mapping[str, int]) -> int:
+    """Return the bytes, as float32, of factors at the given ranks and of the head."""
+    factors = sum(ranks.get(matrix.name, 0) * (matrix.rows + matrix.columns) for matrix in model.matrices)
+    return 4 * (factors + sum(tensor.size for tensor in model.head))
