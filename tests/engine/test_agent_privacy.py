@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from agent_fixtures import save_tiny_model
-from fedpipe_operator.engine import status
+from fedpipe_operator.engine.status import status
 from fedpipe_operator.metrics.figures import Figures
 from standins.local import local
 from standins.server import UID
