@@ -332,7 +332,22 @@ class Checks(Model):
 
     mode: Literal["none", "flag", "reject"] = Field(default="flag", description="flag reports and counts it.")
     max_norm: float = Field(default=5.0, gt=1, le=1e6, description="Times the running median norm.")
-    min_cosine: float = Field(default=-0.5, ge=-1, le=1, description="To the mean of the other updates.")
+    min_cosine: float = Field(default=-0.5, ge=-1, le=1, description="Median of those to the other updates.")
+
+
+class Robust(Model):
+    """How much of the nodes' influence is kept when some of them are hostile or broken (METHOD §5)."""
+
+    rule: Literal["none", "filtered-mean", "geometric-median", "centered-clipping", "multi-krum"] = Field(
+        default="filtered-mean",
+        description="filtered-mean is the plain mean as long as no update is an outlier.",
+    )
+    byzantine: float = Field(
+        default=0.2, ge=0, lt=0.5, description="Share of nodes that multi-krum and trimmed-mean leave out."
+    )
+    head: Literal["mean", "median", "trimmed-mean"] = Field(
+        default="mean", description="Of tensors that are trained whole, entry by entry; mean: by the rule."
+    )
 
 
 class Aggregation(Model):
@@ -344,6 +359,7 @@ class Aggregation(Model):
     )
     server: ServerOptimizer = ServerOptimizer()
     checks: Checks = Checks()
+    robust: Robust = Robust()
 
 
 class Output(Model):

@@ -1,8 +1,8 @@
 """How a round's updates become the next global adapter (METHOD §4); numpy only, made for a worker process."""
 
-from .checks import Refused, check_update_file
 from .messages import AggregationReport, AggregationRequest, MatrixReport, NodeReport, NodeUpdate, StoredFile
 from .run import aggregate_round
+from .validation import Refused, check_update_file
 
 __all__ = [
     "AggregationReport",

@@ -1,6 +1,6 @@
 """Averages of plain tensors, entry by entry, streamed from many files in float64."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,12 +8,16 @@ import numpy as np
 from fedpipe_api.job import ServerOptimizer
 
 from . import server as optimizer
-from .checks import Comparison, NotFiniteError
+from .comparison import NotFiniteError, Products
 from .factors import Float64
 from .files import Float32, TensorFile
 
 # Entries of one block: 4 MiB in float64 over all nodes, so that the passes over it stay in cache.
 _BLOCK = 512 * 1024
+
+
+Statistic = Callable[[Float64], Float64]
+"""From changes (K, n) to what they come to, entry by entry: (n,)."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Averaged:
-    """The mean (rows, width) and what the server optimizer made of it, with its state's tensors by suffix."""
+    """The mean (rows, width) and what the server optimizer made of it, with its state's tensors by suffix.
+
+    `products` are those of the changes from `previous`, by the sources' nodes.
+    """
 
     mean: Float32
     new: Float32
     state: dict[str, Float32]
+    products: Products
 
 
 def average(
@@ -46,7 +54,7 @@ def average(
     shape: tuple[int, int],
     server: ServerOptimizer,
     state: dict[str, Float32],
-    comparison: Comparison | None,
+    statistic: Statistic | None = None,
 ) -> Averaged:
     """Average tensors of different sizes, padded with zeros, and let the server optimizer take its step.
 
@@ -57,7 +65,7 @@ def average(
         shape: rows and width of the average.
         server: the server optimizer.
         state: its tensors of the last step by suffix; empty at first.
-        comparison: where norms and cosines of the changes are gathered; None leaves them out.
+        statistic: what takes the place of the weighted mean of the changes; for sources of one size.
 
     Raises:
         NotFiniteError: a source holds NaN or infinity.
@@ -72,7 +80,8 @@ def average(
     new = np.empty(shape, np.float32) if moves else mean
     moved = np.empty(shape, np.float32) if stateful else momentum
     moved_second = np.empty(shape, np.float32) if optimizer.has_second_moment(server) else second
-    for rows, change in _changes(sources, previous, shape, comparison):
+    gram = np.zeros((len(sources), len(sources)))
+    for rows, change in _changes(sources, previous, shape, gram, statistic):
         before = 0.0 if previous is None else previous[rows].astype(np.float64)
         mean[rows] = before + change
         if not moves:
@@ -83,25 +92,29 @@ def average(
         if stateful:
             moved[rows] = velocity
             moved_second[rows] = step.second_moment
+    products = Products([source.node for source in sources], gram)
     if not stateful:
-        return Averaged(mean, new, state)
+        return Averaged(mean, new, state, products)
     kept = {optimizer.MOMENTUM: moved, optimizer.STEPS: np.array([steps + 1], np.float32)}
     if optimizer.has_second_moment(server):
         kept[optimizer.SECOND_MOMENT] = moved_second
-    return Averaged(mean, new, kept)
+    return Averaged(mean, new, kept, products)
 
 
 def _changes(
     sources: Sequence[Source],
     previous: Float32 | None,
     shape: tuple[int, int],
-    comparison: Comparison | None,
+    gram: Float64,
+    statistic: Statistic | None,
 ) -> Iterator[tuple[slice, Float64]]:
-    """Yield the mean's change from `previous` (from zero without one), block of rows by block of rows."""
+    """Yield the mean's change from `previous` (from zero without one), block of rows by block of rows.
+
+    The inner products of the sources' changes are added to `gram` on the way.
+    """
     height, width = shape
     weights = np.array([source.weight for source in sources])
-    clipped = weights * [source.clip for source in sources]
-    squares, dots, total = np.zeros(len(sources)), np.zeros(len(sources)), 0.0
+    clips = np.array([source.clip for source in sources])
     step = max(1, _BLOCK // (len(sources) * width))
     buffer = np.empty((len(sources), min(step, height), width))
     scratch = np.empty(buffer[0].size, np.float32)
@@ -112,28 +125,17 @@ def _changes(
         for index, source in enumerate(sources):
             _load(source, first, block[index], previous, scratch)
         flat = block.reshape(len(sources), -1)
-        applied = clipped @ flat
-        for index, source in enumerate(sources):
-            square = float(flat[index] @ flat[index])
+        gram += flat @ flat.T
+        for source, square in zip(sources, np.diag(gram), strict=True):
             if not np.isfinite(square):
                 raise NotFiniteError(source.node)
-            squares[index] += square
-        if comparison is not None:
-            dots += flat @ applied
-            total += float(applied @ applied)
-        change = applied.reshape(count, width)
+        if statistic is not None:
+            yield rows, statistic(flat * clips[:, None]).reshape(count, width)
+            continue
+        change = ((weights * clips) @ flat).reshape(count, width)
         if previous is not None:
             change -= _uncovered(sources, weights, rows, width) * previous[rows]
         yield rows, change
-    if comparison is not None:
-        comparison.add(
-            nodes=[source.node for source in sources],
-            weights=weights,
-            clipped=clipped,
-            squares=squares,
-            dots=dots,
-            total=total,
-        )
 
 
 def _load(source: Source, first: int, block: Float64, previous: Float32 | None, scratch: Float32) -> None:

@@ -5,7 +5,6 @@ import numpy as np
 from fedpipe_api.wire import LORA_A, LORA_B
 
 from . import server as optimizer
-from .checks import Comparison
 from .elementwise import Averaged, Source, average
 from .factors import singular_values
 from .files import Float32
@@ -21,9 +20,8 @@ def entry_by_entry(matrix: Matrix) -> Aggregated:
     rows, columns = matrix.shape
     rank = max(part.rank for part in matrix.contributions)
     previous = saved(matrix.previous, matrix.name, (LORA_A, LORA_B))
-    comparison = Comparison(matrix.nodes)
     averages = {
-        suffix: _average(matrix, suffix, shape, previous.get(suffix), comparison)
+        suffix: _average(matrix, suffix, shape, previous)
         for suffix, shape in ((LORA_A, (rank, columns)), (LORA_B, (rows, rank)))
     }
     tensors = {suffix: averaged.new for suffix, averaged in averages.items()}
@@ -37,14 +35,16 @@ def entry_by_entry(matrix: Matrix) -> Aggregated:
     found = figures(
         sigma, rank=rank, error=error, reference_energy=energy, discarded=0.0, energy=float(sigma @ sigma)
     )
-    return Aggregated(tensors, state, comparison, found)
+    products = tuple(averaged.products for suffix, averaged in averages.items() if _known(suffix, previous))
+    return Aggregated(tensors, state, products, found)
 
 
-def _average(
-    matrix: Matrix, suffix: str, shape: tuple[int, int], previous: Float32 | None, comparison: Comparison
-) -> Averaged:
+def _known(suffix: str, previous: dict[str, Float32]) -> bool:
     # Before the first average B started from zero, but where A started only the nodes know.
-    known = suffix == LORA_B or previous is not None
+    return suffix == LORA_B or suffix in previous
+
+
+def _average(matrix: Matrix, suffix: str, shape: tuple[int, int], previous: dict[str, Float32]) -> Averaged:
     # The first ranks of A are a prefix of its entries: A is one column, padded below; B is padded rightward.
     height, width = (shape[0] * shape[1], 1) if suffix == LORA_A else shape
     sources = [
@@ -56,7 +56,7 @@ def _average(
             1 if suffix == LORA_A else part.rank,
             1.0 if suffix == LORA_A else part.scale,
             part.weight,
-            part.clip if known else 1.0,
+            part.clip if _known(suffix, previous) else 1.0,
         )
         for part in matrix.contributions
     ]
@@ -65,7 +65,7 @@ def _average(
         kind: tensor if kind == optimizer.STEPS else _resized(tensor, shape).reshape(height, width)
         for kind, tensor in stored.items()
     }
-    start = None if previous is None else _resized(previous, shape).reshape(height, width)
+    start = _resized(previous[suffix], shape).reshape(height, width) if suffix in previous else None
     server = matrix.aggregation.server
     found = average(
         sources,
@@ -73,13 +73,12 @@ def _average(
         shape=(height, width),
         server=server,
         state=state,
-        comparison=comparison if known else None,
     )
     moved = {
         kind: tensor if kind == optimizer.STEPS else tensor.reshape(shape)
         for kind, tensor in found.state.items()
     }
-    return Averaged(found.mean.reshape(shape), found.new.reshape(shape), moved)
+    return Averaged(found.mean.reshape(shape), found.new.reshape(shape), moved, found.products)
 
 
 def _resized(tensor: Float32, shape: tuple[int, int]) -> Float32:

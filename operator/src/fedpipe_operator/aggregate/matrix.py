@@ -9,12 +9,15 @@ import numpy as np
 from fedpipe_api.job import Aggregation
 from fedpipe_api.wire import LORA_A, LORA_B
 
-from .checks import Comparison
+from .comparison import Products
 from .factors import Float64, effective_rank
 from .files import Float32, TensorFile
 from .messages import MatrixReport
 
 _SPECTRUM, _PROBES = 16, 8
+
+SKETCH = 64
+"""Random vectors on either side through which the changes of folded nodes are compared."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,13 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a round, trained by at least one node. `nodes` is the number of nodes of the round."""
+    """One matrix of a round, trained by at least one node."""
 
     name: str
     contributions: Sequence[Contribution]
     previous: TensorFile | None
     state: TensorFile | None
     aggregation: Aggregation
-    nodes: int
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,11 +82,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class Aggregated:
-    """A matrix's new tensors and optimizer state by suffix, its comparison of the nodes, its figures."""
+    """A matrix's new tensors and optimizer state by suffix, products of the nodes' changes, its figures."""
 
     tensors: dict[str, Float32]
     state: dict[str, Float32]
-    comparison: Comparison
+    products: tuple[Products, ...]
     figures: Figures
 
 
@@ -94,6 +96,18 @@ def probes(columns: int) -> Float32:
     drawn = np.random.default_rng(0).standard_normal((columns, _PROBES)) / np.sqrt(_PROBES)
     found: Float32 = drawn.astype(np.float32)
     return found
+
+
+@functools.cache
+def _sketch(length: int, seed: int) -> Float64:
+    """Return a fixed Gaussian matrix (length, p) that keeps inner products on average; p = 64."""
+    found: Float64 = np.random.default_rng(seed).standard_normal((length, SKETCH)) / SKETCH**0.5
+    return found
+
+
+def sketched(rows: Float64, side: int) -> Float64:
+    """Return vectors (k, n) seen through 64 random ones, or as they are if they are no longer than that."""
+    return rows if rows.shape[1] <= SKETCH else rows @ _sketch(rows.shape[1], side)
 
 
 def probed_sum(matrix: Matrix) -> Float64:

@@ -75,8 +75,8 @@ class NodeReport:
     """What became of one node's update.
 
     `norm` is the Frobenius norm of its change over all its tensors (0 where that is not finite), `cosine`
-    the one to the sample-weighted mean change of the other accepted nodes on the same tensors; None without
-    others or change. `verdict` is the gravest finding, `reason` one line that names every finding.
+    the median of those to each of the other accepted nodes, over the tensors that both trained; None without
+    others or change. `verdict` is the most severe finding, `reason` one line that names every finding.
     """
 
     norm: float

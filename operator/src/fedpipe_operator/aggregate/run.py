@@ -16,24 +16,30 @@ from fedpipe_api.base import UserError
 from fedpipe_api.wire import HEAD, LORA_A, LORA_B, SCALE, scale, sent_as_int8
 
 from . import server as optimizer
-from .checks import Comparison, Findings, NotFiniteError, judge_cosines, judge_norms
-from .elementwise import Source, average
+from .comparison import Comparison, NotFiniteError, Products
+from .elementwise import Source
 from .files import Float32, MalformedFileError, TensorFile, TensorWriter
+from .heads import aggregate_head
 from .matrix import Contribution, Figures, Matrix, saved
 from .messages import AggregationReport, AggregationRequest, StoredFile
 from .methods import RULES
+from .screening import Findings, screen
 from .sent import quantize
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """One matrix or head tensor: tensors and optimizer state by full name; figures where it was trained."""
+    """One matrix or head tensor: tensors and optimizer state by full name; figures where it was trained.
+
+    `clipped` are the nodes whose change of it was shrunk by itself.
+    """
 
     name: str
     tensors: dict[str, Float32]
     state: dict[str, Float32]
-    comparison: Comparison | None = None
+    products: tuple[Products, ...] = ()
     figures: Figures | None = None
+    clipped: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class _Pass:
     server_state: StoredFile | None
     comparison: Comparison
     figures: dict[str, Figures]
+    clipped: Sequence[tuple[int, str]]
 
     def discard(self) -> None:
         """Remove its files."""
@@ -59,8 +66,7 @@ def aggregate_round(request: AggregationRequest) -> AggregationReport:
     Every file is read a tensor at a time and one matrix a thread is in memory, so memory grows neither with
     the nodes nor with the matrices. Each matrix is computed in node order by one thread, BLAS included, so
     the same request gives the same bytes on the same kind of processor, however many threads there are. A
-    pass that the checks find fault with is repeated with the verdict applied: once for norms, once for
-    cosines.
+    pass whose updates do not all count in full (`screen`) is repeated once with what was found.
 
     Args:
         request: the round.
@@ -81,22 +87,19 @@ class _Round:
         self._files = [TensorFile(update.path) for update in self._updates]
         self._adapter = TensorFile(request.adapter) if request.adapter else None
         self._state = TensorFile(request.server_state) if request.server_state else None
-        self._findings = Findings(len(self._updates))
+        self._findings = Findings([update.samples for update in self._updates])
 
     def aggregate(self) -> AggregationReport:
-        checks, findings = self._request.aggregation.checks, self._findings
+        aggregation, findings = self._request.aggregation, self._findings
         done = self._finite_pass()
-        first = done.comparison
-        if judge_norms(checks, done.comparison, self._request.norms, findings):
+        comparison = done.comparison
+        if screen(aggregation.checks, aggregation.robust, comparison, self._request.norms, findings):
             done.discard()
             done = self._finite_pass()
-        compared = done.comparison
-        if judge_cosines(checks, compared, findings):
-            done.discard()
-            done = self._finite_pass()
+        for index, tensor in done.clipped:
+            findings.clip_head(index, tensor)
         nodes = {
-            update.node: findings.report(index, float(first.norms[index]), compared.cosine(index))
-            for index, update in enumerate(self._updates)
+            update.node: findings.report(index, comparison) for index, update in enumerate(self._updates)
         }
         reports = {name: figures.report for name, figures in done.figures.items()}
         totals = _totals(list(done.figures.values()))
@@ -112,7 +115,7 @@ class _Round:
     def _pass(self) -> _Pass:
         request, server = self._request, self._request.aggregation.server
         calls = self._calls()
-        comparison, figures = Comparison(len(self._updates)), {}
+        comparison, figures, clipped = Comparison(len(self._updates)), {}, list[tuple[int, str]]()
         threads = request.threads or min(4, len(sched_getaffinity(0)))
         with ExitStack() as opened:
             pool = opened.enter_context(ThreadPoolExecutor(threads, "aggregate"))
@@ -131,12 +134,13 @@ class _Round:
                     _add_sent(sent, piece)
                 if state is not None:
                     _add_all(state, piece.state)
-                if piece.comparison is not None:
-                    comparison.merge(piece.comparison)
+                clipped += [(node, piece.name) for node in piece.clipped]
+                for products in piece.products:
+                    comparison.add(products)
                 if piece.figures is not None:
                     figures[piece.name] = piece.figures
         stored, kept = (file.stored if file else None for file in (sent, state))
-        return _Pass(adapter.stored, stored, kept, comparison, figures)
+        return _Pass(adapter.stored, stored, kept, comparison, figures, clipped)
 
     def _calls(self) -> dict[str, Callable[[], _Piece]]:
         """Return what is to be done for each matrix and head tensor, in the order of their names."""
@@ -154,27 +158,28 @@ class _Round:
         trained = [index for index in self._findings.accepted() if self._updates[index].ranks.get(name)]
         if not trained:
             return self._carried_over(name)
-        total = sum(self._updates[index].samples for index in trained)
+        weights = self._findings.weights
+        total = weights[trained].sum()
         parts = [
             Contribution(
                 index,
                 self._files[index],
                 rank := self._updates[index].ranks[name],
-                self._updates[index].samples / total,
+                float(weights[index] / total),
                 float(self._findings.clips[index]),
                 scale(self._request.alpha, rank, self._request.rs_lora),
             )
             for index in trained
         ]
         aggregation = self._request.aggregation
-        matrix = Matrix(name, parts, self._adapter, self._state, aggregation, len(self._updates))
+        matrix = Matrix(name, parts, self._adapter, self._state, aggregation)
         self._require_shapes(matrix)
         done = RULES[aggregation.method](matrix)
         tensors, state = (
             {name + suffix: tensor for suffix, tensor in found.items()}
             for found in (done.tensors, done.state)
         )
-        return _Piece(name, tensors, state, done.comparison, done.figures)
+        return _Piece(name, tensors, state, done.products, done.figures)
 
     def _require_shapes(self, matrix: Matrix) -> None:
         rows, columns = matrix.shape
@@ -197,8 +202,9 @@ class _Round:
             return self._carried_over(name)
         shape = self._files[senders[0]].shape(name)
         size = math.prod(shape)
-        total = sum(self._updates[index].samples for index in senders)
-        previous = saved(self._adapter, name, ("",)).get("")
+        weights = self._findings.weights
+        total = weights[senders].sum()
+        clips = self._findings.clips
         sources = [
             Source(
                 index,
@@ -207,30 +213,30 @@ class _Round:
                 size,
                 1,
                 1.0,
-                self._updates[index].samples / total,
-                1.0 if previous is None else float(self._findings.clips[index]),
+                float(weights[index] / total),
+                float(clips[index]),
             )
             for index in senders
         ]
-        comparison = None if previous is None else Comparison(len(self._updates))
+        previous = saved(self._adapter, name, ("",)).get("")
         state = {
             suffix: tensor.reshape(-1, 1) if suffix != optimizer.STEPS else tensor
             for suffix, tensor in saved(self._state, name, optimizer.SUFFIXES).items()
         }
-        start = None if previous is None else previous.reshape(-1, 1)
-        done = average(
+        aggregation = self._request.aggregation
+        done, clipped = aggregate_head(
             sources,
-            previous=start,
-            shape=(size, 1),
-            server=self._request.aggregation.server,
+            previous=None if previous is None else previous.reshape(-1, 1),
+            robust=aggregation.robust,
+            server=aggregation.server,
             state=state,
-            comparison=comparison,
         )
         moved = {
             name + suffix: tensor.reshape(shape) if suffix != optimizer.STEPS else tensor
             for suffix, tensor in done.state.items()
         }
-        return _Piece(name, {name: done.new.reshape(shape)}, moved, comparison)
+        products = () if previous is None else (done.products,)
+        return _Piece(name, {name: done.new.reshape(shape)}, moved, products, clipped=clipped)
 
     def _carried_over(self, name: str) -> _Piece:
         """Keep what no node trained as it is."""

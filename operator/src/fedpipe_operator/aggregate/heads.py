@@ -1,0 +1,86 @@
+"""A head tensor (or another that is trained whole) of a round, averaged entry by entry (METHOD §4, §5)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fedpipe_api.job import Robust, ServerOptimizer
+
+from .comparison import NotFiniteError
+from .elementwise import Averaged, Source, Statistic, average
+from .factors import Float64
+from .files import Float32
+from .robust import FEWEST, far_norms
+
+
+def aggregate_head(
+    sources: Sequence[Source],
+    *,
+    previous: Float32 | None,
+    robust: Robust,
+    server: ServerOptimizer,
+    state: dict[str, Float32],
+) -> tuple[Averaged, list[int]]:
+    """Average a head tensor, as a vector; return also the nodes whose change of it was clipped.
+
+    A head is small beside the matrices, and so an attack on it alone; under a rule its changes are bounded by
+    themselves, from `previous` or, before the first average, from the median of what was sent.
+
+    Args:
+        sources: at least one; their weights sum to 1.
+        previous: the tensor that nodes started from (size, 1); None before the first average.
+        robust: the rule, and what of entries.
+        server: the server optimizer.
+        state: its tensors by suffix.
+
+    Raises:
+        NotFiniteError: a source holds NaN or infinity.
+    """
+    start, clipped = previous, list[int]()
+    if robust.rule == "none":
+        sources = sources if previous is not None else [replace(source, clip=1.0) for source in sources]
+    else:
+        start, sources, clipped = _bounded(sources, previous)
+    found = average(
+        sources,
+        previous=start,
+        shape=(sources[0].rows, 1),
+        server=server if previous is not None else ServerOptimizer(),
+        state=state if previous is not None else {},
+        statistic=_statistic(robust, len(sources)),
+    )
+    return replace(found, state=found.state if previous is not None else state), clipped
+
+
+def _bounded(sources: Sequence[Source], previous: Float32 | None) -> tuple[Float32, list[Source], list[int]]:
+    """Return where changes count from (size, 1), and the sources and nodes clipped where they are far off."""
+    values = np.stack([source.file.read(source.name).reshape(-1) for source in sources])
+    for source, row in zip(sources, values, strict=True):
+        if not np.isfinite(row).all():
+            raise NotFiniteError(source.node)
+    start: Float32 = np.median(values, axis=0)[:, None].astype(np.float32) if previous is None else previous
+    norms = np.array([np.linalg.norm(row.astype(np.float64) - start[:, 0]) for row in values])
+    far, middle = far_norms(norms)
+    if len(sources) < FEWEST or not far.any():
+        return start, list(sources), []
+    bounded = [
+        replace(source, clip=source.clip * middle / norm) if outlying else source
+        for source, norm, outlying in zip(sources, norms, far, strict=True)
+    ]
+    return start, bounded, [source.node for source, outlying in zip(sources, far, strict=True) if outlying]
+
+
+def _statistic(robust: Robust, nodes: int) -> Statistic | None:
+    if robust.head == "median":
+        return lambda changes: np.median(changes, axis=0)
+    cut = min(int(robust.byzantine * nodes), (nodes - 1) // 2)
+    if robust.head == "trimmed-mean" and cut:
+        return lambda changes: _trimmed(changes, cut)
+    return None
+
+
+def _trimmed(changes: Float64, cut: int) -> Float64:
+    ordered = np.sort(changes, axis=0)
+    found: Float64 = ordered[cut : len(changes) - cut].mean(axis=0)
+    return found
