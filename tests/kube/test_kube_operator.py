@@ -209,13 +209,26 @@ def test_a_selector_without_nodes_says_why(cluster: Cluster, name: str) -> None:
     assert not pods_of(cluster, name)
 
 
-def test_a_podtemplate_that_kubernetes_refuses_is_invalid(cluster: Cluster, name: str) -> None:
+MISTAKES = [
+    ({"spec": {"restartPolicy": "Perhaps"}}, "restartPolicy"),
+    (
+        {"spec": {"containers": [{"name": "agent", "imagee": "mine:1"}]}},
+        'unknown field "spec.containers[0].imagee"',
+    ),
+    ({"spec": {"affinity": {"nodeAffinity": []}}}, "spec.podTemplate.spec.affinity: must be an object"),
+]
+
+
+@pytest.mark.parametrize(("template", "told"), MISTAKES, ids=["value", "typo", "kind"])
+def test_a_podtemplate_that_kubernetes_refuses_is_invalid(
+    cluster: Cluster, name: str, template: Any, told: str
+) -> None:
     cluster.plane.needs("the validation of Pods")
-    cluster.submit(name, podTemplate={"spec": {"restartPolicy": "Perhaps"}})
+    cluster.submit(name, podTemplate=template)
     cluster.wait("refused", lambda: cluster.condition("Accepted", name)[:2] == ("False", "Invalid"))
-    assert "restartPolicy" in cluster.condition("Accepted", name)[2]
+    assert told in cluster.condition("Accepted", name)[2]
     assert not pods_of(cluster, name)
-    cluster.patch(cluster.job_path(name), {"spec": {"podTemplate": {"spec": {"restartPolicy": "OnFailure"}}}})
+    cluster.patch(cluster.job_path(name), {"spec": {"podTemplate": None}})
     cluster.wait_phase("Succeeded", name)
     assert cluster.condition("Accepted", name)[0] == "True"
 

@@ -35,7 +35,8 @@ they are generated from, and numbered samples:
 - **required** marks fields without a default; – marks fields that stay unset when they are not given.
 - **duration** is a text such as `90s`, `20m` or `1h30m` (units `ms`, `s`, `m`, `h`).
 - **quantity** is a number of bytes, such as `600Mi`, `16Gi` or `2000000`.
-- Every text, list and map has an upper bound; only the content of `podTemplate` is left to the API server.
+- Every text, list and map has an upper bound. The content of `podTemplate` is left to the API server, up to
+  24 levels, 2,000 values and 64 KiB of text; the operator sets the condition `Invalid` on what is beyond.
 - The name of a job is a DNS label of at most 63 characters.
 """
 

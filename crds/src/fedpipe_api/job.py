@@ -16,6 +16,7 @@ from .objects import (
     ObjectMeta,
     Volume,
 )
+from .open_json import check_open_json
 from .rules import IMMUTABLE, Rule, exactly_one, immutable, inside, min_not_above_max
 from .status import (
     AdapterStatus,
@@ -410,6 +411,7 @@ def _pod_template(template: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key}: unknown field; a Pod template has metadata and spec")
         if not isinstance(value, dict):
             raise ValueError(f"{key}: must be an object")
+    check_open_json(template)
     return template
 
 

@@ -1,6 +1,5 @@
 """Writes to the API server, and the few reads that a watch does not give, over `kubernetes.aio`."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ import aiohttp
 from kubernetes.aio import client, config
 
 from fedpipe_api.names import AUDIENCE, GROUP, JOBS, NODES, VERSION
+
+from .shallow import decode
 
 Document = dict[str, Any]
 
@@ -69,7 +70,9 @@ class Api:
         """Create a Pod and return it; None when its name is taken, which a second attempt may find."""
         path = f"/api/v1/namespaces/{manifest['metadata']['namespace']}/pods"
         try:
-            return await self.request("create", "POST", path, manifest)
+            # A misspelt field of a podTemplate is refused by name instead of dropped.
+            query = {"fieldValidation": "Strict"}
+            return await self.request("create", "POST", path, manifest, query=query)
         except ApiError as error:
             if error.status == 409:
                 return None
@@ -200,7 +203,7 @@ def _custom(kind: str, metadata: Document, status: Document) -> Document:
 
 def _decode(text: bytes) -> Document:
     try:
-        found = json.loads(text)
+        found = decode(text)
     except ValueError:
         return {"message": text[:200].decode(errors="replace")}
     return found if isinstance(found, dict) else {}

@@ -8,6 +8,7 @@ from fedpipe_api.names import FINALIZER, GROUP, JOB_LABEL, JOBS, NODES
 
 from .api import ApiError
 from .controller import Controller
+from .shallow import Login
 
 TIMER_SECONDS = 60.0
 
@@ -36,11 +37,11 @@ def kopf_settings() -> kopf.OperatorSettings:
 def register(controller: Controller) -> kopf.OperatorRegistry:
     """Return the handlers, bound to the controller."""
     registry = kopf.OperatorRegistry()
-    inventory = controller.inventory
+    inventory, login = controller.inventory, Login()
 
     @kopf.on.login(registry=registry)
-    async def login(**kwargs: Any) -> Any:
-        return kopf.login_with_service_account(**kwargs) or kopf.login_with_kubeconfig(**kwargs)
+    async def connect(**kwargs: Any) -> Any:
+        return login(**kwargs)
 
     # Not kopf's indices: they hold back every object until all are indexed, and wake all whenever one
     # is, which is the square of thousands. `Resync.fill` has filled the inventory before instead.

@@ -58,7 +58,9 @@ def _merge_list(key: str, old: list[Any], new: list[Any], path: str) -> list[Any
         where = f"{path}[{position}]"
         if not isinstance(item, Mapping) or merge_key not in item:
             raise UserError(f"{where}: must be an object with a {merge_key}")
-        known = next((i for i, other in enumerate(merged) if other[merge_key] == item[merge_key]), None)
+        known = next(
+            (i for i, other in enumerate(merged) if _name(other, merge_key) == item[merge_key]), None
+        )
         if known is None:
             merged.append(dict(item))
         elif key in _UNIONS and set(item) > set(_UNIONS[key]):
@@ -66,3 +68,8 @@ def _merge_list(key: str, old: list[Any], new: list[Any], path: str) -> list[Any
         else:
             merged[known] = strategic_merge(merged[known], item, where)
     return merged
+
+
+def _name(item: Any, merge_key: str) -> Any:
+    """Return what an item is named by; the template's own items may be anything."""
+    return item.get(merge_key) if isinstance(item, Mapping) else None

@@ -281,11 +281,23 @@ def _model(
 def _pin(spec: Document, node: str) -> None:
     """Bind the Pod to its node, by affinity so that the scheduler still counts resources and taints."""
     field = {"key": "metadata.name", "operator": "In", "values": [node]}
-    affinity = spec.get("affinity", {})
-    if not isinstance(affinity, Mapping) or not isinstance(affinity.get("nodeAffinity", {}), Mapping):
-        raise UserError("spec.podTemplate.spec.affinity: must be an object")
+    path = "spec.podTemplate.spec.affinity"
+    affinity = _object(spec.get("affinity"), path)
+    given = _object(affinity.get("nodeAffinity"), path)
     required = "requiredDuringSchedulingIgnoredDuringExecution"
-    given = dict(affinity.get("nodeAffinity", {}))
-    terms = (given.get(required) or {}).get("nodeSelectorTerms") or [{}]
-    pinned = [term | {"matchFields": [*term.get("matchFields", ()), field]} for term in terms]
-    spec["affinity"] = dict(affinity) | {"nodeAffinity": given | {required: {"nodeSelectorTerms": pinned}}}
+    terms = _object(given.get(required), path).get("nodeSelectorTerms") or [{}]
+    if not isinstance(terms, list):
+        raise UserError(f"{path}: nodeSelectorTerms must be a list")
+    pinned = []
+    for term in (_object(term, path) for term in terms):
+        fields = term.get("matchFields") or []
+        if not isinstance(fields, list):
+            raise UserError(f"{path}: matchFields must be a list")
+        pinned.append(term | {"matchFields": [*fields, field]})
+    spec["affinity"] = affinity | {"nodeAffinity": given | {required: {"nodeSelectorTerms": pinned}}}
+
+
+def _object(value: Any, path: str) -> Document:
+    if not isinstance(value, Mapping | None):
+        raise UserError(f"{path}: must be an object")
+    return dict(value or {})
