@@ -80,6 +80,25 @@ PANELS = [
     ),
     Panel(
         "timeseries",
+        "Jobs set aside",
+        [
+            ("fedpipe_operator_quarantined_jobs", "quarantined"),
+            ("fedpipe_operator_unmeasured_jobs", "not measured"),
+        ],
+        width=12,
+        text="Quarantined: a record in the ledger cannot be read; the job's status names it and what to do.",
+        low=0,
+    ),
+    Panel(
+        "timeseries",
+        "Background work that failed",
+        [("sum by (task) (rate(fedpipe_operator_task_failures_total[$__rate_interval]))", "{{task}}")],
+        width=12,
+        text="It is started again each time; what fails again and again makes the operator not ready.",
+        low=0,
+    ),
+    Panel(
+        "timeseries",
         "Probes: time of a pass",
         [("fedpipe_probe_pass_seconds", "{{node}}")],
         "s",

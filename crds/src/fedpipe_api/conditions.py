@@ -59,6 +59,8 @@ class Reason(StrEnum):
     ROUNDS_COMPLETED = "RoundsCompleted"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     STORE_FULL = "StoreFull"
+    STORE_DAMAGED = "StoreDamaged"
+    QUARANTINED = "Quarantined"
     OUTPUT_WRITTEN = "OutputWritten"
     OUTPUT_FAILED = "OutputFailed"
 
@@ -152,6 +154,16 @@ ADVICE: dict[Reason, Advice] = {
     Reason.STORE_FULL: Advice(
         "The operator's volume has no room for another update.",
         "Enlarge the volume or delete finished jobs; the job goes on by itself.",
+    ),
+    Reason.STORE_DAMAGED: Advice(
+        "A file of the job in the operator's store is damaged or missing and cannot be computed again.",
+        "Restore a backup of the store (`fedpipe-operator restore`), or delete the job and start it again; "
+        "nothing damaged is used.",
+    ),
+    Reason.QUARANTINED: Advice(
+        "A record of the job in the operator's ledger cannot be read; the job stands still, others run.",
+        "Restore a backup of the store (`fedpipe-operator restore`), or delete the job and start it again; "
+        "its records and files are kept until then.",
     ),
     Reason.OUTPUT_WRITTEN: Advice("The adapter lies at spec.output."),
     Reason.OUTPUT_FAILED: Advice(

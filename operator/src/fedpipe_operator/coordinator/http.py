@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 import re
+import sqlite3
 from typing import TypeVar
 
 from aiohttp import web
@@ -32,7 +33,7 @@ from ..engine import Engine, Refused, accept
 from ..engine.accept import Verdict
 from ..engine.quota import SAFETENSORS_HEADER
 from ..engine.state import blobs_in_use
-from ..store import Incoming
+from ..store import Incoming, is_full
 from .identity import Identify, Identity
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,9 @@ M = TypeVar("M", bound=Model)
 
 LONGEST_WAIT = 60.0
 """Seconds that a long poll may ask for."""
+
+FULL_SECONDS = 15
+"""When a message is welcome again that found the store without room."""
 
 _CHUNK = 1 << 20
 """Bytes handed to the writing thread at a time."""
@@ -56,7 +60,7 @@ def application(engine: Engine, identify: Identify) -> web.Application:
     """Return the coordinator's aiohttp application; the caller owns server, socket and TLS."""
     routes = _Routes(engine)
     app = web.Application(
-        middlewares=[_refusals, _authentication(identify)],
+        middlewares=[_refusals, _without_room(engine), _authentication(identify)],
         handler_args={"max_field_size": HEADER_LIMIT, "max_line_size": 8190},
     )
     app.add_routes(
@@ -96,6 +100,23 @@ def _refuse(refused: Refused) -> web.Response:
     if refused.retry_after is not None:
         response.headers["Retry-After"] = str(refused.retry_after)
     return response
+
+
+def _without_room(engine: Engine) -> Middleware:
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except (OSError, sqlite3.Error) as error:
+            if not is_full(error):
+                raise
+        identity = request.get(_IDENTITY)
+        if identity is not None:
+            engine.full(identity.job, f"what {identity.node} sent")
+        text = "the operator's store has no room; try again later"
+        raise Refused(507, "StoreFull", text, retry_after=FULL_SECONDS)
+
+    return check
 
 
 def _authentication(identify: Identify) -> Middleware:

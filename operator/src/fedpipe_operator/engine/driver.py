@@ -1,13 +1,13 @@
 """Drives one job: performs what `decide` says, and records it."""
 
 import asyncio
-import errno
 import logging
 
 from fedpipe_api.base import UserError
 from fedpipe_api.conditions import Reason
 from fedpipe_api.status import Phase
 
+from ..store import is_full
 from .aggregation import aggregate
 from .decide import Action, Aggregate, CloseRound, Finish, MakePlan, OpenRound, Wait, decide
 from .jobs import Job, until
@@ -35,22 +35,32 @@ class Driver:
         while not job.state.finished:
             committed = job.committed.next
             try:
-                await self._perform(job, decide(job.state, self._journal.clock()), committed)
+                await self._perform_or_end(job, committed)
             except Infeasible as error:
                 await self._stand(job, Wait(Reason.PLAN_INFEASIBLE, str(error)), committed)
-            except UserError as error:
-                async with job.lock:
-                    await self._journal.commit(
-                        job, Finished(phase=Phase.FAILED, reason=Reason.INVALID, message=str(error)[:1024])
-                    )
             except Exception as error:
-                full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-                log.exception("job %s: will be tried again", job.state.name)
-                reason = Reason.STORE_FULL if full else Reason.AGGREGATING
-                job.stand(Wait(reason, f"{type(error).__name__}: {error}; trying again"))
+                if is_full(error):
+                    log.warning("job %s: the store has no room; trying again", job.state.name)
+                    job.stand_full("what comes next")
+                else:
+                    log.exception("job %s: will be tried again", job.state.name)
+                    text = f"{type(error).__name__}: {error}"[:900]
+                    job.stand(Wait(Reason.AGGREGATING, f"{text}; trying again"))
                 await asyncio.sleep(RETRY_SECONDS)
 
+    async def _perform_or_end(self, job: Job, committed: asyncio.Event) -> None:
+        try:
+            await self._perform(job, decide(job.state, self._journal.clock()), committed)
+        except UserError as error:
+            end = Finished(phase=Phase.FAILED, reason=Reason.INVALID, message=str(error)[:1024])
+            async with job.lock:
+                await self._journal.commit(job, end)
+
     async def _stand(self, job: Job, wait: Wait, committed: asyncio.Event) -> None:
+        if job.full:
+            wait = Wait(Reason.STORE_FULL, job.full, wait.until)
+        elif job.damage:
+            wait = Wait(Reason.STORE_DAMAGED, job.damage, wait.until)
         job.stand(wait)
         await until(committed, None if wait.until is None else max(0.0, wait.until - self._journal.clock()))
 

@@ -3,17 +3,19 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from fedpipe_api.job import FedPipeJob, FedPipeJobSpec
 
+from .background import Background, cancel
 from .driver import Driver
 from .inbox import Inbox
 from .jobs import Job, Live, until
 from .journal import Journal
 from .notes import Note
 from .records import Offered, SpecChanged, Submitted
-from .silence import watch_silence
+from .silence import watch_room, watch_silence
 from .worker import Worker
 
 
@@ -30,7 +32,7 @@ class Engine(Inbox):
         super().__init__(Journal(directory, clock=clock, notify=notify))
         self._worker = Worker()
         self._driver = Driver(self._journal, self._worker)
-        self._watch: asyncio.Task[None] | None = None
+        self.background = Background()
 
     # Life
 
@@ -40,15 +42,13 @@ class Engine(Inbox):
         self._worker.start()
         for job in self.jobs.values():
             self._run(job)
-        self._watch = asyncio.create_task(watch_silence(self))
+        self.background.start("silence", partial(watch_silence, self))
+        self.background.start("room", partial(watch_room, self))
 
     async def stop(self) -> None:
         """Stop driving; everything that matters is in the store already."""
-        tasks = [job.task for job in self.jobs.values()] + [self._watch]
-        for task in tasks:
-            if task:
-                task.cancel()
-        await asyncio.gather(*(task for task in tasks if task), return_exceptions=True)
+        await self.background.stop()
+        await cancel(job.task for job in self.jobs.values())
         await asyncio.to_thread(self._worker.stop)
         self._journal.close()
 
@@ -56,7 +56,7 @@ class Engine(Inbox):
         now = self.clock()
         # An agent that was there before a restart gets the full time to call again.
         job.live = {node: Live(now) for node in job.state.agents}
-        job.task = asyncio.create_task(self._driver.drive(job), name=f"drive {job.state.name}")
+        job.task = self.background.tend("drive", job.state.name, partial(self._driver.drive, job))
 
     # What the runner of the fleet says: kube/ or local/
 
@@ -67,9 +67,13 @@ class Engine(Inbox):
             raise ValueError("a job needs a uid")
         generation = meta.generation or 1
         known = self.jobs.get(meta.uid)
+        if meta.uid in self.quarantined:
+            return
         if known is None:
             record = Submitted(namespace=meta.namespace, name=meta.name, generation=generation, spec=job.spec)
-            self._run(await self._journal.open(meta.uid, record))
+            opened = await self._journal.open(meta.uid, record)
+            if opened.task is None:
+                self._run(opened)
             return
         async with known.lock:
             if known.state.spec != job.spec and not known.state.finished:
@@ -84,7 +88,7 @@ class Engine(Inbox):
 
     async def offer(self, uid: str, nodes: Iterable[str], excluded: dict[str, str] | None = None) -> None:
         """Say which nodes may take part, and why others may not. Idempotent."""
-        job, names = self.jobs[uid], tuple(sorted(nodes))
+        job, names = self.job(uid), tuple(sorted(nodes))
         async with job.lock:
             state = job.state
             if (names, excluded or {}) != (state.offered, state.excluded) and not state.finished:
@@ -92,16 +96,13 @@ class Engine(Inbox):
                 await self._journal.commit(job, record)
 
     async def delete(self, uid: str) -> None:
-        """Forget a job: its records and blobs."""
-        job = self.jobs.pop(uid, None)
+        """Forget a job: its records and blobs. Idempotent."""
+        job = await self._journal.forget(uid)
         if job is None:
             return
-        if job.task:
-            job.task.cancel()
-            await asyncio.gather(job.task, return_exceptions=True)
+        await cancel([job.task])
         job.turned.fire()
         job.shown.fire()
-        await self._journal.forget(job)
 
     async def moved(self, uid: str, seconds: float) -> None:
         """Return when the job changed, or after the given seconds."""

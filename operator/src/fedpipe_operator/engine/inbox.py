@@ -21,7 +21,7 @@ from . import accept
 from .accept import Refused, Verdict
 from .decide import Wait, assignment
 from .jobs import Job, Live, until
-from .journal import Journal
+from .journal import Journal, gone
 from .quota import held, quota
 from .records import AgentLost, AgentRegistered, Evaluated, Profiled, UpdateAccepted
 from .shapes import digest_of
@@ -39,15 +39,20 @@ class Inbox:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self.jobs = journal.jobs
+        self.quarantined = journal.quarantined
         self.blobs = journal.blobs
         self.clock = journal.clock
 
     def job(self, uid: str) -> Job:
-        """Return a job; Refused with 404 when it is gone."""
+        """Return a job; Refused with 404 when it is gone, with 403 when it is quarantined."""
         try:
             return self.jobs[uid]
         except KeyError:
-            raise Refused(404, "JobUnknown", "the job is gone") from None
+            pass
+        if uid in self.quarantined:
+            text = "the job is quarantined: its records are damaged; its status says what to do"
+            raise Refused(403, "JobQuarantined", text)
+        raise gone()
 
     def facts(self, uid: str, node: str) -> Registered:
         """Return what an agent needs to load its model and data."""
@@ -115,6 +120,7 @@ class Inbox:
             if accept.update(job.state, node, round_number, manifest) is Verdict.KNOWN:
                 return
             async with self._journal.store_lock:
+                self.job(uid)  # it may have been deleted while this message waited
                 await asyncio.to_thread(self.blobs.adopt, incoming.path, manifest.digest)
                 record = UpdateAccepted(round=round_number, node=node, manifest=manifest)
                 await self._journal.commit(job, record)
@@ -151,6 +157,11 @@ class Inbox:
         work = assignment(job.state, node, self.clock())
         return work is not None and (work.kind, work.round) == (message.kind, message.round)
 
+    def full(self, uid: str, what: str) -> None:
+        """Show that there was no room for what an agent sent; it sends it again."""
+        if uid in self.jobs:
+            self.jobs[uid].stand_full(what)
+
     def sent(self, uid: str, size: int) -> None:
         """Count bytes that went down to an agent of the job."""
         self.job(uid).bytes_down += size
@@ -167,7 +178,7 @@ class Inbox:
 
     async def lose(self, uid: str, node: str, reason: str) -> None:
         """Say that a node's agent is gone; rounds stop waiting for it."""
-        job = self.jobs[uid]
+        job = self.job(uid)
         async with job.lock:
             state = job.state
             if node in state.offered and node not in state.lost and not state.finished:

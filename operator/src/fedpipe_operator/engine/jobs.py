@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 
+from fedpipe_api.conditions import Reason
 from fedpipe_api.wire import Progress
 
 from .decide import Wait
@@ -41,6 +42,8 @@ class Job:
     shown: Signal = field(default_factory=Signal)  # there is something new to show
     live: dict[str, Live] = field(default_factory=dict)
     wait: Wait | None = None
+    full: str | None = None  # what could not be written for want of room, until there is some
+    damage: str | None = None  # which file of the store is damaged, and what to do
     bytes_down: int = 0
     uploads: dict[str, int] = field(default_factory=dict)
     """Bytes of the update that each node is sending now."""
@@ -51,6 +54,11 @@ class Job:
         if self.wait != wait:
             self.wait = wait
             self.shown.fire()
+
+    def stand_full(self, what: str) -> None:
+        """Show that the store has no room; the job goes on by itself once it has."""
+        self.full = f"the operator's store has no room for {what}; it is tried again"
+        self.stand(Wait(Reason.STORE_FULL, self.full))
 
 
 async def until(event: asyncio.Event, seconds: float | None) -> None:

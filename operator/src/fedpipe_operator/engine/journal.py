@@ -1,6 +1,8 @@
 """What the engine writes: every change of a job is one durable record, then a change of its state."""
 
 import asyncio
+import logging
+import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,12 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from ..store import Blobs, Entry, Ledger
+from ..store import Blobs, Entry, Ledger, is_full
+from .accept import Refused
 from .jobs import Job
 from .notes import Note, note_of
-from .records import ADAPTER, Record, Submitted
-from .state import apply, blobs_in_use, submitted
+from .order import check
+from .quarantine import Quarantine, UnreadableError, check_usable, digests_named, fold, names_in, parse
+from .records import Record, Submitted
+from .state import JobState, apply, blobs_in_use, submitted
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # After these records an agent may have new work.
@@ -31,6 +37,8 @@ class Journal:
         notify: Callable[[str, Note], None] = lambda uid, note: None,
     ) -> None:
         self.jobs: dict[str, Job] = {}
+        self.quarantined: dict[str, Quarantine] = {}
+        self._set_aside: dict[str, set[str]] = {}
         self.clock = clock
         self._notify = notify
         self._ledger = Ledger(directory / "ledger.sqlite")
@@ -40,14 +48,45 @@ class Journal:
         self.store_lock = asyncio.Lock()
 
     async def replay(self) -> None:
-        """Read every job of the ledger, and remove the blobs that none needs."""
-        for entry in await self._in_ledger(lambda: list(self._ledger.replay())):
-            record = ADAPTER.validate_json(entry.body)
-            if isinstance(record, Submitted):
-                self.jobs[entry.job] = Job(submitted(entry.job, record, entry.at))
-            else:
-                apply(self.jobs[entry.job].state, record, entry.at)
-        await asyncio.to_thread(self.blobs.keep_only, self._in_use())
+        """Read every job of the ledger, and remove the blobs that none needs.
+
+        A job with a record that cannot be read, placed or worked with is quarantined: its records and blobs
+        stay as they are until it is deleted, and the others run.
+        """
+        entries = await self._in_ledger(lambda: list(self._ledger.replay()))
+        states: dict[str, JobState] = {}
+        last: dict[str, str] = {}
+        for entry in entries:
+            if entry.job in self.quarantined:
+                continue
+            last[entry.job] = entry.key
+            try:
+                states[entry.job] = fold(states.get(entry.job), entry.job, entry)
+            except UnreadableError as error:
+                state = states.pop(entry.job, None)
+                names = (state.namespace, state.name) if state else names_in(entry.body)
+                self._quarantine(entry.job, names, entry.key, error)
+        for uid, state in states.items():
+            try:
+                check_usable(state, self.clock())
+                self.jobs[uid] = Job(state)
+            except UnreadableError as error:
+                self._quarantine(uid, (state.namespace, state.name), last[uid], error)
+        self._set_aside = {uid: set() for uid in self.quarantined}
+        for entry in entries:
+            if entry.job in self.quarantined:
+                self._set_aside[entry.job] |= digests_named(entry.body)
+        await self._remove_unused()
+
+    def _quarantine(self, uid: str, names: tuple[str, str], key: str, error: UnreadableError) -> None:
+        found = Quarantine(*names, key, str(error)[:512])
+        log.error("job %s/%s (%s) is quarantined: record %.80r: %s", *names, uid, key, error)
+        self.quarantined[uid] = found
+
+    async def _remove_unused(self) -> None:
+        # The digest of a blob may be what was damaged in a record, so nothing goes while a job is set aside.
+        if not self.quarantined:
+            await asyncio.to_thread(self.blobs.keep_only, self._in_use())
 
     def close(self) -> None:
         """Close the store; everything that matters is in it already."""
@@ -56,18 +95,50 @@ class Journal:
 
     async def open(self, uid: str, record: Submitted) -> Job:
         """Commit a job's first record and return the job."""
-        entry = Entry(uid, record.key, self.clock(), record.to_json())
-        await self._in_ledger(partial(self._ledger.append, entry))
-        self.jobs[uid] = Job(submitted(uid, record, entry.at))
-        return self.jobs[uid]
+        async with self.store_lock:
+            if uid in self.jobs:
+                return self.jobs[uid]
+            entry = self._entry(uid, record)
+            await self._in_ledger(partial(self._ledger.append, entry))
+            job = self.jobs[uid] = Job(submitted(uid, record, entry.at))
+        return job
 
     async def commit(self, job: Job, record: Record) -> None:
-        """Make a record durable, apply it and wake who waits; the caller holds the job's lock."""
-        at = self.clock()
-        entry = Entry(job.state.uid, record.key, at, record.to_json())
-        await self._in_ledger(partial(self._ledger.append, entry))
+        """Make a record durable, apply it and wake who waits; the caller holds the job's lock.
+
+        Nothing is written that could not be read again. Raises Refused with 404 when the job is gone.
+        """
+        uid = job.state.uid
+        if self.jobs.get(uid) is not job:
+            raise gone()
+        check(job.state, record)
+        entry = self._entry(uid, record)
+        written = asyncio.ensure_future(self._in_ledger(partial(self._ledger.append, entry)))
+        try:
+            await asyncio.shield(written)
+        except (OSError, sqlite3.Error) as error:
+            if is_full(error):
+                job.stand_full("a record")
+            raise
+        except asyncio.CancelledError:
+            # The record is being written: the state must follow, whoever no longer waits for it.
+            await asyncio.wait([written])
+            if written.exception() is None:
+                self._apply(job, record, entry.at)
+            raise
+        self._apply(job, record, entry.at)
+
+    def _entry(self, uid: str, record: Record) -> Entry:
+        at, body = self.clock(), record.to_json()
+        try:
+            parse(body, record.key, at)
+        except UnreadableError as error:
+            raise Refused(422, "Invalid", f"a record of kind {record.kind} cannot be kept: {error}") from None
+        return Entry(uid, record.key, at, body)
+
+    def _apply(self, job: Job, record: Record, at: float) -> None:
         apply(job.state, record, at)
-        job.wait = None
+        job.wait = job.full = None
         note = note_of(job.state, record)
         if note:
             self._notify(job.state.uid, note)
@@ -76,19 +147,44 @@ class Journal:
         if record.kind in _TURNS:
             job.turned.fire()
 
-    async def forget(self, job: Job) -> None:
-        """Remove a job's records, and the blobs that no other job uses."""
-        async with self.store_lock:
-            await self._in_ledger(partial(self._ledger.forget, job.state.uid))
-            await self.remove(blobs_in_use(job.state))
+    async def forget(self, uid: str) -> Job | None:
+        """Remove a job, its records, and the blobs that no other job uses; return it if it ran.
+
+        It waits for what is being committed; what waits behind it finds the job gone.
+        """
+        job = self.jobs.get(uid)
+        if job is not None:
+            async with job.lock, self.store_lock:
+                if self.jobs.get(uid) is not job:
+                    return None
+                # First the records: a job that cannot be removed goes on.
+                await self._in_ledger(partial(self._ledger.forget, uid))
+                del self.jobs[uid]
+                await self.remove(blobs_in_use(job.state))
+        elif uid in self.quarantined:
+            async with self.store_lock:
+                await self._in_ledger(partial(self._ledger.forget, uid))
+                self.quarantined.pop(uid, None)
+                await self.remove(self._set_aside.pop(uid, set()))
+                await self._remove_unused()
+        return job
 
     async def remove(self, digests: set[str]) -> None:
         """Remove those blobs that no job uses any more; the caller holds the store lock."""
         for digest in digests - self._in_use():
-            await asyncio.to_thread(self.blobs.remove, digest)
+            try:
+                await asyncio.to_thread(self.blobs.remove, digest)
+            except OSError as error:
+                log.warning("blob %s: cannot be removed (%s); the next start tries again", digest, error)
 
     def _in_use(self) -> set[str]:
-        return {digest for job in self.jobs.values() for digest in blobs_in_use(job.state)}
+        used = {digest for job in self.jobs.values() for digest in blobs_in_use(job.state)}
+        return used.union(*self._set_aside.values())
 
     async def _in_ledger(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def gone() -> Refused:
+    """Return what is said of a job that is not in the ledger (any more)."""
+    return Refused(404, "JobUnknown", "the job is gone")

@@ -1,10 +1,13 @@
-"""Notices agents that no longer call."""
+"""Notices agents that no longer call, and a store that has room again."""
 
 import asyncio
-import contextlib
+import logging
 
+from .accept import Refused
 from .inbox import Inbox
-from .jobs import Live
+from .jobs import Job, Live
+
+log = logging.getLogger(__name__)
 
 SILENCE_SECONDS = 60.0
 """An agent that has not called for so long is lost; agents call at least every 30 seconds."""
@@ -15,9 +18,28 @@ async def watch_silence(inbox: Inbox) -> None:
     while True:
         await asyncio.sleep(SILENCE_SECONDS / 6)
         for uid, job in list(inbox.jobs.items()):
-            late = inbox.clock() - SILENCE_SECONDS
-            for node in job.state.live:
-                if not job.state.finished and job.live.setdefault(node, Live(inbox.clock())).seen < late:
-                    text = f"no sign of life for {SILENCE_SECONDS:.0f} s"
-                    with contextlib.suppress(KeyError):
-                        await inbox.lose(uid, node, text)
+            try:
+                await _lose_silent(inbox, uid, job)
+            except Refused:
+                pass  # the job was deleted meanwhile
+            except Exception:
+                # The trouble of one job; its status says which when the store is full.
+                log.exception("job %s: silent agents could not be noted; trying again", job.state.name)
+
+
+async def _lose_silent(inbox: Inbox, uid: str, job: Job) -> None:
+    late = inbox.clock() - SILENCE_SECONDS
+    for node in job.state.live:
+        if not job.state.finished and job.live.setdefault(node, Live(inbox.clock())).seen < late:
+            await inbox.lose(uid, node, f"no sign of life for {SILENCE_SECONDS:.0f} s")
+
+
+async def watch_room(inbox: Inbox) -> None:
+    """Have the jobs that stand for want of room go on once there is some, until cancelled."""
+    while True:
+        await asyncio.sleep(SILENCE_SECONDS / 6)
+        full = [job for job in inbox.jobs.values() if job.full]
+        has_room: bool = bool(full) and await asyncio.to_thread(inbox.blobs.has_room)
+        for job in full if has_room else ():
+            job.full = None
+            job.committed.fire()

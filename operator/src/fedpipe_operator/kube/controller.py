@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,12 +17,13 @@ from fedpipe_api.names import child_name
 from fedpipe_api.status import FedPipeJobStatus, Phase
 
 from ..engine import Engine, Note
+from ..engine.background import cancel
 from ..engine.state import JobState
 from .api import Api, ApiError
 from .events import Events
 from .fleet import Choice
 from .inventory import Inventory
-from .observed import Output, WriteBudget, invalid_status, observed_status
+from .observed import Output, WriteBudget, invalid_status, observed_status, quarantined_status
 from .pods import build_agent_pod, owner_reference, template_digest
 from .proofs import Proofs
 from .reconcile import Actions, reconcile
@@ -63,6 +65,7 @@ class Tended:
     output_task: asyncio.Task[None] | None = None
     expected: dict[str, float] = field(default_factory=dict)
     failures: int = 0
+    quarantined: bool = False
 
     @property
     def title(self) -> str:
@@ -131,7 +134,7 @@ class Controller:
             known.invalid = explain(error)
         known.changed.set()
         if known.task is None:
-            known.task = asyncio.create_task(self._tend(known), name=f"tend {known.title}")
+            known.task = self.engine.background.tend("tend", known.title, partial(self._tend, known))
 
     def _not_allowed(self, known: Tended) -> str | None:
         """Return why the administrator does not allow a job; one that runs already goes on to its end."""
@@ -148,7 +151,7 @@ class Controller:
         """Remove what belongs to a job that is being deleted: Pods, then its rows and blobs. Idempotent."""
         known = self.jobs.pop(uid, None)
         if known is not None:
-            await _cancel(known.task, known.output_task)
+            await cancel([known.task, known.output_task])
         for pod in self.inventory.pods_of(uid):
             await self._api.delete_pod(pod.namespace, pod.name, pod.uid, force=False)
         await self.engine.delete(uid)
@@ -174,7 +177,7 @@ class Controller:
     async def stop(self) -> None:
         """Stop looking."""
         tasks = [task for known in self.jobs.values() for task in (known.task, known.output_task)]
-        await _cancel(*tasks)
+        await cancel(tasks)
 
     # One job
 
@@ -212,6 +215,8 @@ class Controller:
             text = known.invalid or ""
             status = invalid_status(text, known.generation, known.budget.written, self._clock())
             return await self._write(known, status)
+        if known.uid in self.engine.quarantined:
+            return await self._quarantine(known, job)
         actions = self._decide(known, job)
         log.debug("job %s: %s", known.title, actions)
         if await self._tell_engine(known, job, actions):
@@ -228,6 +233,19 @@ class Controller:
             await self._api.delete_job(known.namespace, known.name, known.uid)
         self._deliver(known, job)
         return _soonest(actions.again, again, await self._write_observed(known, job))
+
+    async def _quarantine(self, known: Tended, job: FedPipeJob) -> float | None:
+        """Say that the job stands still, and end its agents: they have no work, and hold memory and GPUs."""
+        found = self.engine.quarantined[known.uid]
+        if not known.quarantined:
+            known.quarantined = True
+            text = f"record {found.key}: {found.reason}"
+            self._events.tell(known.namespace, known.name, known.uid, Note(True, Reason.QUARANTINED, text))
+        for pod in self.inventory.agents_of(known.uid):
+            if not pod.deleting:
+                await self._api.delete_pod(pod.namespace, pod.name, pod.uid, force=False)
+        status = quarantined_status(found, job, known.budget.written, self._clock())
+        return await self._write(known, status)
 
     def _decide(self, known: Tended, job: FedPipeJob) -> Actions:
         """Decide and take hold of GPU nodes with nothing in between, so that no two jobs take the same."""
@@ -335,7 +353,8 @@ class Controller:
             return
         done = known.output is not None and known.output.written
         if not done and state.finished and state.finished.phase is Phase.SUCCEEDED and state.adapter:
-            known.output_task = asyncio.create_task(self._deliver_until_done(known, job, state))
+            deliver = partial(self._deliver_until_done, known, job, state)
+            known.output_task = self.engine.background.tend("deliver", known.title, deliver)
 
     async def _deliver_until_done(self, known: Tended, job: FedPipeJob, state: JobState) -> None:
         pause = 5.0
@@ -403,13 +422,6 @@ def _read_output(status: FedPipeJobStatus | None) -> Output | None:
 
 def _soonest(*delays: float | None) -> float | None:
     return min((delay for delay in delays if delay is not None), default=None)
-
-
-async def _cancel(*tasks: asyncio.Task[None] | None) -> None:
-    running = [task for task in tasks if task is not None]
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
 
 
 async def _any_of(events: list[asyncio.Event], seconds: float) -> None:

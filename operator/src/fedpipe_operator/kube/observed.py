@@ -10,12 +10,14 @@ from fedpipe_api.status import AdapterStatus, FedPipeJobStatus, NodeStatus, Phas
 
 from ..engine.decide import Wait
 from ..engine.jobs import Job
+from ..engine.quarantine import Quarantine
 from ..engine.status import NODE_ROWS
 from ..engine.status import status as engine_status
 from .fleet import Choice
 from .views import PodView
 
 ACCEPTED = "Accepted"
+PROGRESSING = "Progressing"
 OUTPUT = "Output"
 
 WRITES_PER_ROUND = 2
@@ -112,6 +114,24 @@ def invalid_status(
         "observed_generation": generation,
         "message": f"spec is invalid: {message}"[:1024],
         "conditions": set_condition(before.conditions, new),
+    }
+    return before.model_copy(update=changes)
+
+
+def quarantined_status(
+    found: Quarantine, job: FedPipeJob, previous: FedPipeJobStatus | None, now: float
+) -> FedPipeJobStatus:
+    """Return the status of a job whose records are damaged: what it was before, and why it stands still."""
+    before = previous or FedPipeJobStatus(phase=Phase.PENDING)
+    text = f"record {found.key}: {found.reason}"
+    conditions = before.conditions
+    for kind in (ACCEPTED, PROGRESSING):
+        new = _condition(kind, (False, Reason.QUARANTINED, text), job, now)
+        conditions = set_condition(conditions, new)
+    changes: dict[str, object] = {
+        "observed_generation": job.metadata.generation,
+        "message": f"quarantined: {text}"[:1024],
+        "conditions": conditions,
     }
     return before.model_copy(update=changes)
 

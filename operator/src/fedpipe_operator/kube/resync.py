@@ -55,10 +55,10 @@ class Resync:
 
     async def drop_jobs(self) -> None:
         """Forget jobs of the ledger that the API server has no more."""
-        known = set(self._engine.jobs)
+        known = self._engine.jobs.keys() | self._engine.quarantined.keys()
         there = await self._uids(_CUSTOM, JOBS, self._scopes)
         for uid in known - there:
-            log.info("job %s was deleted while nobody watched", self._engine.jobs[uid].state.name)
+            log.info("job %s was deleted while nobody watched", uid)
             await self._controller.forget_job(uid)
 
     async def compare(self) -> None:

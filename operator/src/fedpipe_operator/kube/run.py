@@ -85,13 +85,16 @@ class Operator:
     def _job_name(self, uid: str) -> str | None:
         # From the ledger, not from the watch: agents that outlived the last operator call before this one has
         # seen their job, and one that is refused gives up.
-        job = self.engine.jobs.get(uid)
-        return job.state.name if job else None
+        job, set_aside = self.engine.jobs.get(uid), self.engine.quarantined.get(uid)
+        return job.state.name if job else set_aside.name if set_aside else None
 
     def _unready(self) -> str | None:
         if not self._serving:
             return "the coordinator is not listening yet"
-        return None if self._watching.is_set() else "the watches are not open yet"
+        if not self._watching.is_set():
+            return "the watches are not open yet"
+        dead = self.engine.background.dead()
+        return f"background work fails again and again, see the log: {', '.join(dead)}" if dead else None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until told to stop."""
@@ -112,19 +115,17 @@ class Operator:
             await self._serve(stack, coordinator, self.settings.coordinator_port, tls=True)
             self._serving = True
             log.info("ready: %s", self.settings.coordinator)
-            background = [
-                self.authority.watch(),
-                self.events.post(),
-                self.resync.watch(),
-                self.figures.watch_lag(),
-                self.figures.watch_store(),
-                _collect_garbage(),
-            ]
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(work) for work in background]
-                await self._kopf(stop)
-                for task in tasks:
-                    task.cancel()
+            background = {
+                "certificates": self.authority.watch,
+                "events": self.events.post,
+                "resync": self.resync.watch,
+                "loop lag": self.figures.watch_lag,
+                "store size": self.figures.watch_store,
+                "garbage": _collect_garbage,
+            }
+            for name, work in background.items():
+                self.engine.background.start(name, work)
+            await self._kopf(stop)
 
     async def _kopf(self, stop: asyncio.Event) -> None:
         namespaces = self.settings.namespaces

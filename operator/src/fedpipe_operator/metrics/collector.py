@@ -16,8 +16,9 @@ from .totals import Totals
 IMPORTANCE_SERIES = 100
 
 
-def add_phases(samples: Samples, engine: Engine) -> None:
-    """Add how many jobs are in each phase."""
+def add_all_jobs(samples: Samples, engine: Engine) -> None:
+    """Add how many jobs are in each phase, and how many are quarantined."""
+    samples.add("fedpipe_operator_quarantined_jobs", (), len(engine.quarantined))
     counts = Counter(phase_of(job.state) for job in engine.jobs.values())
     for phase in Phase:
         samples.add("fedpipe_operator_jobs", (phase.value,), counts[phase])

@@ -1,6 +1,7 @@
 """What the operator measures of itself, and the text of a scrape."""
 
 import asyncio
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -9,10 +10,13 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from ..engine import Engine
-from .collector import add_job, add_phases
+from ..engine.jobs import Job
+from .collector import add_all_jobs, add_job
 from .samples import Samples
 from .table import NAMES
 from .totals import Totals
+
+log = logging.getLogger(__name__)
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
@@ -45,6 +49,7 @@ class Figures:
         self._unreadable = unreadable
         self._sizes = (0, 0)
         self._totals: dict[str, Totals] = {}
+        self._unmeasured: set[str] = set()
         self._own = CollectorRegistry()
         self._reconcile = self._histogram("fedpipe_operator_reconcile_seconds")
         self._lag = self._histogram("fedpipe_operator_loop_lag_seconds")
@@ -72,22 +77,38 @@ class Figures:
     def _measure_store(self) -> tuple[int, int]:
         return self._engine.blobs.size(), shutil.disk_usage(self._store).free
 
+    def _add_job(self, samples: Samples, uid: str, job: Job, now: float) -> None:
+        """Add a job's samples, all or none; one whose figures cannot be computed must not end the scrape."""
+        own = Samples()
+        try:
+            add_job(own, job, self._totals.setdefault(uid, Totals()), now)
+        except Exception as error:
+            if uid not in self._unmeasured:
+                log.exception("job %s: left out of scrapes: %s", job.state.name, type(error).__name__)
+            self._unmeasured.add(uid)
+        else:
+            self._unmeasured.discard(uid)
+            samples.extend(own)
+
     async def text(self) -> bytes:
         """Return a scrape."""
         samples, now = Samples(), self._engine.clock()
-        totals = {uid: self._totals.get(uid, Totals()) for uid in self._engine.jobs}
-        self._totals = totals
+        self._totals = {uid: self._totals.get(uid, Totals()) for uid in self._engine.jobs}
+        self._unmeasured &= self._totals.keys()
         due = time.perf_counter() + TURN_SECONDS
         for uid, job in list(self._engine.jobs.items()):
-            add_job(samples, job, totals[uid], now)
+            self._add_job(samples, uid, job, now)
             if time.perf_counter() >= due:
                 await asyncio.sleep(0)
                 due = time.perf_counter() + TURN_SECONDS
-        add_phases(samples, self._engine)
+        add_all_jobs(samples, self._engine)
+        samples.add("fedpipe_operator_unmeasured_jobs", (), len(self._unmeasured))
         for (verb, code), count in self._requests().items():
             samples.add("fedpipe_operator_api_requests_total", (verb, code), count)
         for kind, count in self._unreadable().items():
             samples.add("fedpipe_operator_unreadable_objects", (kind,), count)
+        for task, count in self._engine.background.failures.items():
+            samples.add("fedpipe_operator_task_failures_total", (task,), count)
         samples.add("fedpipe_operator_reconcile_age_seconds", (), self._age())
         samples.add("fedpipe_operator_store_bytes", (), self._sizes[0])
         samples.add("fedpipe_operator_store_free_bytes", (), self._sizes[1])

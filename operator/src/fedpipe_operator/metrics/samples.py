@@ -28,6 +28,11 @@ class Samples:
         else:
             lines.append(f"{name} {float(value)!r}")
 
+    def extend(self, other: "Samples") -> None:
+        """Add all that was added to another."""
+        for name, lines in other._families.items():
+            self._families.setdefault(name, []).extend(lines)
+
     def text(self) -> str:
         """Return what was added."""
         return "".join(

@@ -102,6 +102,21 @@ FAMILIES: tuple[Family, ...] = (
         ("kind",),
         "Objects of the cluster that cannot be read and are left out; the log names the field.",
     ),
+    _gauge(
+        "fedpipe_operator_quarantined_jobs",
+        (),
+        "Jobs that stand still because a record of theirs cannot be read; their status names it.",
+    ),
+    _gauge(
+        "fedpipe_operator_unmeasured_jobs",
+        (),
+        "Jobs left out of this scrape because their figures cannot be computed; the log names them.",
+    ),
+    _counter(
+        "fedpipe_operator_task_failures_total",
+        ("task",),
+        "Failures of background work by kind; it is started again each time.",
+    ),
     _gauge("fedpipe_operator_store_bytes", (), "Bytes of blobs in the store."),
     _gauge("fedpipe_operator_store_free_bytes", (), "Bytes free on the store's volume."),
     _gauge("fedpipe_operator_jobs", ("phase",), "Jobs by phase."),

@@ -1,15 +1,23 @@
 """Files named by their sha256, written temp → fsync → rename, so that a name never stands for half a file."""
 
+import contextlib
 import hashlib
+import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+log = logging.getLogger(__name__)
+
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_PROBE = 1 << 20
+"""Bytes written to see whether the volume has room again: more than a record and SQLite's log need."""
+
+_PREFIX = re.compile(r"[0-9a-f]{2}")
 
 
 def _sync_directory(path: Path) -> None:
@@ -50,16 +58,32 @@ class Incoming:
         self.path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def _discarded(incoming: Incoming) -> Iterator[Incoming]:
+    try:
+        yield incoming
+    finally:
+        incoming.discard()
+
+
 class Blobs:
     """A directory of blobs. Digests are checked to be digests, so no name can lead outside it."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.temporary = directory / "temp"
-        self.temporary.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        if not self.temporary.is_dir() or self.temporary.is_symlink():
+            _clear(self.temporary)
+        self.temporary.mkdir(exist_ok=True)
         # Whatever is here was being written when a process died: nobody was told that it arrived.
         for left in self.temporary.iterdir():
-            left.unlink()
+            _clear(left)
+        for found in directory.iterdir():
+            # In the way of a blob's directory; anything else is none of ours and does no harm.
+            if _PREFIX.fullmatch(found.name) and (found.is_symlink() or not found.is_dir()):
+                log.warning("%s: not a directory of blobs; it is removed", found)
+                _clear(found)
 
     def path(self, digest: str) -> Path:
         """Return where the blob lies or would lie."""
@@ -86,12 +110,32 @@ class Blobs:
         """Remove a blob; one that is not there is no error."""
         self.path(digest).unlink(missing_ok=True)
 
+    def intact(self, digest: str) -> bool:
+        """Whether the blob is there and its bytes are those of its name. Reads it all; use a thread."""
+        try:
+            with self.path(digest).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == digest
+        except OSError:
+            return False
+
+    def has_room(self) -> bool:
+        """Whether a little can be written. Blocks; use a thread."""
+        try:
+            with _discarded(self.incoming()) as probe:
+                probe.write(bytes(_PROBE))
+                probe.finish()
+        except OSError:
+            return False
+        return True
+
     def keep_only(self, digests: Iterable[str]) -> None:
-        """Remove every blob that is not named."""
+        """Remove every blob that is not named; files that are no blobs are left alone."""
         keep = set(digests)
-        for path in self._directory.glob("??/*"):
-            if path.name not in keep:
-                path.unlink(missing_ok=True)
+        for path in self._files():
+            if path.is_dir() and not path.is_symlink():
+                log.warning("%s: a directory in the place of a blob; it is removed", path)
+            if path.name not in keep or path.is_dir():
+                _clear(path)
 
     def volume(self) -> int:
         """Return the bytes of the file system that the blobs are on."""
@@ -99,4 +143,32 @@ class Blobs:
 
     def size(self) -> int:
         """Return the bytes of all blobs."""
-        return sum(path.stat().st_size for path in self._directory.glob("??/*"))
+        total = 0
+        for path in self._files():
+            # It may be removed meanwhile.
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size
+        return total
+
+    def _files(self) -> list[Path]:
+        """Return what is stored under the names of blobs."""
+        found: list[Path] = []
+        for directory in self._directory.iterdir():
+            if not _PREFIX.fullmatch(directory.name):
+                continue
+            try:
+                found += [path for path in directory.iterdir() if _DIGEST.fullmatch(path.name)]
+            except OSError as error:
+                log.warning("%s: cannot be read (%s); it is left alone", directory, error.strerror)
+        return found
+
+
+def _clear(path: Path) -> None:
+    """Remove a file, or a directory with all that is in it; what cannot be removed is logged and left."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s: cannot be removed (%s); it is left alone", path, error.strerror)

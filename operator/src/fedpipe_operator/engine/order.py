@@ -1,0 +1,69 @@
+"""In which order records may come: what is written is checked by the same rules as what is read."""
+
+from .records import (
+    AgentLost,
+    AgentRegistered,
+    Evaluated,
+    Finished,
+    Offered,
+    PlanMade,
+    Profiled,
+    Record,
+    RoundAggregated,
+    RoundClosed,
+    RoundOpened,
+    SpecChanged,
+    Submitted,
+    UpdateAccepted,
+)
+from .state import JobState
+
+
+class OutOfOrderError(Exception):
+    """A record does not follow from those before it."""
+
+
+def check(state: JobState, record: Record) -> None:
+    """Raise OutOfOrderError unless the record may follow in this state."""
+    if not _follows(state, record):
+        raise OutOfOrderError(f"a record of kind {record.kind} cannot follow those before it")
+
+
+def _follows(state: JobState, record: Record) -> bool:
+    match record:
+        case Submitted():
+            return False
+        case SpecChanged():
+            return True
+        case Finished():
+            return state.finished is None
+        case Offered() | AgentLost() | AgentRegistered():
+            return record.sequence == state.sequence + 1
+        case PlanMade():
+            return bool(state.agents) and record.version == len(state.plans) + 1
+        case Profiled():
+            return state.plan is not None and record.node not in state.profiles
+        case Evaluated():
+            reported = state.evaluations.get(record.evaluation.round, {})
+            return 0 <= record.evaluation.round <= state.done and record.node not in reported
+        case _:
+            return _follows_in_round(state, record)
+
+
+def _follows_in_round(
+    state: JobState, record: RoundOpened | UpdateAccepted | RoundClosed | RoundAggregated
+) -> bool:
+    current = state.current
+    if isinstance(record, RoundOpened):
+        ended = current is None or current.result is not None
+        return ended and record.round == state.done + 1 and record.plan in state.plans
+    if current is None or current.opened.round != record.round or current.result is not None:
+        return False
+    match record:
+        case UpdateAccepted():
+            asked = record.node in current.opened.participants
+            return asked and current.closed is None and record.node not in current.updates
+        case RoundClosed():
+            return current.closed is None
+        case RoundAggregated():
+            return current.closed is not None
