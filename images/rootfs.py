@@ -36,7 +36,7 @@ PACKAGES_UNUSED = re.compile(
 def main(environment: Path, root: Path) -> None:
     """Fill the root."""
     for name in ("bin", "lib", "lib64", "sbin"):
-        # Where the base has merged /usr, so has the root: nothing lies there twice.
+        # Where the base has merged /usr, so has the root: no file is there twice.
         if Path("/", name).is_symlink():
             (root / os.readlink(Path("/", name))).mkdir(parents=True)
             (root / name).symlink_to(os.readlink(Path("/", name)))
@@ -107,7 +107,7 @@ def copy(path: Path, root: Path) -> None:
 
 
 def libraries(binaries: list[Path], root: Path) -> set[Path]:
-    """Return the shared libraries that binaries are linked to, but for those that lie beside them already."""
+    """Return the shared libraries that binaries are linked to, without those that are already beside them."""
     found: set[Path] = set()
     for binary in binaries:
         done = subprocess.run(["ldd", binary], capture_output=True, text=True, check=False)
@@ -128,7 +128,7 @@ def strip(root: Path) -> None:
 
 
 def settle(root: Path) -> None:
-    """Give every file the same time, the oldest that may be told."""
+    """Give every file the same time, the oldest allowed."""
     for folder, folders, files in os.walk(root):
         for name in (*folders, *files):
             os.utime(Path(folder, name), (EPOCH, EPOCH), follow_symlinks=False)

@@ -1,6 +1,6 @@
 """Writes what an image holds as a CycloneDX bill of materials: `sbom.py NAME VERSION ROOT`.
 
-The image's environment runs it. It tells every Python distribution, the interpreter, and the Debian packages
+The image's environment runs it. It lists every Python distribution, the interpreter, and the Debian packages
 that files under ROOT came from; all that are installed where ROOT is /. The image's label io.fedpipe.sbom
 names the file. It holds no time and no random serial number: the same packages give the same bytes.
 """
@@ -19,7 +19,7 @@ PLACE = "opt/fedpipe/sbom.cdx.json"
 
 
 def document(name: str, version: str, root: Path) -> dict[str, Any]:
-    """Return the bill of materials of the image whose files lie under root."""
+    """Return the bill of materials of the image whose files are under root."""
     found = {distribution_component(d.metadata) for d in distributions()}
     found |= {debian_component(package) for package in debian_packages(root)}
     found.add(("Python", platform.python_version(), f"pkg:generic/python@{platform.python_version()}", ""))
@@ -52,7 +52,7 @@ def distribution_component(metadata: Any) -> tuple[str, str, str, str]:
 
 
 def debian_component(line: str) -> tuple[str, str, str, str]:
-    """Return name, version and package URL of a Debian package told as `name architecture version`."""
+    """Return name, version and package URL of a Debian package given as `name architecture version`."""
     name, architecture, version = line.split()
     return name, version, f"pkg:deb/debian/{name}@{version}?arch={architecture}", ""
 
@@ -67,8 +67,8 @@ def debian_packages(root: Path) -> list[str]:
     places = [*files, *(path.removeprefix("/usr") for path in files if path.startswith("/usr/lib"))]
     owners = set()
     for start in range(0, len(places), 1000):
-        told = asked("dpkg-query", "--search", "--", *places[start : start + 1000])
-        owners |= {line.rsplit(": ", 1)[0] for line in told if not line.startswith("diversion ")}
+        answer = asked("dpkg-query", "--search", "--", *places[start : start + 1000])
+        owners |= {line.rsplit(": ", 1)[0] for line in answer if not line.startswith("diversion ")}
     return asked("dpkg-query", "--show", shown, *sorted(owners)) if owners else []
 
 

@@ -58,7 +58,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Pair:
-    """A random model and job, and where the budget lies: 0 is the least that any plan takes, 1 the most."""
+    """A random model and job, and the budget's place: 0 is the least that any plan takes, 1 the most."""
 
     kind: str
     hidden: int

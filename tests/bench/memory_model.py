@@ -115,7 +115,7 @@ def measure(name: str, directory: Path, precision: Precision, facts: wire.Device
     from fedpipe_agent.train.model import read_shape as agent_shape
 
     device = Device(Capacity(threads=1))
-    # What an agent has done when it registers and tells its overhead.
+    # What an agent has done when it registers and reports its overhead.
     agent_shape(read_config(Source(str(directory)), job(name).model, 0), TASKS[name])
     device.reset_peak()
     before = device.used()

@@ -5,7 +5,7 @@
 First nobody asks anything of the operator but heartbeats of all FedPipeNodes at the probe's default rate; then all
 jobs come at once. Agents run in this process and share one TLS configuration; `--seconds` is how long each "trains"
 in a round, which spreads the load as training would. Figures are the operator's own metrics and what the system says
-of its process; the loop's lag is told apart from waiting for a core, since everything shares this machine.
+of its process; the loop's lag is separated from waiting for a core, since everything shares this machine.
 """
 
 import argparse

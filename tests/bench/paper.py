@@ -126,16 +126,16 @@ def _train(
     failed = rounds = 0
     begin = time.monotonic()
     with context.Manager() as manager:
-        told = manager.Queue()
+        lines = manager.Queue()
         with ProcessPoolExecutor(
-            options.jobs, mp_context=context, initializer=_begin, initargs=(told,), max_tasks_per_child=1
+            options.jobs, mp_context=context, initializer=_begin, initargs=(lines,), max_tasks_per_child=1
         ) as pool:
             pending: set[Future[dict[str, Any]]] = {
                 pool.submit(_one, scenario, setting, options.data_root) for scenario in wanted
             }
             while pending:
                 finished, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
-                for line in _drained(told):
+                for line in _drained(lines):
                     rounds += 1
                     left = len(wanted) * setting.rounds - rounds
                     eta = _clock((time.monotonic() - begin) / rounds * left)
@@ -154,9 +154,9 @@ def _train(
     return failed
 
 
-def _begin(told: Any) -> None:
+def _begin(lines: Any) -> None:
     global _progress
-    _progress = told
+    _progress = lines
     warnings.filterwarnings("ignore")
 
 
@@ -176,11 +176,11 @@ def _one(scenario: Scenario, setting: Setting, root: Path) -> dict[str, Any]:
         return Federation(scenario, setting, root, Path(work)).run(tell)
 
 
-def _drained(told: Any) -> list[str]:
+def _drained(progress: Any) -> list[str]:
     lines: list[str] = []
     while True:
         try:
-            lines.append(told.get_nowait())
+            lines.append(progress.get_nowait())
         except queue.Empty:
             return lines
 

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Return the rows for pretraining and those for fine-tuning, told apart by their meaning representation."""
+    """Return the rows for pretraining and those for fine-tuning, separated by their meaning representation."""
     parts: tuple[list[Row], list[Row]] = [], []
     for row in rows:
         digest = hashlib.sha256(row["meaning_representation"].encode()).digest()

@@ -71,7 +71,7 @@ def kind_of(node: str) -> Kind:
 
 
 def device(kind: Kind, shape: wire.ModelShape, spec: FedPipeJobSpec) -> wire.DeviceFacts:
-    """Return what the planner is told of a node of the kind; `spec` is of LoRA on every candidate matrix."""
+    """Return what the planner knows of a node of the kind; `spec` is of LoRA on every candidate matrix."""
     facts = wire.DeviceFacts(
         kind="cuda",
         name=kind.device,

@@ -21,7 +21,7 @@ MIB, MB = 2**20, 1e6
 SETTLED = 3
 """Round from which losses set the scale of a plot."""
 
-# Okabe and Ito's palette: told apart by colour-blind people too.
+# Okabe and Ito's palette: colour-blind people can distinguish it too.
 COLOURS = {
     "centralised": "#9A9A9A",
     "vanilla": "#8C6D31",
@@ -126,7 +126,7 @@ def _levers(runs: list[Run]) -> list[str]:
     down, up = (fmean(row[way] for row in last) / MB for way in ("down", "up"))
     lines = [
         f"FedPipe moves {down:.1f} MB down and {up:.1f} MB up. Its last global adapter, sent smaller "
-        f"(90 % of the energy lies in {fmean(row['rank0.9'] for row in last):.1f} components a matrix, 99 % in "
+        f"(90 % of the energy is in {fmean(row['rank0.9'] for row in last):.1f} components a matrix, 99 % in "
         f"{fmean(row['rank0.99'] for row in last):.1f}):",
         "",
         "| download | kB | test loss |",

@@ -205,7 +205,7 @@ def _normal(tokenizer: Any, text: str) -> str:
 
 
 def _restaurant(row: dict[str, Any]) -> str:
-    """Return the restaurant a row tells of; E2E has no classes, so shares are cut by it."""
+    """Return the restaurant a row describes; E2E has no classes, so shares are cut by it."""
     found = re.search(r"name\[([^]]*)\]", row["meaning_representation"])
     return found.group(1) if found else ""
 

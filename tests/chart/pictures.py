@@ -117,7 +117,7 @@ def _allow_probes(cluster: Cluster) -> None:
 
 @contextmanager
 def _probe(cluster: Cluster, node: str, capacity: Path) -> Iterator[str]:
-    """Run the real probe of a node with its real token; yield where it tells its metrics."""
+    """Run the real probe of a node with its real token; yield where it serves its metrics."""
     pods = f"/api/v1/namespaces/{cluster.own}/pods"
     container = {"name": "probe", "image": "probe"}
     spec = {"nodeName": node, "serviceAccountName": "fedpipe-probe", "containers": [container]}

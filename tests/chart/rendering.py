@@ -62,7 +62,7 @@ def template(
             json.dumps(values),
             json.dumps(options),
         )
-        # A dry run tells no hooks; none of them depends on monitoring.
+        # A dry run lists no hooks; none of them depends on monitoring.
         quiet = values | {"metrics": {}}
         hooks = chart.render(quiet, name=name, namespace=NAMESPACE)
     texts = (text for path, text in sorted(hooks.items()) if not path.endswith(".txt"))

@@ -146,9 +146,9 @@ def test_a_probe_writes_its_own_node_only(plane: ControlPlane, probe_token: str)
 
     assert apply("edge-1")[0] == 201
     assert apply("edge-1", "/status", status={"source": "cpu"})[0] == 200
-    status, told = apply("edge-2")
+    status, answer = apply("edge-2")
     assert status == 403
-    assert "a probe writes only the FedPipeNode of its own Node, edge-1" in told
+    assert "a probe writes only the FedPipeNode of its own Node, edge-1" in answer
     # Somebody else's node, made by the administrator.
     body = {"apiVersion": "fedpipe.io/v1alpha1", "kind": "FedPipeNode", "metadata": {"name": "edge-2"}}
     assert plane.request("POST", NODES, body)[0] == 201
@@ -180,7 +180,7 @@ def test_upgrade_and_rollback_keep_jobs_and_store(plane: ControlPlane, helm: hel
     assert helm.upgrade(CHART, "fedpipe", changed, timeout=60)["revision"] == 2
     assert state() == (job, store, "--runtime-class=nvidia")
     # A mistake changes nothing: kinds that the cluster does not have, and a typo.
-    for bad, told in (
+    for bad, answer in (
         (
             {"metrics": {"serviceMonitor": {"enabled": True}}},
             r"metrics\.serviceMonitor\.enabled needs the Prometheus",
@@ -188,7 +188,7 @@ def test_upgrade_and_rollback_keep_jobs_and_store(plane: ControlPlane, helm: hel
         ({"metrics": {"rules": {"enabled": True}}}, r"metrics\.rules\.enabled needs the Prometheus operator"),
         ({"persistance": {"size": "5Gi"}}, "'persistance' not allowed"),
     ):
-        with pytest.raises(helm_python.HelmError, match=told):
+        with pytest.raises(helm_python.HelmError, match=answer):
             helm.upgrade(CHART, "fedpipe", VALUES | bad, timeout=60)
         assert state() == (job, store, "--runtime-class=nvidia")
     helm.rollback("fedpipe", version=1, timeout=60)

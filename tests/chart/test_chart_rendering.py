@@ -66,8 +66,8 @@ def test_an_older_kubernetes_is_refused() -> None:
     ],
 )
 def test_every_text_asks_for_the_same_kubernetes(file: str) -> None:
-    told = re.findall(r"Kubernetes (1\.\d+)(?: or later| to 1)", (REPOSITORY / file).read_text())
-    assert set(told) == {f"1.{min(MINORS)}"}
+    named = re.findall(r"Kubernetes (1\.\d+)(?: or later| to 1)", (REPOSITORY / file).read_text())
+    assert set(named) == {f"1.{min(MINORS)}"}
 
 
 @pytest.mark.parametrize("mode", MODES)

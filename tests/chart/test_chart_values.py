@@ -82,11 +82,11 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("values", "told"), BAD, ids=[told for _, told in BAD])
-def test_a_bad_value_is_refused_by_name(values: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("values", "message"), BAD, ids=[message for _, message in BAD])
+def test_a_bad_value_is_refused_by_name(values: dict[str, Any], message: str) -> None:
     with pytest.raises(helm_python.HelmError) as refusal:
         template(values)
-    assert told in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_allowed_stores_reach_the_operator() -> None:
         {"prefix": "az://account/models/x"},
     ]
     rendered = yaml.safe_dump_all(template({"output": {"allowed": allowed}}))
-    told = re.findall(r"--output-allow=(\S+)", rendered)
-    assert told == [",".join(entry.values()) for entry in allowed]
-    assert [AllowedStore.parse(text).endpoint for text in told] == [
+    allowances = re.findall(r"--output-allow=(\S+)", rendered)
+    assert allowances == [",".join(entry.values()) for entry in allowed]
+    assert [AllowedStore.parse(text).endpoint for text in allowances] == [
         entry.get("endpoint") for entry in allowed
     ]
     assert "--output-allow" not in yaml.safe_dump_all(template({}))

@@ -55,14 +55,14 @@ def test_the_image_runs_what_the_chart_asks_for(name: str) -> None:
     for container in containers:
         assert "command" not in container
         command, *arguments = container["args"]
-        told = subprocess.run(
+        printed = subprocess.run(
             [Path(sys.executable).with_name(entry), command, "--help"],
             capture_output=True,
             text=True,
             check=True,
         ).stdout
         for argument in arguments:
-            assert re.search(rf"{argument.split('=')[0]}\b", told), f"{entry} {command} has no {argument}"
+            assert re.search(rf"{argument.split('=')[0]}\b", printed), f"{entry} {command} has no {argument}"
 
 
 def test_nothing_that_is_left_out_is_imported(rootfs: ModuleType) -> None:

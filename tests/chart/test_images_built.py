@@ -68,7 +68,7 @@ def inside(name: str, *command: str, volume: str = "") -> subprocess.CompletedPr
 
 @pytest.fixture(params=NAMES)
 def root(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
-    """Yield the name of an image and where its files lie."""
+    """Yield the name of an image and where its files are."""
     with container(request.param) as made:
         yield request.param, Path(buildah("mount", made).stdout.strip())
         buildah("umount", made)
@@ -90,7 +90,7 @@ def test_files(root: tuple[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "command", "told"),
+    ("name", "command", "printed"),
     [
         ("operator", ("fedpipe-operator", "--help"), "run"),
         ("operator", ("fedpipe-operator", "run", "--help"), "--coordinator-port"),
@@ -100,10 +100,10 @@ def test_files(root: tuple[str, Path]) -> None:
         ("agent", ("fedpipe-agent", "train", "--help"), "--coordinator"),
     ],
 )
-def test_it_starts(name: str, command: tuple[str, ...], told: str) -> None:
+def test_it_starts(name: str, command: tuple[str, ...], printed: str) -> None:
     done = inside(name, *command)
     assert done.returncode == 0, done.stderr
-    assert told in done.stdout
+    assert printed in done.stdout
 
 
 def test_the_agent_trains_a_round(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class Prometheus:
 
 @dataclass
 class Working(StandIn):
-    """A stand-in that tells how far it is, and trains until Prometheus has seen it at its last step."""
+    """A stand-in that reports its progress, and trains until Prometheus has seen it at its last step."""
 
     prometheus: Prometheus = field(kw_only=True)
 

@@ -133,7 +133,7 @@ def test_a_probe_writes_its_own_node_whole(
     assert owner == [{"apiVersion": "v1", "kind": "Node", "name": "probed-1", "uid": node["metadata"]["uid"]}]
     assert {entry["manager"] for entry in found["metadata"]["managedFields"]} == {"fedpipe-probe"}
 
-    # Devices that went away leave the object; a probe that starts anew finds its last word.
+    # Devices that went away leave the object; a restarted probe finds its last report.
     fewer = seen("t4", tmp_path)
     publisher.write(fewer)
     assert Publisher(cluster).load() == fewer
@@ -144,14 +144,14 @@ def test_verified_precisions_of_the_operator_survive_every_write(
     policed: ControlPlane, cluster_for: ClusterFor, tmp_path: Path
 ) -> None:
     publisher = Publisher(cluster_for("probed-2"))
-    told = seen("t4", tmp_path)
-    publisher.write(told)
+    reported = seen("t4", tmp_path)
+    publisher.write(reported)
     proven = {"precision": "nf4", "verified": True, "usable": False, "seconds": 0.5, "message": "no kernel"}
     code, answer = apply(policed, "probed-2", {"status": {"precisions": [proven]}}, subresource="/status")
     assert code == 200, answer
     # The probe has not seen that write; its own comes on top without treading on it, again and again.
     for _ in range(2):
-        publisher.write(told)
+        publisher.write(reported)
         _, found = policed.request("GET", f"{NODES}/probed-2")
         entries = {entry["precision"]: entry for entry in found["status"]["precisions"]}
         assert entries["nf4"] == proven
@@ -179,7 +179,7 @@ def precisions(plane: ControlPlane, name: str) -> dict[str, Any]:
     return {entry["precision"]: entry for entry in found["status"]["precisions"]}
 
 
-LIES = {
+FALSE_CLAIMS = {
     "broken is usable": {"precision": "nf4", "verified": True, "usable": True, "seconds": 0.001},
     "broken is unverified": {"precision": "nf4", "verified": False},
     "another reason": {"precision": "nf4", "message": "out of memory"},
@@ -192,12 +192,12 @@ LIES = {
 
 
 @pytest.mark.usefixtures("enforced")
-@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+@pytest.mark.parametrize("claim", FALSE_CLAIMS.values(), ids=FALSE_CLAIMS)
 def test_a_probe_may_not_change_what_was_proven(
-    policed: ControlPlane, cluster_for: ClusterFor, recorded: dict[str, Any], lie: dict[str, Any]
+    policed: ControlPlane, cluster_for: ClusterFor, recorded: dict[str, Any], claim: dict[str, Any]
 ) -> None:
     token = cluster_for("probed-1").read_token()
-    content = {"status": {"precisions": [lie]}}
+    content = {"status": {"precisions": [claim]}}
     code, answer = apply(policed, "probed-1", content, token, "/status")
     assert code == 403
     assert "only the operator" in answer["message"]
@@ -241,8 +241,8 @@ def test_a_probe_goes_on_beside_all_that_the_operator_records(
     policed: ControlPlane, cluster_for: ClusterFor, tmp_path: Path
 ) -> None:
     publisher = Publisher(cluster_for("probed-1"))
-    told = seen("t4", tmp_path)
-    publisher.write(told)
+    reported = seen("t4", tmp_path)
+    publisher.write(reported)
     reason = precisions(policed, "probed-1")["bf16"]["message"]
     assert "needs 8.0" in reason
     for usable in (True, False, True):
@@ -252,18 +252,18 @@ def test_a_probe_goes_on_beside_all_that_the_operator_records(
         assert code == 200, answer
         for _ in range(2):
             # The probe's own reason against a precision that proved usable goes with the first write.
-            publisher.write(told)
+            publisher.write(reported)
             assert precisions(policed, "probed-1")["bf16"] == proven
         assert [support.precision for support in publisher.verified] == ["bf16"]
-    # Another probe of the node, started anew, finds all that and writes on; fewer devices are no matter.
-    anew = Publisher(cluster_for("probed-1"))
-    anew.load()
-    anew.write(seen("a100-mig", tmp_path))
+    # Another probe of the node, restarted, finds all that and writes on; fewer devices are no matter.
+    restarted = Publisher(cluster_for("probed-1"))
+    restarted.load()
+    restarted.write(seen("a100-mig", tmp_path))
     assert precisions(policed, "probed-1")["bf16"] == proven
     # What the operator no longer says is the probe's to derive again.
     code, _ = apply(policed, "probed-1", {"status": {}}, subresource="/status")
     assert code == 200
-    anew.write(told)
+    restarted.write(reported)
     assert precisions(policed, "probed-1")["bf16"]["message"] == reason
 
 

@@ -36,8 +36,8 @@ def port() -> int:
 
 
 def state(api: apiserver.ApiServer, kind: str) -> tuple[str, str] | None:
-    told = ((api.node or {}).get("status") or {}).get("conditions", [])
-    return next(((entry["status"], entry["reason"]) for entry in told if entry["type"] == kind), None)
+    reported = ((api.node or {}).get("status") or {}).get("conditions", [])
+    return next(((entry["status"], entry["reason"]) for entry in reported if entry["type"] == kind), None)
 
 
 @pytest.mark.parametrize(

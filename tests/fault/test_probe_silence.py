@@ -1,4 +1,4 @@
-"""A probe whose API server or coordinator accepts and says nothing still ends when it is told to."""
+"""A probe whose API server or coordinator accepts and says nothing still ends when it is asked to."""
 
 import contextlib
 import signal

@@ -22,7 +22,7 @@ def read() -> Reading:
 
 
 @pytest.fixture(scope="module")
-def told() -> FedPipeNodeStatus:
+def reported() -> FedPipeNodeStatus:
     """What `fedpipe-agent probe --once --verify` says."""
     fault = read().fault
     if fault is not None:
@@ -39,7 +39,7 @@ def told() -> FedPipeNodeStatus:
     return status
 
 
-def test_facts_agree_with_nvidia_smi(told: FedPipeNodeStatus) -> None:
+def test_facts_agree_with_nvidia_smi(reported: FedPipeNodeStatus) -> None:
     if shutil.which("nvidia-smi") is None:
         pytest.skip("no nvidia-smi")
     query = "--query-gpu=uuid,name,compute_cap,memory.total,driver_version"
@@ -50,16 +50,16 @@ def test_facts_agree_with_nvidia_smi(told: FedPipeNodeStatus) -> None:
         check=True,
     )
     rows = [line.split(", ") for line in done.stdout.splitlines()]
-    assert len(rows) == len(told.devices)
-    for device, (uuid, name, capability, memory, driver) in zip(told.devices, rows, strict=True):
+    assert len(rows) == len(reported.devices)
+    for device, (uuid, name, capability, memory, driver) in zip(reported.devices, rows, strict=True):
         assert (device.uuid, device.name, device.compute_capability) == (uuid, name, capability)
         assert device.total_memory is not None
         assert abs(device.total_memory / 2**20 - float(memory)) < 1
-        assert told.driver_version == driver
-    assert told.source == "nvml"
+        assert reported.driver_version == driver
+    assert reported.source == "nvml"
 
 
-def test_processes_are_those_of_nvidia_smi(told: FedPipeNodeStatus) -> None:
+def test_processes_are_those_of_nvidia_smi(reported: FedPipeNodeStatus) -> None:
     """Of which a container may see none, not even its own."""
     if shutil.which("nvidia-smi") is None:
         pytest.skip("no nvidia-smi")
@@ -71,7 +71,7 @@ def test_processes_are_those_of_nvidia_smi(told: FedPipeNodeStatus) -> None:
     assert (read().processes[0] or 0) == len(seen)
 
 
-def test_free_memory_falls_by_what_a_process_takes(told: FedPipeNodeStatus) -> None:
+def test_free_memory_falls_by_what_a_process_takes(reported: FedPipeNodeStatus) -> None:
     torch = pytest.importorskip("torch")
     torch.zeros(1, device="cuda")
     before = read().devices[0].free_memory
@@ -82,9 +82,9 @@ def test_free_memory_falls_by_what_a_process_takes(told: FedPipeNodeStatus) -> N
     assert before - after.devices[0].free_memory == pytest.approx(held.numel(), rel=0.05)
 
 
-def test_kernels_confirm_what_compute_capability_promised(told: FedPipeNodeStatus) -> None:
-    assert all(support.verified for support in told.precisions)
-    derived = {support.precision for support in told.precisions if support.usable}
+def test_kernels_confirm_what_compute_capability_promised(reported: FedPipeNodeStatus) -> None:
+    assert all(support.verified for support in reported.precisions)
+    derived = {support.precision for support in reported.precisions if support.usable}
     assert {"fp32", "bf16", "int8", "nf4"} >= derived
-    if float(told.devices[0].compute_capability or 0) >= 8:
-        assert len(derived) == 4, told.precisions
+    if float(reported.devices[0].compute_capability or 0) >= 8:
+        assert len(derived) == 4, reported.precisions

@@ -1,4 +1,4 @@
-"""The trainer on a real GPU: every precision, and the memory it is told, tells and keeps to."""
+"""The trainer on a real GPU: every precision, and the memory it is given, reports and keeps to."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The FedPipeNode that each board yields on a fixed host; `python tests/nvml/golden.py` writes them anew."""
+"""The FedPipeNode that each board yields on a fixed host; `python tests/nvml/golden.py` writes them again."""
 
 import json
 import sys
@@ -31,15 +31,17 @@ def node(name: str, directory: Path) -> dict[str, Any]:
 
 def row(found: dict[str, Any]) -> str:
     """Return the board's line of the table in edge-agent/README.md."""
-    told = found["status"]
-    ready = next(entry for entry in told["conditions"] if entry["type"] == READY)
-    troubles = [entry for entry in told["conditions"] if entry["type"] != READY and entry["status"] == "True"]
+    reported = found["status"]
+    ready = next(entry for entry in reported["conditions"] if entry["type"] == READY)
+    troubles = [
+        entry for entry in reported["conditions"] if entry["type"] != READY and entry["status"] == "True"
+    ]
     cells = [
         f"`{found['metadata']['name']}`",
-        told["deviceSummary"],
-        told["memorySummary"],
-        told["freeSummary"],
-        told["precisionSummary"] or "–",
+        reported["deviceSummary"],
+        reported["memorySummary"],
+        reported["freeSummary"],
+        reported["precisionSummary"] or "–",
         f"{ready['status']} ({ready['reason']})",
         ", ".join(f"{entry['type']} ({entry['reason']})" for entry in troubles) or "–",
     ]

@@ -53,7 +53,7 @@ def test_the_context_is_what_this_process_holds_beside_its_tensors(standin):
 @pytest.mark.parametrize(
     "processes",
     [(), (("1", 3000 * MIB),), (("OWN", "!NOT_SUPPORTED"),)],
-    ids=["none listed", "not listed", "size not told"],
+    ids=["none listed", "not listed", "size unknown"],
 )
 def test_without_this_process_the_fall_of_free_memory_counts(standin, processes):
     standin.play(with_processes(*processes))

@@ -1,4 +1,4 @@
-"""What people are told by a plan, and what a wrong request is told."""
+"""What a plan says to people, and what a wrong request is answered."""
 
 import math
 

@@ -22,7 +22,7 @@ def test_there_is_no_golden_file_without_a_board() -> None:
 
 
 def test_the_plan_of_each_board_is_the_one_in_the_readme() -> None:
-    """`python tests/nvml/plans.py` writes the table anew."""
+    """`python tests/nvml/plans.py` writes the table again."""
     lines = README.read_text().splitlines()
     made = plans.table()
     assert [line for line in lines if line in made] == made

@@ -21,9 +21,9 @@ __all__ = ["standin"]
 def test_once_as_json_is_a_fedpipenode(standin: StandIn, tmp_path: Path) -> None:
     done = standin.probe("--once", "--output", "json", "--node", "edge.example", "--cache", str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
-    told = json.loads(done.stdout)
-    assert told["metadata"] == {"name": "edge.example"}
-    node = FedPipeNode.model_validate(told)
+    printed = json.loads(done.stdout)
+    assert printed["metadata"] == {"name": "edge.example"}
+    node = FedPipeNode.model_validate(printed)
     assert node.status is not None
     assert (node.status.source, node.status.device_summary) == ("nvml", "Tesla T4")
     assert node.status.cpu is not None
@@ -68,13 +68,13 @@ def test_a_declared_capacity_needs_no_hardware(standin: StandIn, tmp_path: Path)
         (tmp_path / name).write_text(text)
         done = standin.probe("--once", "--output", "json", "--capacity", str(tmp_path / name))
         assert (done.returncode, done.stderr) == (0, "")
-        told = json.loads(done.stdout)["status"]
-        assert (told["source"], told["memorySummary"], told["precisionSummary"]) == (
+        printed = json.loads(done.stdout)["status"]
+        assert (printed["source"], printed["memorySummary"], printed["precisionSummary"]) == (
             "declared",
             "15Gi",
             "fp32,nf4",
         )
-        assert told["linkRate"] == 1_000_000
+        assert printed["linkRate"] == 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -105,11 +105,11 @@ def test_a_wrong_capacity_is_one_line_naming_file_and_field(
     path = tmp_path / "capacity.yaml"
     path.write_text(text)
     assert main(["probe", "--once", "--capacity", str(path)]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
+    printed = capsys.readouterr()
+    assert printed.out == ""
     place = complaint if complaint.startswith(":") else f": {complaint}"
-    assert told.err.startswith(f"fedpipe-agent: {path}{place}")
-    assert told.err.count("\n") == 1
+    assert printed.err.startswith(f"fedpipe-agent: {path}{place}")
+    assert printed.err.count("\n") == 1
 
 
 def test_a_key_given_twice_in_a_json_capacity_is_refused(
@@ -156,9 +156,9 @@ def test_a_wrong_option_is_one_line(
 ) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     assert main(["probe", *arguments]) == 2
-    told = capsys.readouterr().err
-    assert complaint in told
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert complaint in printed
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -178,9 +178,9 @@ def test_a_password_in_the_url_is_refused_and_not_repeated(
     url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["probe", "--once", "--coordinator", url]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("fedpipe-agent: --coordinator: ")
-    assert "s3cret" not in told
+    printed = capsys.readouterr().err
+    assert printed.startswith("fedpipe-agent: --coordinator: ")
+    assert "s3cret" not in printed
 
 
 def declared(directory: Path, **facts: object) -> list[str]:
@@ -202,16 +202,16 @@ def test_a_declared_rate_is_shown_as_such_and_nothing_is_measured(
         assert main(["probe", *declared(tmp_path, linkRate=rate), "--coordinator", url]) == 0
         with pytest.raises(BlockingIOError):
             coordinator.accept()
-    told = capsys.readouterr()
-    [line] = [line for line in told.out.splitlines() if line.startswith("link ")]
+    printed = capsys.readouterr()
+    [line] = [line for line in printed.out.splitlines() if line.startswith("link ")]
     assert line.split(maxsplit=1)[1] == f"{shown} declared"
 
 
 def test_the_table_shows_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["probe", *declared(tmp_path, device="T4\x1b[31m\nReady True fake")]) == 0
-    told = capsys.readouterr().out
-    assert "T4\ufffd[31m\ufffdReady True fake" in told
-    assert "\x1b" not in told
+    printed = capsys.readouterr().out
+    assert "T4\ufffd[31m\ufffdReady True fake" in printed
+    assert "\x1b" not in printed
 
 
 def test_a_reader_that_has_gone_is_no_failure(tmp_path: Path) -> None:
@@ -249,8 +249,8 @@ def test_an_interrupt_while_the_coordinator_is_silent_ends_quietly(tmp_path: Pat
         connection, _ = silent.accept()
         with connection:
             process.send_signal(signal.SIGINT)
-            told = process.communicate(timeout=20)
-    assert (process.returncode, told) == (130, ("", "fedpipe-agent: interrupted\n"))
+            printed = process.communicate(timeout=20)
+    assert (process.returncode, printed) == (130, ("", "fedpipe-agent: interrupted\n"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the system tells, read from a made-up /proc and /sys."""
+"""What the system reports, read from a made-up /proc and /sys."""
 
 import os
 from pathlib import Path

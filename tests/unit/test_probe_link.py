@@ -1,4 +1,4 @@
-"""Measuring the link: what tells a rate, whom it trusts, and what it says when there is none."""
+"""Measuring the link: what gives a rate, whom it trusts, and what it says when there is none."""
 
 import contextlib
 import http.server
@@ -184,12 +184,12 @@ def test_a_trouble_and_its_end_are_each_told_once(
     with files(link.SAMPLE_BYTES, 206, port=port):
         assert all([measured.look(), measured.look()])
     assert measured.look() is None
-    told = [
+    reported = [
         record.message.removeprefix(f"the link to http://127.0.0.1:{port}/sample ")
         for record in caplog.records
     ]
     refused = "cannot be measured: [Errno 111] Connection refused"
-    assert told == [refused, "is measured", refused]
+    assert reported == [refused, "is measured", refused]
 
 
 def test_the_rate_is_kept_until_it_is_measured_anew() -> None:

@@ -1,4 +1,4 @@
-"""Writing a FedPipeNode: what is applied, what is left to others, and how failures are told."""
+"""Writing a FedPipeNode: what is applied, what is left to others, and how failures are reported."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +19,13 @@ def api(tmp_path: Path) -> Iterator[apiserver.ApiServer]:
         yield serving
 
 
-def told() -> FedPipeNodeStatus:
+def reported() -> FedPipeNodeStatus:
     return status.build(Reading(), golden.HOST, now=golden.NOW)
 
 
 def test_the_object_is_created_with_its_node_as_owner_and_then_reported_on(api: apiserver.ApiServer) -> None:
     publisher = Publisher(api.cluster())
-    publisher.write(told())
+    publisher.write(reported())
     assert [(method, path.partition("?")[0]) for method, path, _ in api.requests] == [
         ("GET", apiserver.PATH),
         ("PATCH", apiserver.PATH),
@@ -37,23 +37,23 @@ def test_the_object_is_created_with_its_node_as_owner_and_then_reported_on(api: 
         "kind": "FedPipeNode",
         "metadata": {"name": apiserver.NODE, "ownerReferences": [owner]},
     }
-    assert FedPipeNodeStatus.model_validate(api.writes[0]) == told()
-    publisher.write(told())
+    assert FedPipeNodeStatus.model_validate(api.writes[0]) == reported()
+    publisher.write(reported())
     assert len(api.requests) == 4
     assert api.requests[3][2]["metadata"]["resourceVersion"] == "2"
 
 
 def test_a_deleted_object_comes_back(api: apiserver.ApiServer) -> None:
     publisher = Publisher(api.cluster())
-    publisher.write(told())
+    publisher.write(reported())
     api.node = None
-    publisher.write(told())
+    publisher.write(reported())
     assert api.node is not None
     assert api.node["status"]["deviceSummary"] == "cpu"
 
 
 def test_an_object_of_an_earlier_node_of_this_name_gets_its_new_owner(api: apiserver.ApiServer) -> None:
-    Publisher(api.cluster()).write(told())
+    Publisher(api.cluster()).write(reported())
     assert api.node is not None
     api.node["metadata"]["ownerReferences"][0]["uid"] = "of-the-node-before"
     Publisher(api.cluster()).load()
@@ -62,9 +62,9 @@ def test_an_object_of_an_earlier_node_of_this_name_gets_its_new_owner(api: apise
 
 def test_precisions_verified_by_the_operator_are_left_to_it(api: apiserver.ApiServer) -> None:
     publisher = Publisher(api.cluster())
-    publisher.write(told())
+    publisher.write(reported())
     api.prove("nf4", seconds=0.25)
-    publisher.write(told())
+    publisher.write(reported())
     # The first try ran into the operator's write, the second leaves its entry out.
     conflicted, written = api.writes[-2:]
     assert [entry["precision"] for entry in conflicted["precisions"]] == ["fp32", "bf16", "int8", "nf4"]
@@ -78,7 +78,7 @@ def test_a_declared_capacity_keeps_its_own_precisions_beside_what_the_operator_p
     api: apiserver.ApiServer,
 ) -> None:
     publisher = Publisher(api.cluster())
-    publisher.write(told())
+    publisher.write(reported())
     api.prove("nf4", seconds=0.25)
     publisher.load()
     capacity = Capacity(device="cpu", precisions=(Precision.FP32,))
@@ -91,11 +91,11 @@ def test_a_declared_capacity_keeps_its_own_precisions_beside_what_the_operator_p
 
 def test_only_the_probe_s_own_conditions_are_taken_up_again(api: apiserver.ApiServer) -> None:
     publisher = Publisher(api.cluster())
-    publisher.write(told())
+    publisher.write(reported())
     assert api.node is not None
     other = api.node["status"]["conditions"][0] | {"type": "Eligible"}
     api.node["status"]["conditions"].append(other)
-    assert Publisher(api.cluster()).load() == told()
+    assert Publisher(api.cluster()).load() == reported()
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_only_the_probe_s_own_conditions_are_taken_up_again(api: apiserver.ApiSe
 def test_refusals_are_named(api: apiserver.ApiServer, code: int, reason: str) -> None:
     api.refuse = (code, reason)
     with pytest.raises(PublishError, match="by the test") as caught:
-        Publisher(api.cluster()).write(told())
+        Publisher(api.cluster()).write(reported())
     assert caught.value.reason == reason
 
 
@@ -113,7 +113,7 @@ def test_a_server_that_is_not_there_is_named(api: apiserver.ApiServer) -> None:
     cluster = api.cluster()
     gone = Cluster("http://127.0.0.1:1", cluster.token, None)
     with pytest.raises(PublishError, match=r"127\.0\.0\.1:1: .*refused") as caught:
-        Publisher(gone).write(told())
+        Publisher(gone).write(reported())
     assert caught.value.reason == "Unreachable"
 
 

@@ -1,4 +1,4 @@
-"""Says whether the operator is ready, tells its metrics, and answers agents over TLS with a refusal."""
+"""Checks that the operator is ready, serves its metrics, and refuses strangers over TLS."""
 
 import socket
 import ssl
@@ -18,4 +18,4 @@ with socket.create_connection((host, int(port)), 10) as raw, context.wrap_socket
     status = link.recv(64).split(b"\r\n")[0]
 if b" 401 " not in status + b" ":
     sys.exit(f"{coordinator}: asked without a token it answers {status!r}, not 401")
-print("the operator is ready, tells its metrics and refuses strangers")  # noqa: T201
+print("the operator is ready, serves its metrics and refuses strangers")  # noqa: T201

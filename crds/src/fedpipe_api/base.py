@@ -27,7 +27,7 @@ from .rules import Rule
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line that names the field, file or node and what to do."""
+    """A mistake the user can fix: one line that names the field, file or node and what to do."""
 
 
 class Model(BaseModel):
@@ -81,7 +81,7 @@ class Model(BaseModel):
         return self.model_dump_json(by_alias=True, exclude_none=True)
 
 
-# The context tells what comes from a manifest or the wire from what Python builds.
+# The context separates what comes from a manifest or the wire from what Python builds.
 _AS_DOCUMENT: dict[str, Any] = {"by_name": False, "by_alias": True, "context": {"document": True}}
 
 

@@ -66,7 +66,7 @@ class Reason(StrEnum):
 
 
 class Advice(NamedTuple):
-    """What a reason tells and what a person does about it; an empty action means nothing is needed."""
+    """What a reason means and what a person does about it; an empty action means nothing is needed."""
 
     meaning: str
     action: str = ""
@@ -125,7 +125,7 @@ ADVICE: dict[Reason, Advice] = {
     Reason.AGENT_RETURNED: Advice("A lost agent is back."),
     Reason.AGENT_FAILED: Advice(
         "An agent ended with an error; the message carries its last line.",
-        "Mend what the message names (data file, model path, memory); the Pod is restarted.",
+        "Fix what the message names (data file, model path, memory); the Pod is restarted.",
     ),
     Reason.UPDATE_FLAGGED: Advice(
         "An update's norm or direction is out of line with the others; it was counted.",
@@ -165,13 +165,13 @@ ADVICE: dict[Reason, Advice] = {
         "Restore a backup of the store (`fedpipe-operator restore`), or delete the job and start it again; "
         "its records and files are kept until then.",
     ),
-    Reason.OUTPUT_WRITTEN: Advice("The adapter lies at spec.output."),
+    Reason.OUTPUT_WRITTEN: Advice("The adapter is stored at spec.output."),
     Reason.OUTPUT_FAILED: Advice(
         "The adapter is in the operator's store but could not be written to spec.output.",
         "Fix the volume, URL or Secret named in the message; `fedpipe get adapter` works meanwhile.",
     ),
 }
-"""What each reason tells; the troubleshooting tables are written from it."""
+"""What each reason means; the troubleshooting tables are written from it."""
 
 
 def set_condition(conditions: Iterable[Condition], new: Condition) -> tuple[Condition, ...]:

@@ -69,7 +69,7 @@ def reference() -> str:
 
 
 def _reasons(title: str, speakers: str, advice: Mapping[Any, Advice]) -> str:
-    rows = (f"| `{reason}` | {told.meaning} | {told.action or '–'} |\n" for reason, told in advice.items())
+    rows = (f"| `{reason}` | {entry.meaning} | {entry.action or '–'} |\n" for reason, entry in advice.items())
     return REASONS.format(title=title, speakers=speakers) + "".join(rows)
 
 

@@ -99,7 +99,7 @@ NODE_ADVICE: dict[NodeReason, Advice] = {
         "Nothing, or stop them: jobs get what is free, and run slower.",
     ),
 }
-"""What each reason of a FedPipeNode tells; the troubleshooting tables are written from it."""
+"""What each reason of a FedPipeNode means; the troubleshooting tables are written from it."""
 
 
 class MigInstance(Model):
@@ -112,7 +112,7 @@ class MigInstance(Model):
 
 
 class Device(Model):
-    """One GPU, as NVML tells it; null where NVML says the board does not support the question."""
+    """One GPU, as NVML reports it; null where NVML says the board does not support the question."""
 
     uuid: str = Field(max_length=128, description="As NVML gives it.")
     name: str = Field(max_length=128, description="Product name.")
@@ -220,7 +220,7 @@ class Capacity(Model):
 
 
 class FleetNode(Capacity):
-    """One node of a fleet file: its capacity, its labels and where its data lies."""
+    """One node of a fleet file: its capacity, its labels and where its data is stored."""
 
     name: Name = Field(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", description="Unique in the fleet.")
     labels: dict[str, LabelValue] = Field(

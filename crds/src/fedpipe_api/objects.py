@@ -49,7 +49,7 @@ class Claim(Model):
 
 
 class Volume(Model):
-    """Where files lie: a claim or a directory of the node."""
+    """Where files are stored: a claim or a directory of the node."""
 
     persistent_volume_claim: Claim | None = None
     host_path: HostPath | None = None

@@ -1,4 +1,4 @@
-"""Rules across the fields of one type, told once for Python and for the API server (CEL)."""
+"""Rules across the fields of one type, written once for Python and for the API server (CEL)."""
 
 import re
 from collections.abc import Callable

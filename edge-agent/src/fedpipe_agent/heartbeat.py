@@ -11,7 +11,7 @@ from .errors import Aborted, describe
 from .transport import Transport
 
 PERIOD = 2.0
-"""Seconds between two signs of life; a change of state is told at once."""
+"""Seconds between two signs of life; a change of state is sent at once."""
 
 
 class Work:

@@ -1,1 +1,1 @@
-"""The capacity probe: what this node can carry, told to people and to the cluster. Imports no torch."""
+"""The capacity probe: reports what this node can carry, to people and to the cluster. Imports no torch."""

@@ -160,7 +160,7 @@ def _forever(probe: Probe, options: argparse.Namespace) -> int:
     try:
         bound = cluster.identity().node
     except PublishError:
-        # Told, and tried again, by the loop.
+        # The loop reports it and tries again.
         bound = None
     if bound and options.node and options.node != bound:
         raise UserError(f"--node: the token of this Pod is bound to {bound}, not to {options.node}")

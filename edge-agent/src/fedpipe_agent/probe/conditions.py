@@ -105,7 +105,7 @@ def _driver_fault(reading: Reading, devices: tuple[Device, ...], boards: int) ->
     if fault.reason not in ABSENT:
         return True, fault.reason, fault.message
     if devices:
-        return False, NodeReason.DRIVER_LOADED, "a Jetson whose GPU is told by the system, not by NVML"
+        return False, NodeReason.DRIVER_LOADED, "a Jetson: the system reports its GPU, not NVML"
     if not boards:
         return False, NodeReason.NO_GPU, ""
     found = "an NVIDIA board is" if boards == 1 else f"{boards} NVIDIA boards are"

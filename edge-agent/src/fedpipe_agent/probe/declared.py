@@ -1,4 +1,4 @@
-"""A capacity that a person declared in a file, in place of what the hardware tells."""
+"""A capacity that a person declared in a file, in place of what the hardware reports."""
 
 import json
 from pathlib import Path

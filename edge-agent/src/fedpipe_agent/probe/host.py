@@ -1,4 +1,4 @@
-"""What the system itself tells: processor, memory, cache disk, and NVIDIA hardware that NVML does not see."""
+"""What the system itself reports: processor, memory, cache disk, NVIDIA hardware that NVML does not see."""
 
 import contextlib
 import os
@@ -23,9 +23,9 @@ class Host:
 
 
 def read(cache: Path | None, *, limited: bool, root: Path = Path("/")) -> Host:
-    """Return what the system tells.
+    """Return what the system reports.
 
-    cache: directory of the model cache, whose file system's free bytes are told; null when it is not given.
+    cache: directory of the model cache, whose file system's free bytes are reported; null without it.
     limited: keep to this process's cgroup (v2) and CPU affinity. A probe in a Pod speaks for the whole node
     and must not: its own limits are small.
     root: where /proc and /sys are found.
@@ -64,7 +64,7 @@ def _cgroups(root: Path) -> Iterator[Path]:
         if line.startswith("0::/"):
             top = root / "sys/fs/cgroup"
             path = line.removeprefix("0::/")
-            # A path with .. lies outside this cgroup namespace, where only the top can be seen.
+            # A path with .. is outside this cgroup namespace, where only the top can be seen.
             group = top if ".." in path.split("/") else top / path
             while group != top:
                 yield group

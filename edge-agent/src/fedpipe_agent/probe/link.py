@@ -22,7 +22,7 @@ UNKNOWN_ISSUER = (2, 18, 19, 20, 21)
 
 
 class LinkError(Exception):
-    """The rate cannot be told; the text says why."""
+    """The rate cannot be measured; the text says why."""
 
 
 def measure(url: str, ca: Path | None = None, *, wait: Wait | None = None, child: Child | None = None) -> int:

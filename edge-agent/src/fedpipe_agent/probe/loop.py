@@ -82,7 +82,7 @@ class Link:
         self.rate = known if coordinator else None
 
     def look(self, waiter: Waiter | None = None) -> int | None:
-        """Return the rate in bytes per second, measured anew when that is due; None when it is not known."""
+        """Return the rate in bytes per second, measured again when that is due; None when it is not known."""
         if self._coordinator is None or time.monotonic() < self._due:
             return self.rate
         try:
@@ -94,7 +94,7 @@ class Link:
             )
         except link.LinkError as error:
             if waiter and waiter.stopping:
-                # Cut short by the signal: no fault of the link to be told to anybody.
+                # Interrupted by the signal: not a fault of the link, so it is not reported.
                 return self.rate
             self.rate = None
             self._tell(str(error))
@@ -170,7 +170,7 @@ def run(
                 wait=waiter.readable, verified=publisher.verified, link_rate=measured.rate, before=before
             )
             if waiter.stopping:
-                # A read cut short by the signal is no fault of NVML to be told to anybody.
+                # A read interrupted by the signal is not a fault of NVML, so it is not reported.
                 return
             metrics.saw(before, time.monotonic() - started)
             journal.saw(before)
@@ -224,7 +224,7 @@ class Journal:
 
 
 def _last_status(publisher: Publisher) -> FedPipeNodeStatus | None:
-    """Return what an earlier probe wrote; the first write meets, and tells, whatever stands in the way."""
+    """Return what an earlier probe wrote, or None; the first write reports any problem."""
     try:
         return publisher.load()
     except PublishError:

@@ -10,7 +10,7 @@ from fedpipe_api.node import FedPipeNodeStatus
 
 
 class NodeMetrics(Collector):
-    """What the probe tells Prometheus of its node and of itself."""
+    """The metrics that the probe exports about its node and itself."""
 
     def __init__(self, node: str) -> None:
         self.registry = CollectorRegistry()

@@ -19,7 +19,7 @@ MAX_DEVICES = 64
 
 
 class Fault(Model):
-    """Why NVML told nothing."""
+    """Why NVML reported nothing."""
 
     reason: NodeReason
     message: str = Field(max_length=512)
@@ -59,7 +59,7 @@ class Reader:
         self._child = Child(timeout)
 
     def read(self, wait: Wait | None = None) -> Reading:
-        """Return one reading; a hang, a crash or rubbish is one with a fault. `wait` as in `Child.ask`."""
+        """Return one reading; a hang, a crash or malformed output gives a fault. `wait`: see `Child.ask`."""
         try:
             return Reading.model_validate_json(self._child.ask(_read, wait))
         except Stuck:
@@ -164,7 +164,7 @@ def _memory(nvml: Any, handle: Any) -> tuple[Any, bool]:
 
 
 def _sum(instances: tuple[MigInstance, ...]) -> tuple[int | None, int | None]:
-    """Return what a MIG board has in all: it tells the whole to privileged users only."""
+    """Return what a MIG board has in all: it reports the total to privileged users only."""
     total = sum(instance.total_memory for instance in instances)
     if not total:
         return None, None

@@ -79,7 +79,7 @@ class Cluster:
         return http.client.HTTPSConnection(host, parts.port, timeout=TIMEOUT, context=context)
 
     def read_token(self) -> str:
-        """Return the token, read anew because the kubelet renews it. Raises PublishError."""
+        """Return the token, read each time because the kubelet renews it. Raises PublishError."""
         try:
             with self.token.open() as file:
                 return file.read(TOKEN_LIMIT).strip()

@@ -24,7 +24,7 @@ def devices(devices: tuple[Device, ...], capacity: Capacity | None) -> str:
 
 
 def _sizes(devices: tuple[Device, ...]) -> list[tuple[int, int]]:
-    """Return (total, free) bytes of everything a process can be given and that tells its memory."""
+    """Return (total, free) bytes of every device that can be given to a process and reports its memory."""
     sizes = []
     for device in devices:
         parts = device.mig_instances if device.mig_enabled else (device,)

@@ -63,7 +63,7 @@ def _facts(device: Device) -> Iterator[str]:
 
 def _free_of(free: int | None, total: int | None) -> str:
     if total is None:
-        return "memory not told"
+        return "memory unknown"
     return f"{gib(total)}" if free is None else f"{gib(free)} of {gib(total)} free"
 
 

@@ -131,7 +131,7 @@ def _saved(work: Workload, device: wire.DeviceFacts, configuration: Configuratio
 
 
 def _holes(work: Workload, device: wire.DeviceFacts, configuration: Configuration) -> int:
-    """Return the bytes of glibc's heap that lie unused between what the layers keep.
+    """Return the bytes of glibc's heap lost to fragmentation between what the layers keep.
 
     Activations fill the holes of unpacked weights while they are smaller, so that the larger kind of holes
     counts; the nearer their size comes to that of the weights the fewer fit, and the weights' holes come on

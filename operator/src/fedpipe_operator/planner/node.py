@@ -39,7 +39,7 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class Case:
-    """What tells one node from another: nodes of equal cases get equal plans.
+    """What distinguishes one node from another: nodes of equal cases get equal plans.
 
     Attributes:
         device: facts, without name and uuid where they do not matter.

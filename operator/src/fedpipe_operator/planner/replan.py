@@ -5,7 +5,7 @@ from fedpipe_api import wire
 from . import words
 
 SLOWER, FASTER = 1.3, 0.6
-"""Measured over predicted step time at which a plan is made anew. The band is wide, and a new plan predicts
+"""Measured over predicted step time at which a plan is made again. The band is wide, and a new plan predicts
 with the measured time, so that noise does not change plans back and forth."""
 PEAK = 1.1
 """Measured over predicted peak memory: beyond the headroom that plans leave."""
@@ -17,7 +17,7 @@ def needs_replan(
     peak_bytes: int | None = None,
     free_memory: int | None = None,
 ) -> str | None:
-    """Return why a plan should be made anew, or None.
+    """Return why the plan should be replaced, or None.
 
     Args:
         previous: the plan in use.

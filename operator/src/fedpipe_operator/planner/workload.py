@@ -124,7 +124,7 @@ def compute_bytes(device: wire.DeviceFacts, precision: Precision) -> int:
 
 
 def _depth(name: str) -> int:
-    """Return the layer a matrix is in; 0 where its name tells none."""
+    """Return the layer a matrix is in; 0 where its name has none."""
     found = _LAYER.search(name)
     return int(found.group(1)) if found else 0
 
