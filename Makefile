@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := runs/quickstart-inputs
 
-.PHONY: quickstart test check format generate images e2e clean
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check format generate images e2e clean
 
 $(VENV)/installed: constraints.txt requirements-quickstart.txt crds/pyproject.toml operator/pyproject.toml edge-agent/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +16,9 @@ $(VENV)/installed: constraints.txt requirements-quickstart.txt crds/pyproject.to
 		--editable ./crds --editable "./edge-agent[train]" --editable "./operator[local]"
 	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements-quickstart.txt
 	touch $@
+
+help:  ## this list
+	@sed -n 's/^\([a-z0-9]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "%-12s%s\n", $$1, $$2 }'
 
 quickstart: $(VENV)/installed  ## the main job on this machine: four unequal nodes, a pretrained BERT
 	$(BIN)/python -m fedpipe_operator.local.quickstart $(QUICKSTART)
@@ -34,11 +38,11 @@ check: $(VENV)/installed  ## format, lint, types, layers, generated files
 	$(BIN)/python -m fedpipe_api.crdgen --check crds
 	$(BIN)/python charts/generate.py --check
 
-format: $(VENV)/installed
+format: $(VENV)/installed  ## write what `make check` asks of the format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-generate: $(VENV)/installed  ## rewrite the CRDs, the chart's copies, its dashboards and tables
+generate: $(VENV)/installed  ## rewrite the CRDs, the chart's copies, dashboards, tables and versions
 	$(BIN)/python -m fedpipe_api.crdgen crds
 	$(BIN)/python charts/generate.py
 
@@ -48,5 +52,5 @@ images:  ## build the operator, probe and agent images
 e2e: $(VENV)/installed  ## install the chart on the cluster that KUBECONFIG names and run a small job
 	$(BIN)/python tests/e2e/cluster.py
 
-clean:
+clean:  ## remove the virtual environment and the runs
 	rm -rf $(VENV) runs

@@ -1,11 +1,13 @@
 """Writes what the chart holds in a second form: `python charts/generate.py [--check]`.
 
 CustomResourceDefinitions come from crds/, dashboards from dashboards/, the tables of the documents from
-values.yaml, the alert rules and the contract's conditions.
+values.yaml, the alert rules and the contract's conditions, and the version of chart and packages from
+crds/pyproject.toml.
 """
 
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import grafana
@@ -46,7 +48,21 @@ def files() -> dict[Path, str]:
     chart, project = CHART / "README.md", HERE.parent / "README.md"
     found[chart] = filled(chart.read_text(), values=values_table(), alerts=alerts_table())
     found[project] = filled(project.read_text(), reasons=reasons_table())
+    version = tomllib.loads((HERE.parent / "crds/pyproject.toml").read_text())["project"]["version"]
+    for path in (
+        CHART / "Chart.yaml",
+        HERE.parent / "operator/pyproject.toml",
+        HERE.parent / "edge-agent/pyproject.toml",
+    ):
+        found[path] = stamped(path.read_text(), version)
     return found
+
+
+def stamped(text: str, version: str) -> str:
+    """Return a Chart.yaml or pyproject.toml with this version, its own and that of the packages it needs."""
+    text = re.sub(r"(?m)^((?:version|appVersion): ).*$", rf"\g<1>{version}", text)
+    text = re.sub(r'(?m)^(version = ").*"$', rf'\g<1>{version}"', text)
+    return re.sub(r'("fedpipe-[a-z]+(?:\[[a-z]+\])?==)[^"]*"', rf'\g<1>{version}"', text)
 
 
 def filled(text: str, **tables: str) -> str:

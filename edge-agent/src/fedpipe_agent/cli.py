@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from fedpipe_api.base import UserError
+from fedpipe_api.version import version
 
 from . import console
 from .errors import Failure, Refused, Stopped, describe, trace
@@ -15,6 +16,7 @@ USAGE = """usage: fedpipe-agent train|probe [options]
   train    work on one job: pull assignments, train, push updates
   probe    report what this node can carry
 
+fedpipe-agent --version prints the version.
 fedpipe-agent train --help and fedpipe-agent probe --help list the options."""
 
 
@@ -28,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit 0 when done or stopped, 2 for a mistake of the user, 130 when interrupted, 1 for any other failure.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--version"]:
+        sys.stdout.write(f"{version()}\n")
+        return 0
     if not arguments or arguments[0] not in _COMMANDS:
         wanted = bool(arguments) and arguments[0] in ("-h", "--help")
         (sys.stdout if wanted else sys.stderr).write(USAGE + "\n")

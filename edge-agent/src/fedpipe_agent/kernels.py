@@ -130,11 +130,12 @@ def import_bitsandbytes() -> Any:
     def as_it_is(function: Any = None, **_: Any) -> Any:
         return function if function is not None else as_it_is
 
-    compiler, torch.compile = torch.compile, as_it_is
+    patched: Any = torch
+    compiler, patched.compile = patched.compile, as_it_is
     try:
         import bitsandbytes
     finally:
-        torch.compile = compiler
+        patched.compile = compiler
     return bitsandbytes
 
 

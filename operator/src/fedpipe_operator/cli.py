@@ -9,6 +9,7 @@ import typer
 from fedpipe_api.base import UserError
 
 from .kube.get import get
+from .version_option import add_version
 
 app = typer.Typer(
     name="fedpipe",
@@ -18,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+add_version(app)
 data = typer.Typer(name="data", help="Prepare data.", no_args_is_help=True)
 app.add_typer(data)
 app.add_typer(get)

@@ -291,7 +291,7 @@ class Adapters:
                 rank_pattern=patterns,
                 # The product of the frozen factors is the remainder itself: scale 1.
                 alpha_pattern={} if trained else patterns,
-                lora_alpha=self._alpha,
+                lora_alpha=self._alpha,  # type: ignore[arg-type]  # annotated as int, but only divided
                 use_rslora=self._rs_lora and trained,
                 fan_in_fan_out=any(self._is_transposed(name) for name in wanted),
                 init_lora_weights=False,
@@ -313,7 +313,7 @@ class Adapters:
         """Whether a layer stores its weight as (inputs, outputs), as GPT-2's Conv1D does unless quantized."""
         from transformers.pytorch_utils import Conv1D
 
-        layer = self._model.get_submodule(name)
+        layer: Any = self._model.get_submodule(name)
         return isinstance(layer.get_base_layer() if name in self._layers else layer, Conv1D)
 
     @torch.no_grad()

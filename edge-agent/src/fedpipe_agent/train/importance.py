@@ -134,7 +134,8 @@ def measure(
             # much larger that all scores would be equal within 10 % and say nothing of the data.
             for increment in increments.values():
                 increment.update()
-            (PENALTY / (2 * len(increments)) * sum(i.penalty() for i in increments.values())).backward()
+            penalty = sum((i.penalty() for i in increments.values()), start=trained[0].new_zeros(()))
+            (PENALTY / (2 * len(increments)) * penalty).backward()
             nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean, median
+from typing import Any
 
 import numpy as np
 import torch
@@ -263,7 +264,8 @@ def evaluate(
 
 def checkpoint(model: nn.Module, wanted: bool) -> None:
     """Switch gradient checkpointing on or off."""
+    transformer: Any = model  # transformers' method, which a Module in general does not have
     if wanted:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        transformer.activation_checkpointing_enable({"use_reentrant": False})
     else:
-        model.activation_checkpointing_disable()
+        transformer.activation_checkpointing_disable()

@@ -289,6 +289,7 @@ def _own_memory(model: nn.Module) -> None:
 
 def _keep_training_kernels(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights for inference on CPU; packed they have no backward."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -11,6 +11,7 @@ import typer
 from fedpipe_api.base import UserError
 from fedpipe_api.object_url import ObjectURL
 
+from ..version_option import add_version
 from .api import own_namespace
 from .settings import AllowedStore, Settings
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+add_version(app)
 
 
 def main() -> int:

@@ -13,6 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from matplotlib.typing import RcKeyType
 
 Row = dict[str, Any]
 Value = Callable[[Row], float | None]
@@ -33,7 +34,7 @@ _PHASES = (
     ("aggregateSeconds", "aggregate", "#CC79A7"),
 )
 
-_STYLE = {
+_STYLE: dict[RcKeyType, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#888888",
     "axes.grid": True,
