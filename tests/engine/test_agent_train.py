@@ -126,6 +126,9 @@ def test_a_whole_job(models, tmp_path):
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-3)
 
         assert [manifest.steps for manifest, _ in coordinator.updates] == [3] * 5
+        # Each says what it is a change of.
+        starts = [(manifest.round, manifest.adapter) for manifest, _ in coordinator.updates]
+        assert starts == [(1, None), (2, blob.digest), (2, blob.digest), (3, blob.digest), (4, blob.digest)]
         splits = [True, True, True, False, False]  # by the rule they started by, as assigned
         for (manifest, body), split in zip(coordinator.updates, splits, strict=True):
             assert hashlib.sha256(body).hexdigest() == manifest.digest

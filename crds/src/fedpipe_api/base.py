@@ -231,8 +231,9 @@ Positive = Annotated[int, Field(ge=1, le=2**53)]
 """How many of something that there is."""
 Bytes = Annotated[int, Field(ge=0, le=2**53)]
 RoundNumber = Annotated[int, Field(ge=0, le=999_999)]
-Seconds = Annotated[float, Field(ge=0, le=1e9)]
-"""A duration, at most 31 years."""
+NANOSECOND = 1e-9
+Seconds = Annotated[float, Field(ge=0, le=1e9), AfterValidator(lambda s: s if s >= NANOSECOND else 0.0)]
+"""A duration, at most 31 years; less than a nanosecond is none, so that any other can be divided by."""
 Moment = Annotated[float, Field(ge=0, le=253_402_300_799)]
 """Seconds since the epoch, at most the last of the year 9999."""
 Loss = Annotated[float, Field(ge=-1e9, le=1e9)]

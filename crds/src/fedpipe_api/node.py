@@ -203,10 +203,10 @@ class Capacity(Model):
     """
 
     device: str = Field(default="cpu", min_length=1, max_length=128, description="Name to show.")
-    memory: Quantity | None = Field(default=None, description="Bytes the agent may use in all.")
+    memory: Quantity | None = Field(default=None, le=2**53, description="Bytes the agent may use in all.")
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads; default: all.")
-    speed: float = Field(default=1.0, gt=0, le=1, description="Share of this machine's speed.")
-    link_rate: Quantity | None = Field(default=None, description="Bytes per second, each way.")
+    speed: float = Field(default=1.0, ge=1e-6, le=1, description="Share of this machine's speed.")
+    link_rate: Quantity | None = Field(default=None, le=2**53, description="Bytes per second, each way.")
     precisions: tuple[Precision, ...] = Field(
         default=tuple(Precision), min_length=1, max_length=8, description="That the planner may choose."
     )

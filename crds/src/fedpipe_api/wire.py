@@ -18,6 +18,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from .base import (
+    NANOSECOND,
     Bytes,
     Count,
     Loss,
@@ -190,7 +191,7 @@ class DeviceFacts(Model):
     free_memory: Bytes = Field(description="Bytes it may use in all, runtime included.")
     overhead: Bytes = Field(description="Bytes the runtime already takes of it.")
     threads: int = Field(ge=1, le=65536)
-    speed: float = Field(gt=0, le=1e6)
+    speed: float = Field(ge=1e-6, le=1e6)
     link_rate: Positive | None = Field(default=None, description="Bytes per second.")
     kernels: tuple[KernelResult, ...] = Field(max_length=8)
 
@@ -303,7 +304,7 @@ class Assignment(Model):
 class ProfileReport(Model):
     """What profiling measured on the node."""
 
-    step_seconds: Seconds = Field(gt=0)
+    step_seconds: Seconds = Field(ge=NANOSECOND)
     peak_bytes: Bytes
     micro_batch: Positive = Field(description="The one that ran, after any halving.")
     scores: dict[ModuleName, Score] = Field(default_factory=dict, max_length=10000)
