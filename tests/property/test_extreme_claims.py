@@ -68,7 +68,7 @@ def planned(state: JobState, version: int) -> PlanMade:
     return record
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data(), registrations(), ROUNDS)
 def test_one_node_never_keeps_the_others_from_their_plan(
     data: st.DataObject, lie: Registration, rounds: dict[str, object]

@@ -93,8 +93,8 @@ def read_message(kind: type[M], body: str | bytes) -> M:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> None:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
+    if len(dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise BadMessage(f"{twice if twice.isprintable() else ascii(twice)}: given twice; send it once")
 
@@ -330,7 +330,7 @@ class UpdateManifest(Model):
     """What accompanies an update; sent in a header, so small.
 
     `round` and `adapter` say what the update is a change of: the round that it was made for, and the global
-    adapter as it was downloaded, None where there was none. They are not in ledgers of versions before 0.2.
+    adapter as it was downloaded, None where there was none. A ledger of schema 0 has neither.
     """
 
     round: RoundNumber = 0

@@ -84,7 +84,7 @@ class AgentRegistered(Model):
     """An agent presented itself, for the first time or again.
 
     `shape` is the digest of its model's shape; the shape itself is kept where it is the first of its kind in
-    the job. Ledgers of versions before 0.2 have no digests: every agent had the first one's shape.
+    the job. A ledger of schema 0 has no digests: every agent had the first one's shape.
     """
 
     kind: Literal["registered"] = "registered"
@@ -122,7 +122,7 @@ class PlanMade(Model):
     kind: Literal["plan"] = "plan"
     version: Positive
     reason: Text
-    # The digest of the model's shape that it is made for; ledgers of versions before 0.2 have none.
+    # The digest of the model's shape that it is made for; a ledger of schema 0 has none.
     shape: Sha256 | None = None
     nodes: dict[Name, NodePlan] = Field(max_length=NODES)
     left_out: dict[Name, Text] = Field(max_length=NODES)

@@ -162,7 +162,7 @@ def apply(state: JobState, record: Record, at: float) -> None:
             state.lost[record.node] = record.reason
             state.sequence = record.sequence
         case PlanMade():
-            # In ledgers of versions before 0.2 every agent has the first one's model.
+            # In a ledger of schema 0 every agent has the first one's model.
             known = (
                 record
                 if record.shape
