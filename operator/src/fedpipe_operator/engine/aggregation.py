@@ -50,7 +50,7 @@ def weights(state: JobState) -> dict[str, int]:
 
 def _check(state: JobState, node: str, found: NodeReport, counted: int) -> NodeCheck:
     assert state.current is not None
-    check = NodeCheck(**vars(found))
+    check = NodeCheck(**(vars(found) | {"reason": found.reason[:REASON]}))
     claimed = state.current.updates[node].samples
     if counted == claimed:
         return check
