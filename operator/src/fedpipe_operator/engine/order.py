@@ -37,10 +37,14 @@ def _follows(state: JobState, record: Record) -> bool:
             return True
         case Finished():
             return state.finished is None
-        case Offered() | AgentLost() | AgentRegistered():
+        case AgentRegistered():
+            known = record.model is not None or record.shape is None or record.shape in state.models
+            return known and record.sequence == state.sequence + 1
+        case Offered() | AgentLost():
             return record.sequence == state.sequence + 1
         case PlanMade():
-            return bool(state.agents) and record.version == len(state.plans) + 1
+            known = record.shape is None or record.shape in state.models
+            return known and bool(state.agents) and record.version == len(state.plans) + 1
         case Profiled():
             return state.plan is not None and record.node not in state.profiles
         case Evaluated():
