@@ -6,11 +6,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiohttp import web
-
 from fedpipe_api.wire import ModelShape
 from fedpipe_operator.coordinator import application
 from fedpipe_operator.engine import Engine
+from fedpipe_operator.serving import serve
 from standins.agents import StandIn, model_shape
 from standins.server import UID, identify, job
 
@@ -41,10 +40,7 @@ async def local(
     """Serve one job in this process."""
     engine = Engine(directory)
     await engine.start()
-    runner = web.AppRunner(application(engine, identify), shutdown_timeout=1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
+    runner = await serve(application(engine, identify), "127.0.0.1", 0, shutdown_timeout=1)
     port = runner.addresses[0][1]
     names = [f"node-{i}" for i in range(nodes)]
     await engine.submit(job(nodes, count, method, **spec))

@@ -21,7 +21,6 @@ from fedpipe_api.wire import (
     Evaluation,
     ProfileReport,
     Progress,
-    Refusal,
     Registration,
     UpdateManifest,
     read_message,
@@ -33,8 +32,11 @@ from ..engine import Engine, Refused, accept
 from ..engine.accept import Verdict
 from ..engine.quota import SAFETENSORS_HEADER
 from ..engine.state import blobs_in_use
+from ..serving import guard
 from ..store import Incoming, is_full
+from .bodies import Bodies, arriving
 from .identity import Identify, Identity
+from .limits import Callers
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Model)
@@ -45,13 +47,14 @@ LONGEST_WAIT = 60.0
 FULL_SECONDS = 15
 """When a message is welcome again that found the store without room."""
 
-_CHUNK = 1 << 20
-"""Bytes handed to the writing thread at a time."""
+_CHUNK = 128 * 1024
+"""Bytes of a blob read at a time: each slow reader holds so many."""
 
 LINK_PATH = "/v1/link"
 """Zeros for anyone who wants to know the rate of its link; a probe has no identity here."""
 
 _LINK_BYTES = 1 << 18
+_LINK_CHUNK = bytes(1 << 15)
 
 _IDENTITY = web.RequestKey("identity", Identity)
 
@@ -60,7 +63,7 @@ def application(engine: Engine, identify: Identify) -> web.Application:
     """Return the coordinator's aiohttp application; the caller owns server, socket and TLS."""
     routes = _Routes(engine)
     app = web.Application(
-        middlewares=[_refusals, _without_room(engine), _authentication(identify)],
+        middlewares=[guard, _without_room(engine), _authentication(identify), _limited(Callers())],
         handler_args={"max_field_size": HEADER_LIMIT, "max_line_size": 8190},
     )
     app.add_routes(
@@ -77,29 +80,6 @@ def application(engine: Engine, identify: Identify) -> web.Application:
         ]
     )
     return app
-
-
-@web.middleware
-async def _refusals(request: web.Request, handler: Handler) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except Refused as refused:
-        log.warning("%s %s: %d %s: %s", request.method, request.path, refused.status, refused.reason, refused)
-        return _refuse(refused)
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        return _refuse(Refused(error.status, type(error).__name__.removeprefix("HTTP"), error.reason))
-
-
-def _refuse(refused: Refused) -> web.Response:
-    body = Refusal(reason=refused.reason, error=refused.message[:1024])
-    response = web.json_response(text=body.to_json(), status=refused.status)
-    if refused.status == 401:
-        response.headers["WWW-Authenticate"] = "Bearer"
-    if refused.retry_after is not None:
-        response.headers["Retry-After"] = str(refused.retry_after)
-    return response
 
 
 def _without_room(engine: Engine) -> Middleware:
@@ -134,13 +114,32 @@ def _authentication(identify: Identify) -> Middleware:
     return check
 
 
-async def _link(request: web.Request) -> web.Response:
-    return web.Response(body=bytes(_LINK_BYTES))
+def _limited(callers: Callers) -> Middleware:
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        who = request.get(_IDENTITY)
+        if who is None:
+            return await handler(request)
+        with callers.calling(request, who):
+            return await handler(request)
+
+    return check
+
+
+async def _link(request: web.Request) -> web.StreamResponse:
+    # Piece by piece: a stranger that does not read must not hold all of it here.
+    response = web.StreamResponse()
+    response.content_length = _LINK_BYTES
+    await response.prepare(request)
+    for _ in range(_LINK_BYTES // len(_LINK_CHUNK)):
+        await response.write(_LINK_CHUNK)
+    return response
 
 
 class _Routes:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._bodies = Bodies()
 
     async def job(self, request: web.Request) -> web.Response:
         who = request[_IDENTITY]
@@ -148,7 +147,7 @@ class _Routes:
 
     async def register(self, request: web.Request) -> web.Response:
         who = request[_IDENTITY]
-        message = await _body(request, Registration, REGISTRATION_LIMIT)
+        message = await self._body(request, Registration, REGISTRATION_LIMIT)
         return _json(await self._engine.register(who.job, who.node, message))
 
     async def assignment(self, request: web.Request) -> web.Response:
@@ -162,13 +161,13 @@ class _Routes:
 
     async def profile(self, request: web.Request) -> web.Response:
         who = request[_IDENTITY]
-        report = await _body(request, ProfileReport, REGISTRATION_LIMIT)
+        report = await self._body(request, ProfileReport, REGISTRATION_LIMIT)
         await self._engine.profile(who.job, who.node, report)
         return web.Response(status=204)
 
     async def evaluation(self, request: web.Request) -> web.Response:
         who = request[_IDENTITY]
-        message = await _body(request, Evaluation, CONTROL_LIMIT)
+        message = await self._body(request, Evaluation, CONTROL_LIMIT)
         if message.round != _round(request):
             raise Refused(400, "BadRequest", "round: the path and the body differ")
         await self._engine.evaluation(who.job, who.node, message)
@@ -176,7 +175,7 @@ class _Routes:
 
     async def progress(self, request: web.Request) -> web.Response:
         who = request[_IDENTITY]
-        message = await _body(request, Progress, CONTROL_LIMIT)
+        message = await self._body(request, Progress, CONTROL_LIMIT)
         return _json(Answer(wanted=await self._engine.progress(who.job, who.node, message)))
 
     async def blob(self, request: web.Request) -> web.StreamResponse:
@@ -207,7 +206,7 @@ class _Routes:
         with self._engine.receiving(who.job, who.node, manifest.size):
             incoming = self._engine.blobs.incoming()
             try:
-                await _receive(request, incoming, manifest)
+                await _receive(request, self._bodies, incoming, manifest)
                 try:
                     await asyncio.to_thread(check_update_file, incoming.path, shapes, limit)
                 except BadUpdate as error:
@@ -216,6 +215,22 @@ class _Routes:
             finally:
                 incoming.discard()
         return web.Response(status=204)
+
+    async def _body(self, request: web.Request, kind: type[M], limit: int) -> M:
+        too_large = Refused(413, "TooLarge", f"a {kind.__name__} may have at most {limit} bytes")
+        size = limit if request.content_length is None else request.content_length
+        if size > limit:
+            raise too_large
+        async with self._bodies.hold(request[_IDENTITY], size):
+            body = bytearray()
+            async for chunk in arriving(request, size):
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+            try:
+                return read_message(kind, bytes(body))
+            except BadMessage as error:
+                raise Refused(422, "Invalid", str(error)) from None
 
 
 def _json(message: Model) -> web.Response:
@@ -229,20 +244,6 @@ def _round(request: web.Request) -> int:
     return int(text)
 
 
-async def _body(request: web.Request, kind: type[M], limit: int) -> M:
-    if (request.content_length or 0) > limit:
-        raise Refused(413, "TooLarge", f"a {kind.__name__} may have at most {limit} bytes")
-    body = bytearray()
-    async for chunk in request.content.iter_any():
-        body += chunk
-        if len(body) > limit:
-            raise Refused(413, "TooLarge", f"a {kind.__name__} may have at most {limit} bytes")
-    try:
-        return read_message(kind, bytes(body))
-    except BadMessage as error:
-        raise Refused(422, "Invalid", str(error)) from None
-
-
 def _manifest(request: web.Request) -> UpdateManifest:
     text = request.headers.get(MANIFEST_HEADER)
     if text is None:
@@ -253,18 +254,18 @@ def _manifest(request: web.Request) -> UpdateManifest:
         raise Refused(422, "Invalid", f"{MANIFEST_HEADER}: {error}") from None
 
 
-async def _receive(request: web.Request, incoming: Incoming, manifest: UpdateManifest) -> None:
+async def _receive(
+    request: web.Request, bodies: Bodies, incoming: Incoming, manifest: UpdateManifest
+) -> None:
     """Stream the body to disk off the event loop, then make it durable and check its digest."""
-    buffer = bytearray()
-    try:
-        async for chunk in request.content.iter_any():
+    with bodies.uploading() as chunk_size:
+        buffer = bytearray()
+        async for chunk in arriving(request, manifest.size):
             buffer += chunk
-            if len(buffer) >= _CHUNK:
+            if len(buffer) >= chunk_size():
                 await asyncio.to_thread(incoming.write, buffer)
                 buffer = bytearray()
-    except (web.HTTPException, ConnectionError, asyncio.IncompleteReadError) as error:
-        raise Refused(400, "Truncated", f"the body broke off ({error})") from None
-    await asyncio.to_thread(incoming.write, buffer)
+        await asyncio.to_thread(incoming.write, buffer)
     digest = await asyncio.to_thread(incoming.finish)
     if incoming.size != manifest.size:
         raise Refused(400, "Truncated", f"{incoming.size} of {manifest.size} bytes arrived")

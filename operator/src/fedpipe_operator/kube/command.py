@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedpipe_api.base import UserError
+from fedpipe_api.logs import LINE_FORMAT, LineFormatter
 from fedpipe_api.object_url import ObjectURL
 
 from ..version_option import add_version
@@ -147,11 +148,9 @@ def deliver(
 
 
 def _log(verbose: bool) -> None:
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter(LINE_FORMAT))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
     # kopf tells every patch it makes; the Events tell people what matters.
     logging.getLogger("kopf").setLevel(logging.DEBUG if verbose else logging.WARNING)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)

@@ -12,11 +12,10 @@ from collections.abc import Awaitable, Callable
 import kopf
 from aiohttp import web
 
-from fedpipe_api.base import UserError
-
 from ..coordinator import application
 from ..engine import Engine, Note
 from ..metrics import Figures
+from ..serving import serve as serve_http
 from .api import Api, ApiError, connect
 from .authority import Authority
 from .controller import Controller
@@ -142,14 +141,9 @@ class Operator:
     async def _serve(
         self, stack: contextlib.AsyncExitStack, app: web.Application, port: int, tls: bool
     ) -> None:
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=UPLOAD_SECONDS)
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
         context = self.authority.context if tls else None
-        try:
-            await web.TCPSite(runner, self.settings.host, port, ssl_context=context).start()
-        except OSError as error:
-            raise UserError(f"port {port}: {error.strerror}; choose another or end what uses it") from None
+        runner = await serve_http(app, self.settings.host, port, context, shutdown_timeout=UPLOAD_SECONDS)
+        stack.push_async_callback(runner.cleanup)
 
     async def _patiently(self, call: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
         """Repeat until the API server answers: an operator that starts first just waits."""

@@ -17,6 +17,7 @@ from aiohttp import web
 
 from fedpipe_api.base import UserError
 from fedpipe_api.conditions import Reason
+from fedpipe_api.logs import LINE_FORMAT, LineFormatter
 
 from ..coordinator import Tokens, application
 from ..engine import Engine
@@ -179,8 +180,8 @@ async def _session(
     """Run the engine and the agents until the job ends, is interrupted, or cannot go on."""
     # Written only if there is something to tell.
     to_file = logging.FileHandler(directory.log, delay=True)
-    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(handlers=[to_file], format=form, force=True)
+    to_file.setFormatter(LineFormatter(LINE_FORMAT))
+    logging.basicConfig(handlers=[to_file], force=True)
     interrupted = asyncio.Event()
     for sign in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(sign, interrupted.set)
