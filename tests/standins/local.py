@@ -40,15 +40,14 @@ async def local(
     """Serve one job in this process."""
     engine = Engine(directory)
     await engine.start()
-    runner = await serve(application(engine, identify), "127.0.0.1", 0, shutdown_timeout=1)
-    port = runner.addresses[0][1]
+    site = await serve(application(engine, identify), "127.0.0.1", 0, shutdown_timeout=1)
     names = [f"node-{i}" for i in range(nodes)]
     await engine.submit(job(nodes, count, method, **spec))
     await engine.offer(UID, names)
     try:
-        yield Local(engine, f"http://127.0.0.1:{port}", names)
+        yield Local(engine, f"http://127.0.0.1:{site.port}", names)
     finally:
-        await runner.cleanup()
+        await site.close()
         await engine.stop()
 
 

@@ -71,7 +71,7 @@ async def main(directory: Path, port: int, nodes: int, count: int, spec: dict[st
     """Serve until the job is done."""
     engine = Engine(directory)
     await engine.start()
-    runner = await serve(application(engine, identify), "127.0.0.1", port, shutdown_timeout=1)
+    site = await serve(application(engine, identify), "127.0.0.1", port, shutdown_timeout=1)
     await engine.submit(job(nodes, count, **spec))
     await engine.offer(UID, [f"node-{i}" for i in range(nodes)])
     lag = asyncio.create_task(watch_lag(directory / "lag"))
@@ -80,7 +80,7 @@ async def main(directory: Path, port: int, nodes: int, count: int, spec: dict[st
     lag.cancel()
     state = engine.jobs[UID].state
     await asyncio.sleep(0.3)  # the agents hear of it
-    await runner.cleanup()
+    await site.close()
     await engine.stop()
     assert state.finished
     print(state.finished.phase, state.adapter.digest if state.adapter else state.finished.message, flush=True)

@@ -142,8 +142,8 @@ class Operator:
         self, stack: contextlib.AsyncExitStack, app: web.Application, port: int, tls: bool
     ) -> None:
         context = self.authority.context if tls else None
-        runner = await serve_http(app, self.settings.host, port, context, shutdown_timeout=UPLOAD_SECONDS)
-        stack.push_async_callback(runner.cleanup)
+        site = await serve_http(app, self.settings.host, port, context, shutdown_timeout=UPLOAD_SECONDS)
+        stack.push_async_callback(site.close)
 
     async def _patiently(self, call: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
         """Repeat until the API server answers: an operator that starts first just waits."""

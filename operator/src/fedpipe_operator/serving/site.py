@@ -16,12 +16,14 @@ import time
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
 
 from fedpipe_api.base import UserError
+
+K = TypeVar("K", bound=Hashable)
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +181,7 @@ class Site(web.BaseSite):
         super().__init__(runner, ssl_context=context)
         assert runner.server is not None
         self.limits = limits
+        self._served = runner
         self._make_protocol = runner.server
         self._listener = listener
         self._context = context
@@ -195,6 +198,11 @@ class Site(web.BaseSite):
         host, port = self._listener.getsockname()[:2]
         return f"{'https' if self._context else 'http'}://{host}:{port}"
 
+    @property
+    def port(self) -> int:
+        """Return the port, also where any was asked for."""
+        return int(self._listener.getsockname()[1])
+
     async def start(self) -> None:
         """Begin to accept."""
         await super().start()
@@ -210,6 +218,10 @@ class Site(web.BaseSite):
             task.cancel()
         self._listener.close()
         await super().stop()
+
+    async def close(self) -> None:
+        """Stop, and end what is accepted: requests under way have the runner's shutdown_timeout."""
+        await self._served.cleanup()
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
@@ -271,10 +283,10 @@ class Site(web.BaseSite):
         self._subtract(address, identity)
 
     def _subtract(self, address: str, identity: Hashable | None) -> None:
-        counter, key = (self._strangers, address) if identity is None else (self._known, identity)
-        counter[key] -= 1
-        if counter[key] <= 0:
-            del counter[key]
+        if identity is None:
+            _decrement(self._strangers, address)
+        else:
+            _decrement(self._known, identity)
 
     def report(self, what: str) -> None:
         """Log what was refused, once in a while with its number: who is refused may come again at once."""
@@ -285,6 +297,12 @@ class Site(web.BaseSite):
             return
         self._reported[what] = now, 0
         log.warning("%s: %d connections closed: each %s", self.name, number + 1, what)
+
+
+def _decrement(counter: Counter[K], key: K) -> None:
+    counter[key] -= 1
+    if counter[key] <= 0:
+        del counter[key]
 
 
 def _network(address: str) -> str:
@@ -334,8 +352,8 @@ async def serve(
     *,
     shutdown_timeout: float = 5.0,
     limits: Limits = Limits(),
-) -> web.AppRunner:
-    """Serve an application and return its runner; UserError when the port cannot be had."""
+) -> Site:
+    """Serve an application until its site is closed; UserError when the port cannot be had."""
     logging.getLogger("aiohttp.server").addFilter(_NO_TRACEBACKS)
     runner = web.AppRunner(
         app,
@@ -353,5 +371,6 @@ async def serve(
     except OSError as error:
         await runner.cleanup()
         raise UserError(f"port {port}: {error.strerror}; choose another or end what uses it") from None
-    await Site(runner, listener, context, limits).start()
-    return runner
+    site = Site(runner, listener, context, limits)
+    await site.start()
+    return site
