@@ -1,7 +1,6 @@
 """`fedpipe-operator run`: engine, coordinator, metrics and kopf in one process and one event loop."""
 
 import asyncio
-import asyncio.sslproto
 import contextlib
 import gc
 import logging
@@ -31,9 +30,6 @@ log = logging.getLogger(__name__)
 
 UPLOAD_SECONDS = 5.0
 """How long requests in progress are given at the end."""
-
-TLS_BUFFER = 32 * 1024
-"""Bytes that asyncio keeps for each TLS connection; its 256 KiB make half a gigabyte for 2,000 agents."""
 
 COLLECT_SECONDS = 300.0
 """Pause between two full garbage collections."""
@@ -176,7 +172,6 @@ async def _collect_garbage() -> None:
 
 async def serve(settings: Settings) -> None:
     """Run the operator until SIGTERM or SIGINT."""
-    asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -6,6 +6,7 @@ leaves the count of strangers, so that thousands of agents may share one address
 """
 
 import asyncio
+import asyncio.sslproto
 import contextlib
 import ipaddress
 import logging
@@ -32,6 +33,9 @@ STRANGER_BYTES = 256 * 1024
 
 HEAD_BYTES = 64 * 1024
 """Bytes that a known connection may send beside the body of its request."""
+
+TLS_BUFFER = 32 * 1024
+"""Bytes that asyncio keeps for each TLS connection; its 256 KiB make half a gigabyte for 2,000 agents."""
 
 WRITE_BUFFER = 64 * 1024
 """Bytes waiting to be sent from which a response waits for its reader."""
@@ -354,6 +358,7 @@ async def serve(
     limits: Limits = Limits(),
 ) -> Site:
     """Serve an application until its site is closed; UserError when the port cannot be had."""
+    asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER
     logging.getLogger("aiohttp.server").addFilter(_NO_TRACEBACKS)
     runner = web.AppRunner(
         app,

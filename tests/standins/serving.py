@@ -1,0 +1,62 @@
+"""A TLS coordinator process to attack: `python serving.py DIRECTORY PORT [LIMITS]`, jobs job-0 .. job-3.
+
+A token is `JOB/NODE`. LIMITS is JSON of `serving.Limits`. Logs go to standard error as the operator's do.
+Ends at SIGTERM as the operator does.
+"""
+
+import asyncio
+import json
+import logging
+import signal
+import ssl
+import sys
+from pathlib import Path
+
+from fedpipe_api.logs import LINE_FORMAT, LineFormatter
+from fedpipe_operator.coordinator import Identity, application
+from fedpipe_operator.engine import Engine
+from fedpipe_operator.kube.tls import load_certificate, now_utc, renew
+from fedpipe_operator.serving import Limits, serve
+from standins.server import job
+
+JOBS, NODES = 4, 3
+
+
+async def identify(token: str) -> Identity | None:
+    """Every token names its job and node."""
+    name, slash, node = token.partition("/")
+    return Identity(name, node) if slash and name.startswith("job-") else None
+
+
+def certificate() -> ssl.SSLContext:
+    """Return a server's context with a certificate of its own."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    load_certificate(context, renew(None, ["localhost"], now_utc()))
+    return context
+
+
+async def main(directory: Path, port: int, limits: Limits) -> None:
+    """Serve until SIGTERM."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter(LINE_FORMAT))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    engine = Engine(directory)
+    await engine.start()
+    for number in range(JOBS):
+        uid = f"job-{number}"
+        wanted = job(NODES, 20)
+        metadata = wanted.metadata.model_copy(update={"uid": uid, "name": uid})
+        await engine.submit(wanted.model_copy(update={"metadata": metadata}))
+        await engine.offer(uid, [f"node-{i}" for i in range(NODES)])
+    site = await serve(application(engine, identify), "127.0.0.1", port, certificate(), limits=limits)
+    print("ready", flush=True)
+    await stop.wait()
+    await site.close()
+    await engine.stop()
+
+
+if __name__ == "__main__":
+    _, directory, port, *rest = sys.argv
+    asyncio.run(main(Path(directory), int(port), Limits(**json.loads(rest[0] if rest else "{}"))))
