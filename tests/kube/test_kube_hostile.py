@@ -88,6 +88,7 @@ def test_a_deep_pod_template_is_invalid_and_stops_nobody(cluster: Cluster) -> No
         condition = cluster.wait(name, lambda name=name: raw_condition(cluster, name))
         assert '"reason":"Invalid"' in condition
         assert "spec.podTemplate: nested deeper than 24 levels" in condition
+    assert "RecursionError" not in cluster.log()
     cluster.submit("beside-the-deep")
     cluster.wait_phase("Succeeded", "beside-the-deep")
     # Nor do they stop the next start.
@@ -100,3 +101,39 @@ def test_a_deep_pod_template_is_invalid_and_stops_nobody(cluster: Cluster) -> No
     for depth in DEPTHS:
         path = cluster.job_path(f"deep-{depth}")
         cluster.wait("gone", lambda path=path: raw(cluster, "GET", path)[0] == 404)
+
+
+@pytest.mark.parametrize("text", ["[" * 20_000 + "]" * 20_000, "no JSON", '{"spec": 1}', "[]", '"x"', "null"])
+def test_annotations_of_the_operator_written_by_somebody_else_stop_nobody(
+    cluster: Cluster, text: str
+) -> None:
+    """kopf keeps its notes in annotations, and a tenant may write them."""
+    cluster.plane.needs("annotations that its tenants write")
+    forged = {
+        f"fedpipe.io/{key}": text
+        for key in ("last-handled-configuration", "job_seen", "job_seen.spec", "job_deleted", "touch-dummy")
+    }
+    name = f"forged-{abs(hash(text)) % 10**8}"
+    cluster.submit(name)
+    cluster.patch(cluster.job_path(name), {"metadata": {"annotations": forged}})
+    cluster.submit(f"beside-{name}")
+    cluster.wait_phase("Succeeded", f"beside-{name}")
+    assert cluster.operator is not None
+    assert cluster.operator.poll() is None
+    cluster.plane.request(
+        "PATCH", cluster.job_path(name), {"metadata": {"annotations": None}}, "application/merge-patch+json"
+    )
+    for one in (name, f"beside-{name}"):
+        cluster.plane.request("DELETE", cluster.job_path(one))
+    cluster.wait("gone", lambda: cluster.job(name) is None)
+
+
+def test_a_spec_larger_than_an_annotation_gets_its_status_and_goes(cluster: Cluster) -> None:
+    matrices = [f"encoder.{number}.{'x' * 100}" for number in range(5000)]
+    adapter = {"ranks": {"min": 2, "max": 4}, "selection": {"mode": "list", "matrices": matrices}}
+    cluster.submit("large", adapter=adapter)
+    cluster.wait("accepted", lambda: cluster.condition("Accepted", "large")[0] == "True")
+    cluster.patch(cluster.job_path("large"), {"spec": {"suspend": True}})
+    cluster.wait_phase("Suspended", "large")
+    cluster.plane.request("DELETE", cluster.job_path("large"))
+    cluster.wait("gone", lambda: cluster.job("large") is None)

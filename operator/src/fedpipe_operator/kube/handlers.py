@@ -12,6 +12,9 @@ from .shallow import Login
 
 TIMER_SECONDS = 60.0
 
+UNCHANGING = ("spec.model", "spec.data", "spec.adapter", "spec.nodes.selector")
+"""Fields that cannot change and may be large: kopf's note of the last spec must fit into an annotation."""
+
 
 def kopf_settings() -> kopf.OperatorSettings:
     """Return kopf's settings."""
@@ -29,7 +32,9 @@ def kopf_settings() -> kopf.OperatorSettings:
     # Changing these makes every handler run anew for every job.
     found.persistence.finalizer = FINALIZER
     found.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP, v1=False)
-    found.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=GROUP, v1=False)
+    found.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(
+        prefix=GROUP, v1=False, ignored_fields=UNCHANGING
+    )
     found.scanning.disabled = True  # CRDs and namespaces are there before the operator
     return found
 

@@ -70,12 +70,16 @@ class _Response(aiohttp.ClientResponse):
 
     async def start(self, connection: Any) -> aiohttp.ClientResponse:
         await super().start(connection)
-        if self.url.path.endswith(f"/{JOBS}") and "watch" in self.url.query:
+        if self._is_of_jobs() and "watch" in self.url.query:
             self.content = _Lines(self.content)  # type: ignore[assignment]
         return self
 
     async def json(self, **_: Any) -> Any:
-        return decode(await self.read())
+        body = await self.read()
+        return json.loads(shallow(body) if self._is_of_jobs() else body)
+
+    def _is_of_jobs(self) -> bool:
+        return f"/{JOBS}" in self.url.path
 
 
 class Login:
