@@ -67,7 +67,6 @@ NODE_STATUS = FedPipeNodeStatus.model_validate(
 @pytest.fixture
 def stored(control_plane: ControlPlane) -> Any:
     """The path of a job and of a node in the API server."""
-    control_plane.needs("the schemas of CRDs")
     status, answer = control_plane.request("POST", f"{JOBS}?{STRICT}", job({"metadata.name": "shown"}))
     assert status == 201, answer
     status, answer = control_plane.request("POST", f"{NODES}?{STRICT}", NODE)

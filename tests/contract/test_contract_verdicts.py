@@ -1,4 +1,4 @@
-"""Pydantic and a real API server give the same verdict on every spec, and name the same field."""
+"""Pydantic and the API server give the same verdict on every spec, and name the same field."""
 
 import re
 from copy import deepcopy
@@ -71,13 +71,6 @@ def test_schema_refuses(case: Case) -> None:
 def test_cel_alone_refuses(case: Case) -> None:
     """The table's cases for CEL would pass the schema, so that they do test the rules."""
     assert not list(Draft4Validator(SCHEMA).iter_errors(job(case.changes)))
-
-
-@pytest.fixture(scope="module")
-def control_plane(control_plane: ControlPlane) -> ControlPlane:
-    """The run's control plane, if it gives verdicts."""
-    control_plane.needs("the schemas of CRDs and CEL")
-    return control_plane
 
 
 @names(VALID)

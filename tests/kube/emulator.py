@@ -2,8 +2,9 @@
 
 kmock brings the objects, the discovery, the reads, the patches and the bus that watches hang on. Added are what the
 API server puts into `metadata`, status as a subresource, graceful deletion, pages, watches that go on where they
-broke off, and tokens. Nothing is validated, defaulted, collected or forbidden to anybody with a token: a test of
-such things says so with `ControlPlane.needs`.
+broke off, tokens, and the schemas and rules of custom resources (`kube.custom`). Nothing of Kubernetes itself is
+validated, nothing is collected or forbidden to anybody with a token: a test of such things says so with
+`ControlPlane.needs`.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ import kmock
 from aiohttp import web
 
 from fedpipe_operator.kube.tls import load_certificate, now_utc, renew
+from kube import custom
 
 Document = dict[str, Any]
 Key = tuple[kmock.resource, str | None, str]
@@ -39,6 +41,8 @@ DEFINITIONS = kmock.resource("apiextensions.k8s.io/v1/customresourcedefinitions"
 PODS = kmock.resource("v1/pods")
 REVIEWS = kmock.resource("authentication.k8s.io/v1/tokenreviews")
 GRACE_SECONDS = 30
+OWN = ("uid", "creationTimestamp", "generation", "resourceVersion", "namespace", "deletionTimestamp")
+"""What the API server sets in `metadata` of an object that a client replaces."""
 VERBS = ("get", "list", "watch", "create", "patch", "delete", "deletecollection")
 
 
@@ -55,6 +59,7 @@ class Emulator(kmock.KubernetesEmulator):
         self._buses = defaultdict(lambda: kmock.Bus(flush_threshold=sys.maxsize))
         self._version = 0
         self._tokens: dict[str, Document] = {}
+        self._schemas: dict[kmock.resource, Document] = {}
         self._applied: dict[tuple[Key, str | None, str | None], Document] = {}
 
     async def __call__(self, raw: web.BaseRequest) -> web.StreamResponse:
@@ -84,7 +89,7 @@ class Emulator(kmock.KubernetesEmulator):
             case "POST", None, None if request.resource == REVIEWS:
                 return 201, request.data | {"status": self._review(request.data["spec"])}
             case "POST", None, None:
-                return 201, await self._create((*key[:2], request.data["metadata"]["name"]), request.data)
+                return 201, await self._create((*key[:2], request.data["metadata"]["name"]), request)
             case "POST", _, "token":
                 return 201, self._issue(key, request.data)
             case "POST", _, "binding":
@@ -93,6 +98,8 @@ class Emulator(kmock.KubernetesEmulator):
                 return 201, await self._change(key, pod | {"spec": spec})
             case "PATCH", str(), None | "status":
                 return await self._patch(key, request)
+            case "PUT", str(), None | "status":
+                return await self._update(key, request, request.data)
             case "DELETE", str(), None:
                 return 200, await self._delete(key, request.data or {})
             case "DELETE", None, None:
@@ -107,8 +114,9 @@ class Emulator(kmock.KubernetesEmulator):
             raise kmock.KubernetesError(404, "NotFound", f'{key[0].plural} "{key[2]}" not found')
         return dict(self.objects[key].raw)
 
-    async def _create(self, key: Key, body: Document) -> Document:
+    async def _create(self, key: Key, request: kmock.Request) -> Document:
         resource, namespace, name = key
+        body: Document = request.data
         if key in self.objects:
             raise kmock.KubernetesError(409, "AlreadyExists", f'{resource.plural} "{name}" already exists')
         own = {"name": name, "uid": str(uuid.uuid4()), "creationTimestamp": _now(), "generation": 1}
@@ -120,7 +128,25 @@ class Emulator(kmock.KubernetesEmulator):
         if resource == DEFINITIONS:
             self._serve(made["spec"])
             made["status"] = {"conditions": [{"type": "Established", "status": "True"}]}
-        return await self._store("ADDED", key, made)
+        made = self._admitted(made, None, request)
+        return made if "dryRun" in request.params else await self._store("ADDED", key, made)
+
+    def _admitted(self, new: Document, old: Document | None, request: kmock.Request) -> Document:
+        """Return a custom resource as it is stored: pruned, with defaults; refuse it as its schema and rules say."""
+        schema = self._schemas.get(request.resource)
+        if schema is None:
+            return new
+        kind, name = new["kind"], new["metadata"]["name"]
+        new, unknown = custom.pruned(schema, new)
+        if unknown and request.params.get("fieldValidation") == "Strict":
+            fields = ", ".join(f'unknown field "{field}"' for field in unknown)
+            raise kmock.KubernetesError(400, "BadRequest", f"{kind}: strict decoding error: {fields}")
+        custom.fill(schema, new)
+        if causes := custom.causes(schema, new, old):
+            message = f'{kind}.{request.resource.group} "{name}" is invalid: {", ".join(map(str, causes))}'
+            details = {"name": name, "causes": [cause.to_dict() for cause in causes]}
+            raise kmock.KubernetesError(422, "Invalid", message, details)
+        return new
 
     def _type(self, resource: kmock.resource) -> Document:
         version = f"{resource.group}/{resource.version}".strip("/")
@@ -131,6 +157,7 @@ class Emulator(kmock.KubernetesEmulator):
         for version in spec["versions"]:
             names, namespaced = spec["names"], spec["scope"] == "Namespaced"
             resource = kmock.resource(spec["group"], version["name"], names["plural"])
+            self._schemas[resource] = version["schema"]["openAPIV3Schema"]
             self.resources[resource] = kmock.ResourceInfo(
                 kind=names["kind"], namespaced=namespaced, verbs=VERBS, subresources=version["subresources"]
             )
@@ -142,21 +169,29 @@ class Emulator(kmock.KubernetesEmulator):
             changes = _as_merge(self._applied.get(owner, {}), request.data)
             self._applied[owner] = request.data
             if key not in self.objects and request.subresource is None:
-                return 201, await self._create(key, request.data)
+                return 201, await self._create(key, request)
         old = self._read(key)
         copy = kmock.Object(old)
         try:
             copy.patch(changes)
         except jsonpatch.JsonPatchException as error:
             raise kmock.KubernetesError(422, "Invalid", str(error)) from None
-        new = dict(copy.raw)
-        if new["metadata"]["uid"] != old["metadata"]["uid"]:
-            raise kmock.KubernetesError(409, "Conflict", "another object has this uid")
+        return await self._update(key, request, dict(copy.raw))
+
+    async def _update(self, key: Key, request: kmock.Request, new: Document) -> tuple[int, Document]:
+        """Write a whole object or, through the subresource, its status."""
+        old = self._read(key)
+        own = {name: old["metadata"][name] for name in OWN if name in old["metadata"]}
+        new = new | {"metadata": own | new["metadata"]}
+        for field in ("uid", "resourceVersion"):
+            if new["metadata"][field] != old["metadata"][field]:
+                raise kmock.KubernetesError(409, "Conflict", f"the object has another {field}")
         if request.subresource == "status":
             new = old | {"status": new.get("status", {})}
         else:
             new = _without(new, "status") | ({"status": old["status"]} if "status" in old else {})
-        return 200, await self._change(key, new)
+        new = self._admitted(new, old, request)
+        return 200, new if "dryRun" in request.params else await self._change(key, new)
 
     async def _delete(self, key: Key, options: Document) -> Document:
         old = self._read(key)

@@ -287,7 +287,6 @@ def test_an_active_deadline_fails_the_job(cluster: Cluster, name: str) -> None:
 
 
 def test_rounds_may_grow_but_not_shrink(cluster: Cluster, name: str) -> None:
-    cluster.plane.needs("CEL")
     cluster.submit(name, rounds={"count": 50, "minUpdates": 2}, podTemplate=taking(0.3))
     cluster.wait_phase("Training", name)
     path = cluster.job_path(name)
