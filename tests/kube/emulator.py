@@ -40,6 +40,7 @@ ACCOUNTS = kmock.resource("v1/serviceaccounts")
 DEFINITIONS = kmock.resource("apiextensions.k8s.io/v1/customresourcedefinitions")
 PODS = kmock.resource("v1/pods")
 REVIEWS = kmock.resource("authentication.k8s.io/v1/tokenreviews")
+SECRETS = kmock.resource("v1/secrets")
 GRACE_SECONDS = 30
 OWN = ("uid", "creationTimestamp", "generation", "resourceVersion", "namespace", "deletionTimestamp")
 """What the API server sets in `metadata` of an object that a client replaces."""
@@ -125,6 +126,9 @@ class Emulator(kmock.KubernetesEmulator):
         made = self._type(resource) | _without(body, "status") | {"metadata": body["metadata"] | own}
         if resource == PODS:
             made["status"] = {"phase": "Pending"}
+        if resource == SECRETS and (plain := made.pop("stringData", None)):
+            encoded = {key: base64.b64encode(text.encode()).decode() for key, text in plain.items()}
+            made["data"] = made.get("data", {}) | encoded
         if resource == DEFINITIONS:
             self._serve(made["spec"])
             made["status"] = {"conditions": [{"type": "Established", "status": "True"}]}

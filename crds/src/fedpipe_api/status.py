@@ -65,8 +65,8 @@ class NodeStatus(Model):
     )
     predicted_bytes: int | None = Field(default=None, description="Planned peak memory.")
     measured_bytes: int | None = Field(default=None, description="Measured peak memory.")
-    predicted_seconds: float | None = Field(default=None, description="Planned time of a round.")
-    measured_seconds: float | None = Field(default=None, description="Measured time of the latest round.")
+    predicted_seconds: float | None = Field(default=None, description="Planned time of an optimizer step.")
+    measured_seconds: float | None = Field(default=None, description="Measured time of an optimizer step.")
     last_round: int | None = Field(default=None, description="Latest round its update was counted in.")
     train_loss: float | None = Field(default=None, description="Mean training loss of that round.")
     message: str | None = Field(

@@ -351,12 +351,12 @@ class UpdateManifest(Model):
 
 
 class Progress(Model):
-    """A sign of life; sent at least every ten seconds while working."""
+    """A sign of life; sent at every new state, and every two seconds while working."""
 
     kind: AssignmentKind
     round: RoundNumber
     state: Word = Field(
-        max_length=32, description="loading, evaluating, training, uploading, waiting, failed."
+        max_length=32, description="loading, profiling, training, uploading, evaluating, failed."
     )
     step: Count = 0
     steps: Count = 0
