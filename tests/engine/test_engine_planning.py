@@ -11,6 +11,7 @@ from fedpipe_operator.engine.records import (
     Profiled,
     RoundClosed,
     RoundOpened,
+    SpecChanged,
     Submitted,
     UpdateAccepted,
 )
@@ -58,6 +59,25 @@ def profiled() -> JobState:
 def test_scores_are_averaged_by_samples() -> None:
     scores = importance(profiled())
     assert scores == {m.name: pytest.approx(2.5 * (1 + i)) for i, m in enumerate(SHAPE.matrices)}
+
+
+def test_a_resumed_job_keeps_its_scores_until_its_agents_are_back() -> None:
+    state = profiled()
+    scores = dict(importance(state) or {})
+    second = plan(request_of(state))
+    made = PlanMade(
+        version=2, reason="", nodes=second.nodes, left_out={}, selected=second.selected, scores=scores,
+        considered=NODES,
+    )  # fmt: skip
+    apply(state, made, 4.0)
+    for generation, suspend in ((2, True), (3, False)):
+        spec = state.spec.model_copy(update={"suspend": suspend})
+        apply(state, SpecChanged(generation=generation, spec=spec), 5.0)
+    apply(state, Offered(sequence=9, nodes=("a", "b", "c")), 6.0)
+    device = registration(SHAPE).device
+    apply(state, AgentRegistered(sequence=10, node="c", device=device, samples=10, evaluation_samples=1), 7.0)
+    assert importance(state) == scores
+    assert set(plan(request_of(state)).nodes) == {"c"}
 
 
 def test_the_most_important_matrices_are_selected_after_profiling() -> None:

@@ -65,8 +65,12 @@ def importance(state: JobState) -> Mapping[str, float] | None:
     """
     if state.spec.adapter.selection.mode != "importance" or not state.profiles:
         return None
-    # An agent that was stopped with a suspended job may not have registered again yet.
+    if state.plan and state.plan.scores and not state.profiles.keys() <= state.agents.keys():
+        # The job was suspended; of agents that have not registered again the samples are unknown.
+        return state.plan.scores
     reports = {n: p.report for n, p in sorted(state.profiles.items()) if n in state.agents}
+    if not reports:
+        return None
     weights = capped({node: state.agents[node].samples for node in reports})
     sums = {node: sum(report.scores.values()) for node, report in reports.items()}
     shares = capped(sums)
