@@ -80,10 +80,11 @@ def main(inputs: Path) -> None:
 
         cluster.start_kubelet(start)
         cluster.start_operator()
-        targets = [f"127.0.0.1:{cluster.http_port}"]
+        operator = {f"127.0.0.1:{cluster.metrics_port}": cluster.token(cluster.own, "prometheus")}
+        targets = []
         for name in nodes:
             targets.append(stack.enter_context(_probe(cluster, name, directory / f"{name}.json")))
-        watched = stack.enter_context(prometheus(directory, targets))
+        watched = stack.enter_context(prometheus(directory, targets, operator))
         began = time.time()
         spec = job["spec"]
         spec["model"]["hostPath"] = {"path": "/srv/model"}

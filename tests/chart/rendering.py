@@ -70,6 +70,13 @@ def template(
     return [*_documents(json.loads(answer)["manifest"]), *found]
 
 
+def notes(values: Document) -> str:
+    """Return what Helm says after an install."""
+    with helm_python.Config(kubeconfig_content=_NOWHERE), _chart() as chart:
+        files = chart.render(values, name="fedpipe", namespace=NAMESPACE)
+    return next(text for path, text in files.items() if path.endswith("NOTES.txt"))
+
+
 def _chart() -> helm_python.Chart:
     return helm_python.Chart.load(CHART)
 

@@ -19,7 +19,9 @@ from kube.controlplane import ControlPlane, describe_binaries, find_binaries, st
 JOBS = "/apis/fedpipe.io/v1alpha1/namespaces/support/fedpipejobs"
 NODES = "/apis/fedpipe.io/v1alpha1/fedpipenodes"
 CLASSES = "/apis/storage.k8s.io/v1/storageclasses"
-VALUES: dict[str, Any] = {"namespaces": ["support"]}
+READERS = [{"namespace": "elsewhere", "name": "prometheus"}]
+VALUES: dict[str, Any] = {"namespaces": ["support"], "metrics": {"readers": READERS}}
+REVIEWS = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
 APPLY = "application/apply-patch+yaml"
 
 
@@ -122,6 +124,37 @@ def test_rights_end_where_they_should(plane: ControlPlane) -> None:
         assert asked(path) == 403, path
 
 
+def test_readers_read_what_is_theirs(plane: ControlPlane) -> None:
+    def allowed(user: str, **attributes: Any) -> bool:
+        kind = "nonResourceAttributes" if "path" in attributes else "resourceAttributes"
+        spec = {"user": user, "groups": ["system:authenticated"], kind: {"verb": "get"} | attributes}
+        body = {"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec}
+        status, answer = plane.request("POST", REVIEWS, body)
+        assert status == 201, answer
+        return bool(answer["status"]["allowed"])
+
+    def adapter(user: str, namespace: str) -> bool:
+        what = {"group": "fedpipe.io", "resource": "fedpipejobs", "subresource": "adapter"}
+        return allowed(user, namespace=namespace, name="tickets", **what)
+
+    def proxy(name: str) -> bool:
+        return allowed("anybody", namespace=NAMESPACE, resource="services", subresource="proxy", name=name)
+
+    reader = "system:serviceaccount:support:fedpipe-adapter-reader"
+    assert adapter(reader, "support")
+    assert not adapter(reader, "elsewhere")
+    assert not adapter("system:serviceaccount:support:default", "support")
+    assert not adapter("system:serviceaccount:elsewhere:fedpipe-adapter-reader", "support")
+    assert allowed("system:serviceaccount:elsewhere:prometheus", path="/metrics")
+    assert not allowed("system:serviceaccount:support:default", path="/metrics")
+    assert proxy("https:fedpipe:coordinator")
+    assert not proxy("https:fedpipe-metrics:https-metrics")
+    # What the operator itself needs in order to ask.
+    operator = f"system:serviceaccount:{NAMESPACE}:fedpipe-operator"
+    for group, resource in (("authentication", "tokenreviews"), ("authorization", "subjectaccessreviews")):
+        assert allowed(operator, group=f"{group}.k8s.io", resource=resource, verb="create")
+
+
 @pytest.fixture(scope="module")
 def probe_token(plane: ControlPlane) -> str:
     """The token of a probe on node edge-1, as the kubelet would get it."""
@@ -182,10 +215,13 @@ def test_upgrade_and_rollback_keep_jobs_and_store(plane: ControlPlane, helm: hel
     # A mistake changes nothing: kinds that the cluster does not have, and a typo.
     for bad, answer in (
         (
-            {"metrics": {"serviceMonitor": {"enabled": True}}},
+            {"metrics": {"serviceMonitor": {"enabled": True}, "readers": READERS}},
             r"metrics\.serviceMonitor\.enabled needs the Prometheus",
         ),
-        ({"metrics": {"rules": {"enabled": True}}}, r"metrics\.rules\.enabled needs the Prometheus operator"),
+        (
+            {"metrics": {"rules": {"enabled": True}, "readers": READERS}},
+            r"metrics\.rules\.enabled needs the Prometheus operator",
+        ),
         ({"persistance": {"size": "5Gi"}}, "'persistance' not allowed"),
     ):
         with pytest.raises(helm_python.HelmError, match=answer):
@@ -206,36 +242,31 @@ def operator(tmp_path: Path) -> Iterator[dict[str, str]]:
     )  # fmt: skip
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    web = http.server.HTTPServer(("127.0.0.1", 0), _Web)
-    coordinator = http.server.HTTPServer(("127.0.0.1", 0), _Coordinator)
-    coordinator.socket = context.wrap_socket(coordinator.socket, server_side=True)
-    threads = [threading.Thread(target=server.serve_forever) for server in (web, coordinator)]
+    metrics, coordinator = (http.server.HTTPServer(("127.0.0.1", 0), _Refusing) for _ in range(2))
+    for server in (metrics, coordinator):
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    threads = [threading.Thread(target=server.serve_forever) for server in (metrics, coordinator)]
     for thread in threads:
         thread.start()
     yield {
-        f"fedpipe-metrics.{NAMESPACE}.svc:8080": f"127.0.0.1:{web.server_port}",
+        f"fedpipe-metrics.{NAMESPACE}.svc:8444": f"127.0.0.1:{metrics.server_port}",
         f"fedpipe.{NAMESPACE}.svc:8443": f"127.0.0.1:{coordinator.server_port}",
     }
-    for server, thread in zip((web, coordinator), threads, strict=True):
+    for server, thread in zip((metrics, coordinator), threads, strict=True):
         server.shutdown()
         server.server_close()
         thread.join()
 
 
-class _Web(http.server.BaseHTTPRequestHandler):
+class _Refusing(http.server.BaseHTTPRequestHandler):
+    status = 401
+
     def do_GET(self) -> None:
-        self.send_response(200)
+        self.send_response(self.status)
         self.end_headers()
-        self.wfile.write(b"fedpipe_operator_info 1\n")
 
     def log_message(self, *_: object) -> None:
         pass
-
-
-class _Coordinator(_Web):
-    def do_GET(self) -> None:
-        self.send_response(401)
-        self.end_headers()
 
 
 def test_smoke_test(plane: ControlPlane, helm: helm_python.Config, operator: dict[str, str]) -> None:
@@ -246,10 +277,24 @@ def test_smoke_test(plane: ControlPlane, helm: helm_python.Config, operator: dic
 
 
 def test_smoke_test_fails_without_an_operator(plane: ControlPlane, helm: helm_python.Config) -> None:
-    names = dict.fromkeys((f"fedpipe-metrics.{NAMESPACE}.svc:8080",), "127.0.0.1:1")
+    names = dict.fromkeys((f"fedpipe-metrics.{NAMESPACE}.svc:8444",), "127.0.0.1:1")
     with HookRunner(plane, NAMESPACE, names), pytest.raises(helm_python.HelmError):
         helm.test("fedpipe", timeout=60)
-    # A test that failed stays, so that its log can be read.
+    forget_smoke(plane)
+
+
+def test_smoke_test_fails_where_metrics_are_open(
+    plane: ControlPlane, helm: helm_python.Config, operator: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Refusing, "status", 200)
+    with HookRunner(plane, NAMESPACE, operator) as hooks, pytest.raises(helm_python.HelmError):
+        helm.test("fedpipe", timeout=60)
+    assert "asked without a token it answers" in next(iter(hooks.ran.values())).stderr
+    forget_smoke(plane)
+
+
+def forget_smoke(plane: ControlPlane) -> None:
+    """A test that failed stays, so that its log can be read."""
     path = f"/api/v1/namespaces/{NAMESPACE}/pods/fedpipe-smoke?gracePeriodSeconds=0"
     assert plane.request("DELETE", path)[0] == 200
 

@@ -16,6 +16,7 @@ from chart.rendering import (
     NAMESPACE,
     REPOSITORY,
     SNAPSHOTS,
+    notes,
     pods,
     rendered,
     snapshot,
@@ -29,6 +30,8 @@ with warnings.catch_warnings():
     import kubernetes_validate
 
 MINORS = range(31, 37)
+PROMETHEUS = {"namespace": "monitoring", "name": "prometheus-k8s"}
+MONITORING_PODS = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -128,9 +131,8 @@ def test_rights_are_named(mode: str) -> None:
     assert roles
     for role in roles:
         for rule in role["rules"]:
-            assert "*" not in {*rule["verbs"], *rule["resources"], *rule["apiGroups"]}, role["metadata"][
-                "name"
-            ]
+            named = {name for field in rule.values() for name in field}
+            assert not [name for name in named if "*" in name], role["metadata"]["name"]
             assert not {"bind", "escalate", "impersonate"} & set(rule["verbs"])
 
 
@@ -138,7 +140,7 @@ def test_namespaced_rights_end_at_the_namespaces() -> None:
     bindings = [d for d in rendered("namespaced") if d["kind"] == "ClusterRoleBinding"]
     reach = {b["roleRef"]["name"] for b in bindings}
     roles = {d["metadata"]["name"]: d for d in rendered("namespaced") if d["kind"] == "ClusterRole"}
-    resources = {r for name in reach for rule in roles[name]["rules"] for r in rule["resources"]}
+    resources = {r for name in reach for rule in roles[name]["rules"] for r in rule.get("resources", ())}
     assert not resources & {"pods", "secrets", "configmaps", "fedpipejobs", "fedpipejobs/status", "events"}
     places = {
         d["metadata"]["namespace"]
@@ -232,7 +234,7 @@ def test_probes_that_measure_the_link_trust_what_the_operator_may_write(
     [mount], [volume] = probe["containers"][0]["volumeMounts"], probe["volumes"]
     assert f"--ca-file={mount['mountPath']}/ca.crt" in arguments
     name = volume["configMap"]["name"]
-    assert f"--probe-ca={name}" in operator["containers"][0]["args"]
+    assert f"--ca-configmap={name}" in operator["containers"][0]["args"]
     found = {(d["kind"], d["metadata"].get("namespace"), d["metadata"]["name"]): d for d in documents}
     assert ("ConfigMap", NAMESPACE, name) in found
     role = found["Role", NAMESPACE, "edge-fedpipe-operator"]
@@ -250,17 +252,91 @@ def test_probes_that_measure_the_link_trust_what_the_operator_may_write(
 def test_no_link_is_measured_unasked() -> None:
     for values in ({}, {"probe": {"measureLink": True, "enabled": False}}):
         text = json.dumps(template(values))
-        assert "probe-ca" not in text
+        assert "/var/run/fedpipe" not in text
         assert "/v1/link" not in text
 
 
 def test_one_monitor_never_both_and_none_without_its_kind() -> None:
-    both = {"metrics": {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}}}
+    monitors = {"serviceMonitor": {"enabled": True}, "podMonitor": {"enabled": True}}
+    both = {"metrics": {"readers": [PROMETHEUS]} | monitors}
     with pytest.raises(Exception, match="scrape everything twice"):
         template(both)
     for value, kind in zip(("serviceMonitor", "podMonitor", "rules"), MONITORING, strict=True):
         with pytest.raises(Exception, match=f"metrics.{value}.enabled needs the Prometheus operator.*{kind}"):
-            template({"metrics": {value: {"enabled": True}}}, api_versions=())
+            template({"metrics": {"readers": [PROMETHEUS], value: {"enabled": True}}}, api_versions=())
+    for value in monitors:
+        with pytest.raises(Exception, match="so Prometheus would be refused"):
+            template({"metrics": {value: {"enabled": True}}})
+
+
+def test_metrics_are_closed_to_all_but_their_readers() -> None:
+    for values, peers in (
+        ({}, []),
+        ({"metrics": {"readers": [PROMETHEUS, PROMETHEUS | {"name": "agent"}]}}, [MONITORING_PODS]),
+        ({"networkPolicy": {"metricsFrom": [{"ipBlock": {"cidr": "192.0.2.0/24"}}]}},
+         [{"ipBlock": {"cidr": "192.0.2.0/24"}}]),
+    ):  # fmt: skip
+        found = {(d["kind"], d["metadata"]["name"]): d for d in template(values)}
+        [agents, scrapes] = found["NetworkPolicy", "fedpipe-operator"]["spec"]["ingress"]
+        assert [port["port"] for port in agents["ports"]] == ["coordinator"]
+        smoke, *others = scrapes["from"]
+        assert smoke["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "smoke"
+        assert others == peers
+        probe = found["NetworkPolicy", "fedpipe-probe"]["spec"]
+        assert probe["policyTypes"] == ["Ingress"]
+        assert [rule["from"] for rule in probe.get("ingress", [])] == ([peers] if peers else [])
+        bound = found.get(("ClusterRoleBinding", "fedpipe-metrics-reader"), {}).get("subjects", [])
+        given = values.get("metrics", {}).get("readers", [])
+        assert [{"namespace": s["namespace"], "name": s["name"]} for s in bound] == given
+
+
+@pytest.mark.parametrize("mode", ["prometheus", "podmonitor", "existing-tls"])
+def test_a_scrape_checks_the_operators_certificate_and_sends_a_token(mode: str) -> None:
+    values = values_of(mode) | {
+        "metrics": values_of(mode).get("metrics", {"serviceMonitor": {"enabled": True}})
+    }
+    values["metrics"]["readers"] = [PROMETHEUS]
+    documents = template(values)
+    [monitor] = [d["spec"] for d in documents if d["kind"] in ("ServiceMonitor", "PodMonitor")]
+    secure, plain = monitor.get("endpoints") or monitor["podMetricsEndpoints"]
+    assert plain["port"] == "metrics", "the probe's"
+    assert (secure["port"], secure["scheme"]) == ("https-metrics", "https")
+    assert "insecureSkipVerify" not in secure["tlsConfig"]
+    host = "fedpipe.example.com" if mode == "existing-tls" else f"fedpipe.{NAMESPACE}.svc"
+    assert secure["tlsConfig"]["serverName"] == host
+    authority = secure["tlsConfig"]["ca"]["configMap"]["name"]
+    made = {(d["kind"], d["metadata"]["name"]): d for d in documents}
+    assert ("ConfigMap", authority) in made
+    if "bearerTokenFile" not in secure:
+        secret = made["Secret", secure["authorization"]["credentials"]["name"]]
+        account = secret["metadata"]["annotations"]["kubernetes.io/service-account.name"]
+        subjects = made["ClusterRoleBinding", "fedpipe-metrics-reader"]["subjects"]
+        assert {"kind": "ServiceAccount", "name": account, "namespace": NAMESPACE} in subjects
+
+
+def test_viewers_do_not_read_adapters() -> None:
+    roles = {d["metadata"]["name"]: d for d in rendered("namespaced") if d["kind"] == "ClusterRole"}
+    reading = [
+        name for name, role in roles.items()
+        if any("fedpipejobs/adapter" in rule.get("resources", ()) for rule in role["rules"])
+    ]  # fmt: skip
+    assert reading == ["fedpipe-adapter-reader"]
+    labels = roles["fedpipe-adapter-reader"]["metadata"]["labels"]
+    prefix = "rbac.authorization.k8s.io/aggregate-to-"
+    assert {label.removeprefix(prefix) for label in labels if label.startswith(prefix)} == {"edit", "admin"}
+
+
+def test_everybody_is_led_to_the_coordinator_and_nowhere_else() -> None:
+    found = {(d["kind"], d["metadata"]["name"]): d for d in template({}, name="edge")}
+    [rule] = found["Role", "edge-fedpipe-adapter-proxy"]["rules"]
+    assert (rule["resourceNames"], rule["verbs"]) == (["https:edge-fedpipe:coordinator"], ["get"])
+    [port] = found["Service", "edge-fedpipe"]["spec"]["ports"]
+    assert port["name"] == "coordinator"
+
+
+def test_a_wide_install_says_what_it_risks() -> None:
+    for values, warned in (({}, True), ({"namespaces": ["support"]}, False)):
+        assert ("can create Pods in every namespace" in notes(values)) == warned
 
 
 def test_the_operator_may_write_the_secret_that_it_keeps_its_certificate_in() -> None:

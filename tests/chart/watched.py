@@ -111,13 +111,19 @@ class Working(StandIn):
 
 
 @contextmanager
-def prometheus(directory: Path, targets: list[str]) -> Iterator[Prometheus]:
-    """Run a real Prometheus that scrapes the targets as the chart's monitors do."""
+def prometheus(
+    directory: Path, targets: list[str], secure: dict[str, str] | None = None
+) -> Iterator[Prometheus]:
+    """Run a real Prometheus that scrapes the targets as the chart's monitors do; `secure` ones with a token."""
     assert PROMETHEUS is not None
     address = f"127.0.0.1:{_free_port()}"
-    scrape = {"job_name": "fedpipe", "honor_labels": True, "static_configs": [{"targets": targets}]}
+    scrapes = [{"job_name": "fedpipe", "honor_labels": True, "static_configs": [{"targets": targets}]}]
+    for target, token in (secure or {}).items():
+        checked = {"scheme": "https", "authorization": {"credentials": token},
+                   "tls_config": {"insecure_skip_verify": True}}  # fmt: skip
+        scrapes.append(scrapes[0] | {"job_name": target, "static_configs": [{"targets": [target]}]} | checked)
     every = {"scrape_interval": f"{SCRAPE_SECONDS}s"}
-    (directory / "prometheus.yml").write_text(yaml.safe_dump({"global": every, "scrape_configs": [scrape]}))
+    (directory / "prometheus.yml").write_text(yaml.safe_dump({"global": every, "scrape_configs": scrapes}))
     with (directory / "prometheus.log").open("w") as log:
         process = subprocess.Popen(
             [PROMETHEUS, f"--config.file={directory / 'prometheus.yml'}", f"--web.listen-address={address}",

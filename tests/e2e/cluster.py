@@ -6,12 +6,13 @@ Needs kubectl, rights of an administrator, nodes that can get the three images, 
 """
 
 import argparse
-import io
 import json
+import ssl
 import subprocess
 import sys
-import tarfile
+import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,10 @@ from safetensors.numpy import load
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHART = REPOSITORY / "charts/fedpipe"
 RELEASE, SYSTEM, JOBS = "fedpipe", "fedpipe-e2e-system", "fedpipe-e2e-jobs"
+READER = "default"
+"""ServiceAccount of the release's namespace that reads metrics."""
+
+FEDPIPE = Path(sys.executable).with_name("fedpipe")
 ON_NODE = "/var/tmp/fedpipe-e2e"
 ROUNDS = 10
 LABELS = ["sea", "town", "wood"]
@@ -34,15 +39,13 @@ class Failed(Exception):
     """What is not as it should be."""
 
 
-def kubectl(*arguments: str, stdin: str | None = None, binary: bool = False) -> Any:
+def kubectl(*arguments: str, stdin: str | None = None) -> Any:
     """Run kubectl; return its output, parsed where it is JSON."""
     done = subprocess.run(
         ["kubectl", *arguments], input=stdin and stdin.encode(), capture_output=True, check=False
     )
     if done.returncode:
         raise Failed(f"kubectl {' '.join(arguments)}: {done.stderr.decode().strip()}")
-    if binary:
-        return done.stdout
     text = done.stdout.decode()
     return json.loads(text) if "-o=json" in arguments else text
 
@@ -83,6 +86,7 @@ def values(options: argparse.Namespace) -> dict[str, Any]:
         "operator": {"image": image("operator")},
         "probe": {"image": image("probe"), "intervalSeconds": 5},
         "agent": {"image": image("agent")},
+        "metrics": {"readers": [{"namespace": SYSTEM, "name": READER}]},
         "persistence": {"enabled": options.persistence, "size": "1Gi"},
     }
 
@@ -196,21 +200,42 @@ def check(holds: bool, what: str) -> None:
 
 
 def adapter_and_metrics() -> None:
-    """Download the adapter and read the metrics, both through the API server's proxy."""
-    proxy = f"/api/v1/namespaces/{SYSTEM}/services/{RELEASE}-metrics:8080/proxy"
-    archive = kubectl("get", "--raw", f"{proxy}/v1/jobs/{JOBS}/e2e/adapter", binary=True)
-    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
-        names = set(files.getnames())
+    """Download the adapter through the API server's proxy, and read the metrics as Prometheus does."""
+    with tempfile.TemporaryDirectory() as temporary:
+        adapter = Path(temporary) / "adapter"
+        command = [FEDPIPE, "get", "adapter", "e2e", f"--namespace={JOBS}", f"--out={adapter}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        check(done.returncode == 0, f"fedpipe get adapter: {done.stderr}")
+        names = {path.name for path in adapter.iterdir()}
         check({"adapter_config.json", "adapter_model.safetensors"} <= names, f"the adapter's files: {names}")
-        weights = load(files.extractfile("adapter_model.safetensors").read())
+        weights = load((adapter / "adapter_model.safetensors").read_bytes())
     check(any(".lora_A." in name for name in weights), f"the adapter's tensors: {sorted(weights)[:3]}")
-    metrics = kubectl("get", "--raw", f"{proxy}/metrics")
+    metrics = scraped(kubectl("create", "token", READER, f"-n={SYSTEM}").strip())
     for name in (
         "fedpipe_job_loss",
         "fedpipe_round_relative_error",
         "fedpipe_operator_reconcile_seconds_count",
     ):
         check(name in metrics, f"metric {name}")
+
+
+def scraped(token: str) -> str:
+    """Return what the operator answers to a ServiceAccount's token, through a forwarded port."""
+    command = ["kubectl", "port-forward", f"-n={SYSTEM}", f"service/{RELEASE}-metrics", ":8444"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as forward:
+        try:
+            # "Forwarding from 127.0.0.1:PORT -> 8444"
+            port = forward.stdout.readline().split(" -> ")[0].rpartition(":")[2]
+            request = urllib.request.Request(
+                f"https://127.0.0.1:{port}/metrics", headers={"Authorization": f"Bearer {token}"}
+            )
+            context = ssl._create_unverified_context()
+            with urllib.request.urlopen(request, timeout=30, context=context) as answer:
+                return answer.read().decode()
+        except OSError as error:
+            raise Failed(f"metrics: {error}") from None
+        finally:
+            forward.terminate()
 
 
 def left_over() -> set[str]:

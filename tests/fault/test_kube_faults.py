@@ -201,17 +201,20 @@ def test_the_api_server_away_for_a_minute_costs_no_round(cluster: Cluster, proxy
     def done() -> int:
         text = (cluster.get("/metrics") or b"").decode()
         line = next(
-            line for line in text.splitlines() if line.startswith("fedpipe_job_rounds{") and "done" in line
+            (line for line in text.splitlines() if line.startswith("fedpipe_job_rounds{") and "done" in line),
+            " 0",
         )
         return int(float(line.rsplit(" ", 1)[1]))
 
     before = done()
     proxy.mode = "away"
     time.sleep(60)
-    meanwhile = done()
+    token = cluster.token(cluster.own, "prometheus")
+    assert cluster.metrics(token)[0] == 503, "whoever cannot be asked about is refused"
+    proxy.mode = "pass"
+    meanwhile = cluster.wait("metrics", done)
     print(f"{meanwhile - before} rounds in 60 s without the API server")
     assert meanwhile > before + 20
-    proxy.mode = "pass"
     cluster.wait("status follows", lambda: cluster.status()["round"] >= meanwhile, 60)
     cluster.patch(cluster.job_path("tickets"), {"spec": {"suspend": True}})
     cluster.wait("Pods are gone", lambda: not cluster.pods(), 90)

@@ -1,12 +1,15 @@
 """A cluster for tests: namespaces, nodes, kubelets, and the operator as a process with its own rights."""
 
+import base64
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +18,15 @@ from typing import Any
 
 import yaml
 
-from fedpipe_api.names import GROUP, JOBS, NODES, VERSION
+from fedpipe_api.names import (
+    ADAPTER_AUDIENCE,
+    ADAPTER_READER,
+    ADAPTER_SUBRESOURCE,
+    GROUP,
+    JOBS,
+    NODES,
+    VERSION,
+)
 from kube.controlplane import ControlPlane
 from kube.kubelet import Kubelet, Process, Start, start_process
 from kube.objects import stamp
@@ -75,7 +86,8 @@ class Cluster:
         self.own = f"{name}-fedpipe"
         self.directory = directory
         self.coordinator_port = free_port()
-        self.http_port = free_port()
+        self.health_port = free_port()
+        self.metrics_port = free_port()
         self.api_url: str | None = None
         """Where the operator finds the API server, if not at the control plane itself."""
         self.program = [sys.executable, "-m", "fedpipe_operator.kube"]
@@ -91,24 +103,49 @@ class Cluster:
             # They belong to no namespace, and tests of before may have left some.
             status, answer = self.plane.request("DELETE", kind)
             assert status == 200, answer
-        for namespace in (self.namespace, self.own):
-            self.create("/api/v1/namespaces", {"metadata": {"name": namespace}})
-            self.create(f"/api/v1/namespaces/{namespace}/serviceaccounts", {"metadata": {"name": "default"}})
-        self.create(f"/api/v1/namespaces/{self.own}/serviceaccounts", {"metadata": {"name": "operator"}})
+        self.create("/api/v1/namespaces", {"metadata": {"name": self.own}})
+        self.add_account(self.own, "operator")
         for role in yaml.safe_load_all((HERE / "rbac.yaml").read_text()):
             role["metadata"]["name"] += f"-{self.name}"
             self.create(f"{RBAC}/clusterroles", role)
-        self._bind(f"{RBAC}/clusterrolebindings", "ClusterRoleBinding", "fedpipe-operator")
-        for namespace, role in ((self.namespace, "jobs"), (self.own, "own")):
-            path = f"{RBAC}/namespaces/{namespace}/rolebindings"
-            self._bind(path, "RoleBinding", f"fedpipe-operator-{role}")
+        self._bind(f"fedpipe-operator-{self.name}", self.own, "operator")
+        self._bind(f"fedpipe-operator-own-{self.name}", self.own, "operator", self.own)
+        # What the chart brings for those who read.
+        self.add_account(self.own, "prometheus")
+        self.allow(self.own, "prometheus", {"nonResourceURLs": ["/metrics"], "verbs": ["get"]})
+        self.add_tenant(self.namespace)
 
-    def _bind(self, path: str, kind: str, role: str) -> None:
-        full = f"{role}-{self.name}"
-        subject = {"kind": "ServiceAccount", "name": "operator", "namespace": self.own}
-        reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": full}
-        body = {"kind": kind, "metadata": {"name": full}, "subjects": [subject], "roleRef": reference}
-        self.create(path, {"apiVersion": "rbac.authorization.k8s.io/v1"} | body)
+    def add_tenant(self, namespace: str) -> None:
+        """Create a namespace of jobs as the chart prepares it; the operator watches it if it is told to."""
+        self.create("/api/v1/namespaces", {"metadata": {"name": namespace}})
+        self._bind(f"fedpipe-operator-jobs-{self.name}", self.own, "operator", namespace)
+        for account in ("default", ADAPTER_READER):
+            self.add_account(namespace, account)
+        rule = {"apiGroups": [GROUP], "resources": [f"{JOBS}/{ADAPTER_SUBRESOURCE}"], "verbs": ["get"]}
+        self.allow(namespace, ADAPTER_READER, rule, within=namespace)
+
+    def add_account(self, namespace: str, name: str) -> None:
+        """Create a ServiceAccount."""
+        self.create(f"/api/v1/namespaces/{namespace}/serviceaccounts", {"metadata": {"name": name}})
+
+    def allow(self, namespace: str, account: str, *rules: dict[str, Any], within: str | None = None) -> None:
+        """Give a ServiceAccount rights within a namespace, without one in the whole cluster."""
+        role = f"{namespace}-{account}-{within or 'cluster'}"
+        self.create(f"{RBAC}/clusterroles", {"metadata": {"name": role}, "rules": list(rules)})
+        self._bind(role, namespace, account, within)
+
+    def token(self, namespace: str, account: str, **spec: Any) -> str:
+        """Return a token of a ServiceAccount; keyword arguments become fields of the TokenRequest's spec."""
+        path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token"
+        body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
+        return str(self.create(path, body)["status"]["token"])
+
+    def _bind(self, role: str, namespace: str, account: str, within: str | None = None) -> None:
+        subject = {"kind": "ServiceAccount", "name": account, "namespace": namespace}
+        reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role}
+        body = {"metadata": {"name": role}, "subjects": [subject], "roleRef": reference}
+        path = f"namespaces/{within}/rolebindings" if within else "clusterrolebindings"
+        self.create(f"{RBAC}/{path}", body)
 
     def create(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Create an object as the administrator."""
@@ -246,9 +283,7 @@ class Cluster:
 
     def start_operator(self, *more: str) -> None:
         """Run the operator with its ServiceAccount's own token; returns when it is ready."""
-        request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
-        path = f"/api/v1/namespaces/{self.own}/serviceaccounts/operator/token"
-        token = self.create(path, request)["status"]["token"]
+        token = self.token(self.own, "operator")
         kubeconfig = self.plane.kubeconfig_for(f"operator-{self.name}", token)
         if self.api_url is not None:
             config = yaml.safe_load(kubeconfig.read_text())
@@ -258,7 +293,7 @@ class Cluster:
             *self.program, "run", "--store", str(self.directory / "store"), "--namespace", self.own,
             "--agent-image", "agent:1", "--operator-image", "operator:1", "--watch", self.namespace,
             "--host", "127.0.0.1", "--coordinator-port", str(self.coordinator_port),
-            "--http-port", str(self.http_port),
+            "--health-port", str(self.health_port), "--metrics-port", str(self.metrics_port),
             "--coordinator-url", f"https://127.0.0.1:{self.coordinator_port}", *more,
         ]  # fmt: skip
         environment = os.environ | ENVIRONMENT | {"KUBECONFIG": str(kubeconfig)}
@@ -267,19 +302,52 @@ class Cluster:
         self.wait("operator ready", lambda: self.get("/readyz") is not None)
 
     def get(self, path: str, seconds: float = 10) -> bytes | None:
-        """Return what the operator's HTTP port answers; None for an error."""
+        """Return what the kubelet or Prometheus gets; None for an error."""
         assert self.operator is not None
         assert self.operator.poll() is None, self.log()
+        if path != "/metrics":
+            status, body = self._open(f"http://127.0.0.1:{self.health_port}{path}", {}, seconds)
+        else:
+            status, body = self.metrics(self.token(self.own, "prometheus"), seconds)
+        return body if status == 200 else None
+
+    def metrics(self, token: str | None, seconds: float = 10) -> tuple[int, bytes]:
+        """Return status and body of /metrics for somebody with a token; status 0 where nobody answers."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return self._open(f"https://127.0.0.1:{self.metrics_port}/metrics", headers, seconds)
+
+    def dial(self, path: str, token: str | None) -> tuple[int, bytes]:
+        """Return what the coordinator answers to somebody with a token: status and body."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return self._open(f"https://127.0.0.1:{self.coordinator_port}{path}", headers, 30)
+
+    def adapter(self, name: str, token: str | None) -> tuple[int, bytes]:
+        """Return status and body of a job's adapter for somebody with a token."""
+        return self.dial(f"/v1/jobs/{self.namespace}/{name}/adapter", token)
+
+    def reader_token(self, namespace: str | None = None) -> str:
+        """Return a token as `fedpipe get adapter` asks for it."""
+        return self.token(namespace or self.namespace, ADAPTER_READER, audiences=[ADAPTER_AUDIENCE])
+
+    def _open(self, url: str, headers: dict[str, str], seconds: float) -> tuple[int, bytes]:
+        context = ssl.create_default_context(cadata=self._authority()) if url.startswith("https:") else None
+        request = urllib.request.Request(url, headers=headers)
         try:
-            with urllib.request.urlopen(
-                f"http://127.0.0.1:{self.http_port}{path}", timeout=seconds
-            ) as response:
-                return bytes(response.read())
+            with urllib.request.urlopen(request, timeout=seconds, context=context) as response:
+                return int(response.status), bytes(response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
         except OSError:
-            return None
+            return 0, b""
+
+    def _authority(self) -> str:
+        """Return the CA that the operator's certificate is of."""
+        _, secret = self.plane.request("GET", f"/api/v1/namespaces/{self.own}/secrets/fedpipe-tls")
+        return base64.b64decode(secret["data"]["ca.crt"]).decode()
 
     def forward(self, address: str) -> int:
-        """Lead a port of another address of this machine to the operator's HTTP port; return it."""
+        """Lead a port of another address of this machine to the coordinator's; return it."""
         listener = socket.create_server((address, 0))
 
         def serve() -> None:
@@ -288,7 +356,7 @@ class Cluster:
                     outer, _ = listener.accept()
                 except OSError:
                     return
-                inner = socket.create_connection(("127.0.0.1", self.http_port))
+                inner = socket.create_connection(("127.0.0.1", self.coordinator_port))
                 for source, sink in ((outer, inner), (inner, outer)):
                     threading.Thread(target=_pipe, args=(source, sink), daemon=True).start()
 

@@ -41,6 +41,7 @@ DEFINITIONS = kmock.resource("apiextensions.k8s.io/v1/customresourcedefinitions"
 PODS = kmock.resource("v1/pods")
 REVIEWS = kmock.resource("authentication.k8s.io/v1/tokenreviews")
 SECRETS = kmock.resource("v1/secrets")
+ACCESS_REVIEWS = kmock.resource("authorization.k8s.io/v1/subjectaccessreviews")
 GRACE_SECONDS = 30
 OWN = ("uid", "creationTimestamp", "generation", "resourceVersion", "namespace", "deletionTimestamp")
 """What the API server sets in `metadata` of an object that a client replaces."""
@@ -89,6 +90,8 @@ class Emulator(kmock.KubernetesEmulator):
         match str(request.method.value), request.name, request.subresource:
             case "POST", None, None if request.resource == REVIEWS:
                 return 201, request.data | {"status": self._review(request.data["spec"])}
+            case "POST", None, None if request.resource == ACCESS_REVIEWS:
+                return 201, request.data | {"status": {"allowed": True}}
             case "POST", None, None:
                 return 201, await self._create((*key[:2], request.data["metadata"]["name"]), request)
             case "POST", _, "token":
@@ -279,7 +282,7 @@ class Emulator(kmock.KubernetesEmulator):
     def _review(self, spec: Document) -> Document:
         """Return a TokenReview's status."""
         claims = self._tokens.get(spec["token"], {})
-        audiences = sorted(set(claims.get("aud", ())) & set(spec["audiences"]))
+        audiences = sorted(set(claims.get("aud", ())) & set(spec.get("audiences") or [AUDIENCE]))
         if not audiences or claims["exp"] < time.time():
             return {"authenticated": False, "error": "unknown or expired, or for other audiences"}
         user: Document = {"username": claims["sub"]}

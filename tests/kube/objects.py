@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fedpipe_api.job import FedPipeJob
-from fedpipe_api.names import JOB_LABEL, NODE_LABEL, child_name
+from fedpipe_api.names import GROUP, JOB_LABEL, NODE_LABEL, VERSION, child_name
 from fedpipe_operator.kube.views import TEMPLATE_ANNOTATION
 
 UID = "job-uid"
@@ -94,12 +94,18 @@ def pod(
         "uid": f"uid-{name}-{created:.0f}",
         "labels": {JOB_LABEL: job_name, NODE_LABEL: node_name},
         "annotations": {NODE_LABEL: node_name, TEMPLATE_ANNOTATION: template},
-        "ownerReferences": [{"kind": "FedPipeJob", "uid": job_uid, "name": job_name, "controller": True}],
+        "ownerReferences": [owner(job_name, job_uid)],
         "creationTimestamp": stamp(created),
     }
     if deleting:
         meta["deletionTimestamp"] = stamp(NOW)
-    return {"metadata": meta, "status": {"phase": phase} | status}
+    return {"metadata": meta, "spec": {"nodeName": node_name}, "status": {"phase": phase} | status}
+
+
+def owner(name: str = "tickets", uid: str = UID) -> Any:
+    """The reference of a job that controls an object."""
+    kind = {"apiVersion": f"{GROUP}/{VERSION}", "kind": "FedPipeJob"}
+    return kind | {"uid": uid, "name": name, "controller": True}
 
 
 def waiting(reason: str, message: str = "", **more: Any) -> Any:

@@ -22,7 +22,7 @@ def namespace(control_plane: ControlPlane) -> Iterator[str]:
     name = "authority"
     control_plane.request("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
     yield name
-    for kind, thing in (("secrets", "edge-tls"), ("configmaps", "edge-probe-ca")):
+    for kind, thing in (("secrets", "edge-tls"), ("configmaps", "edge-operator-ca")):
         control_plane.request("DELETE", f"/api/v1/namespaces/{name}/{kind}/{thing}")
 
 
@@ -51,24 +51,24 @@ def load(plane: ControlPlane, settings: Settings, meanwhile: Callable[[], object
     asyncio.run(run())
 
 
-def settings(namespace: str, probe_ca: str | None) -> Settings:
+def settings(namespace: str, ca_config_map: str | None) -> Settings:
     return Settings(
         namespace=namespace,
         service="edge",
         store=Path("/store"),
         agent_image="agent:1",
         operator_image="op:1",
-        probe_ca=probe_ca,
+        ca_config_map=ca_config_map,
     )
 
 
 def test_probes_are_given_the_authority_that_signed(control_plane: ControlPlane, namespace: str) -> None:
     # As the chart makes it: there, and empty.
     path = f"/api/v1/namespaces/{namespace}/configmaps"
-    control_plane.request("POST", path, {"metadata": {"name": "edge-probe-ca", "labels": {"of": "chart"}}})
-    load(control_plane, settings(namespace, "edge-probe-ca"))
+    control_plane.request("POST", path, {"metadata": {"name": "edge-operator-ca", "labels": {"of": "chart"}}})
+    load(control_plane, settings(namespace, "edge-operator-ca"))
     secret = read(control_plane, namespace, "secrets", "edge-tls")
-    told = read(control_plane, namespace, "configmaps", "edge-probe-ca")
+    told = read(control_plane, namespace, "configmaps", "edge-operator-ca")
     assert secret is not None
     assert told is not None
     assert told["metadata"]["labels"] == {"of": "chart"}
@@ -79,16 +79,16 @@ def test_probes_are_given_the_authority_that_signed(control_plane: ControlPlane,
 
 
 def test_a_config_map_that_was_emptied_is_filled_again(control_plane: ControlPlane, namespace: str) -> None:
-    path = f"/api/v1/namespaces/{namespace}/configmaps/edge-probe-ca"
+    path = f"/api/v1/namespaces/{namespace}/configmaps/edge-operator-ca"
     emptied = []
 
     def empty() -> None:
         answer = control_plane.request("PATCH", path, {"data": None}, "application/merge-patch+json")
         emptied.append((answer[0], answer[1].get("data")))
 
-    load(control_plane, settings(namespace, "edge-probe-ca"), empty)
+    load(control_plane, settings(namespace, "edge-operator-ca"), empty)
     assert emptied == [(200, None)]
-    told = read(control_plane, namespace, "configmaps", "edge-probe-ca")
+    told = read(control_plane, namespace, "configmaps", "edge-operator-ca")
     assert told is not None
     assert x509.load_pem_x509_certificates(told["data"][CA_KEY].encode())
 
@@ -96,4 +96,4 @@ def test_a_config_map_that_was_emptied_is_filled_again(control_plane: ControlPla
 def test_nothing_is_kept_for_probes_that_do_not_ask(control_plane: ControlPlane, namespace: str) -> None:
     load(control_plane, settings(namespace, None))
     assert read(control_plane, namespace, "secrets", "edge-tls")
-    assert read(control_plane, namespace, "configmaps", "edge-probe-ca") is None
+    assert read(control_plane, namespace, "configmaps", "edge-operator-ca") is None

@@ -2,12 +2,8 @@
 
 import json
 import re
-import socket
-import ssl
 import tarfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedpipe_api.base import UserError
-from fedpipe_operator.kube.get import _fetch, unpack
+from fedpipe_operator.kube.get import unpack
 from kube.cluster import CUSTOM, Cluster, taking
 from kube.controlplane import ControlPlane
 from standins.object_store import KEY, SECRET, ObjectStore
@@ -85,8 +81,8 @@ def test_kubectl_shows_a_finished_job(cluster: Cluster, name: str) -> None:
 def test_a_finished_adapter_is_fetched_and_its_pods_end(cluster: Cluster, name: str, tmp_path: Path) -> None:
     cluster.submit(name)
     cluster.wait_phase("Succeeded", name)
-    body = cluster.get(f"/v1/jobs/{cluster.namespace}/{name}/adapter")
-    assert body
+    code, body = cluster.adapter(name, cluster.reader_token())
+    assert code == 200
     unpack(body, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
@@ -94,7 +90,7 @@ def test_a_finished_adapter_is_fetched_and_its_pods_end(cluster: Cluster, name: 
     cluster.wait("agents end by themselves", lambda: phases() == {"Succeeded"})
     with pytest.raises(UserError, match="unexpected archive"):
         unpack(_tar("../../etc/passwd"), tmp_path / "other")
-    assert cluster.get(f"/v1/jobs/{cluster.namespace}/nobody/adapter") is None
+    assert cluster.adapter("nobody", cluster.reader_token())[0] == 404
 
 
 def _tar(name: str) -> bytes:
@@ -102,44 +98,6 @@ def _tar(name: str) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         archive.addfile(tarfile.TarInfo(name))
     return buffer.getvalue()
-
-
-async def test_fedpipe_get_goes_through_the_service_proxy(cluster: Cluster, name: str) -> None:
-    cluster.plane.needs("the Service proxy")
-    cluster.submit(name)
-    cluster.wait_phase("Succeeded", name)
-    _expose(cluster)
-    config = cluster.plane.kubeconfig
-    path = f"v1/jobs/{cluster.namespace}/{name}/adapter"
-    body = await _fetch(config, cluster.own, "fedpipe-metrics", path)
-    assert body == cluster.get("/" + path)
-    with pytest.raises(UserError, match="there is no job nobody"):
-        await _fetch(config, cluster.own, "fedpipe-metrics", path.replace(name, "nobody"))
-
-
-def _expose(cluster: Cluster) -> None:
-    """Put a Service in front of a forwarder on an address that Endpoints may have."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))
-        address = probe.getsockname()[0]
-    if address.startswith("127."):
-        pytest.skip("this machine has no address that a Service may lead to")
-    port = cluster.forward(address)
-    service = {
-        "metadata": {"name": "fedpipe-metrics"},
-        "spec": {"ports": [{"name": "metrics", "port": 80, "targetPort": port}]},
-    }
-    cluster.create(f"/api/v1/namespaces/{cluster.own}/services", service)
-    # The API server leads only to addresses that are a Pod's.
-    pods = f"/api/v1/namespaces/{cluster.own}/pods"
-    spec = {"containers": [{"name": "x", "image": "x"}], "nodeName": "nowhere"}
-    cluster.create(pods, {"metadata": {"name": "fedpipe-0"}, "spec": spec})
-    cluster.patch(f"{pods}/fedpipe-0/status", {"status": {"podIP": address, "podIPs": [{"ip": address}]}})
-    target = {"kind": "Pod", "name": "fedpipe-0", "namespace": cluster.own}
-    ports = [{"name": "metrics", "port": port}]
-    subsets = [{"addresses": [{"ip": address, "targetRef": target}], "ports": ports}]
-    endpoints = {"metadata": {"name": "fedpipe-metrics"}, "subsets": subsets}
-    cluster.create(f"/api/v1/namespaces/{cluster.own}/endpoints", endpoints)
 
 
 def secret_of(cluster: Cluster, secret_name: str, **data: str) -> None:
@@ -340,24 +298,12 @@ def test_only_the_pods_own_token_is_an_agent(cluster: Cluster, name: str) -> Non
     assert cluster.kubelet is not None
     [pod, *_] = pods_of(cluster, name).values()
     directory = cluster.kubelet.directory / pod["metadata"]["uid"]
-    context = ssl.create_default_context(cafile=directory / "ca.crt")
 
     def call(token: str) -> int:
-        request = urllib.request.Request(
-            f"https://127.0.0.1:{cluster.coordinator_port}/v1/job",
-            headers={"Authorization": f"Bearer {token}"},
-        )
-        try:
-            with urllib.request.urlopen(request, context=context, timeout=10) as response:
-                return int(response.status)
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code
+        return cluster.dial("/v1/job", token)[0]
 
     def token(account: str, **spec: Any) -> str:
-        path = f"/api/v1/namespaces/{cluster.namespace}/serviceaccounts/{account}/token"
-        body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
-        return str(cluster.create(path, body)["status"]["token"])
+        return cluster.token(cluster.namespace, account, **spec)
 
     stranger = {
         "metadata": {"name": "stranger"},

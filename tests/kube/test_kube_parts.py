@@ -27,7 +27,7 @@ from fedpipe_operator.engine.records import (
 )
 from fedpipe_operator.engine.state import apply, submitted
 from fedpipe_operator.kube.api import ApiError
-from fedpipe_operator.kube.identity import PodIdentities
+from fedpipe_operator.kube.identity import REFUSED_SECONDS, JobName, PodIdentities
 from fedpipe_operator.kube.inventory import Inventory
 from fedpipe_operator.kube.observed import WriteBudget, invalid_status, observed_status
 from fedpipe_operator.kube.resync import Resync
@@ -107,7 +107,7 @@ class Reviews:
         self.away = False
         self.pods: dict[str, Any] = {}
 
-    async def review_token(self, token: str) -> Any:
+    async def review_token(self, token: str, audience: str | None) -> Any:
         self.asked += 1
         if self.away:
             raise ApiError(0, "Unreachable", "the API server does not answer")
@@ -135,31 +135,32 @@ class Clock:
 @pytest.fixture
 def signed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens here bear no claims: they expire in an hour."""
-    monkeypatch.setattr("fedpipe_operator.kube.identity._expiry", lambda token: NOW + 3600)
+    monkeypatch.setattr("fedpipe_operator.kube.identity.expiry", lambda token: NOW + 3600)
 
 
 @pytest.mark.usefixtures("signed")
 async def test_an_agent_is_its_pod() -> None:
     api, clock = Reviews(), Clock()
     inventory = Inventory(lambda: None, lambda uid: None)
-    names = {UID: "tickets"}
+    names = {UID: JobName("support", "tickets")}
     identify = PodIdentities(api, inventory.pod, names.get, clock)  # type: ignore[arg-type]
     assert await identify("good") is None, "its Pod is not known"
+    clock.now += REFUSED_SECONDS
     api.pods[child_name("tickets", "edge-1")] = pod("edge-1")
     assert await identify("good") == Identity(UID, "edge-1"), "quicker than the watch"
     inventory.see_pod(pod("edge-1"))
     for _ in range(20):
         assert await identify("good") == Identity(UID, "edge-1")
-    assert api.asked == 1, "a review is kept"
+    assert api.asked == 2, "a review is kept"
     clock.now += 601
     await identify("good")
-    assert api.asked == 2, "but not for ever"
+    assert api.asked == 3, "but not for ever"
     inventory.see_pod(pod("edge-1", created=NOW + 5))
     api.pods.clear()
     assert await identify("good") is None, "another Pod of that name"
     assert await identify("bad") is None
     assert await identify("bad") is None
-    assert api.asked == 3, "a refusal is kept"
+    assert api.asked == 4, "a refusal is kept"
     clock.now += 700
     api.away = True
     with pytest.raises(Refused) as caught:
@@ -261,7 +262,7 @@ async def test_everything_there_is_is_known_before_the_watches_begin(tmp_path: P
     assert sorted(known.nodes) == names
     assert sorted(known.capacities) == [*names[:1], "ancient", *names[1:]]
     assert "status.observedAt" in (known.capacities["ancient"].fault or "")
-    assert len(known.pods_of(UID)) == 4
+    assert len(known.pods_of("support", UID)) == 4
 
 
 async def scraped(figures: Figures) -> str:

@@ -159,13 +159,13 @@ def test_nothing_that_is_seen_stops_the_others(seen: list[tuple[str, Any]]) -> N
     ]:
         getattr(inventory, f"see_{kind}")(body)
     fleet = inventory.fleet_for(UID, {})
-    pods = {view.node: view for view in inventory.agents_of(UID)}
+    pods = {view.node: view for view in inventory.agents_of("support", UID)}
     assert "edge-2" in pods
     choice = choose(job().spec, None, pods, fleet, NOW)
     assert "edge-2" in choice.nodes
     assert choice.explain()
     state = state_of(job(), ("edge-1", "edge-2"), ("edge-2",))
-    reconcile(job(), fleet, inventory.agents_of(UID), state, seen={}, template="t1", now=NOW)
+    reconcile(job(), fleet, inventory.agents_of("support", UID), state, seen={}, template="t1", now=NOW)
 
 
 def test_a_fedpipenode_of_the_year_0_is_left_out_named_and_counted(caplog: pytest.LogCaptureFixture) -> None:

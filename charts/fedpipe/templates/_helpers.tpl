@@ -75,11 +75,22 @@ priorityClassName: {{ . }}
 {{- .Values.operator.coordinatorURL | default $service -}}
 {{- end -}}
 
-{{- /* ConfigMap from which probes that measure the link read the coordinator's CA */ -}}
-{{- define "fedpipe.probeCA" -}}
-{{- if and .Values.probe.enabled .Values.probe.measureLink -}}
-{{- include "fedpipe.fullname" . }}-probe-ca
+{{- /* ConfigMap with the operator's CA, for probes that measure the link and for Prometheus */ -}}
+{{- define "fedpipe.operatorCA" -}}
+{{- include "fedpipe.fullname" . }}-operator-ca
 {{- end -}}
+
+{{- /* Peers that may reach the ports of metrics, as a list; empty: nobody */ -}}
+{{- define "fedpipe.metricsPeers" -}}
+{{- $peers := .Values.networkPolicy.metricsFrom }}
+{{- $namespaces := list }}
+{{- range .Values.metrics.readers }}
+{{- $namespaces = append $namespaces .namespace }}
+{{- end }}
+{{- range $namespaces | uniq }}
+{{- $peers = append $peers (dict "namespaceSelector" (dict "matchLabels" (dict "kubernetes.io/metadata.name" .))) }}
+{{- end }}
+{{- toYaml $peers }}
 {{- end -}}
 
 {{- define "fedpipe.claim" -}}

@@ -15,6 +15,24 @@ FINALIZER = f"{GROUP}/finalizer"
 AUDIENCE = "fedpipe"
 """Audience of the projected ServiceAccount token."""
 
+ADAPTER_SUBRESOURCE = "adapter"
+"""Who may `get` it of a FedPipeJob may read its adapter."""
+
+ADAPTER_AUDIENCE = "fedpipe-adapter"
+"""Audience of tokens that adapters are read with; such a token is good for nothing else."""
+
+ADAPTER_READER = "fedpipe-adapter-reader"
+"""ServiceAccount in a job's namespace in whose name `fedpipe get adapter` asks."""
+
+TOKEN_HEADER = "FedPipe-Token"  # noqa: S105 - the header's name
+"""Carries a token where Authorization does not arrive."""
+
+CA_CONFIGMAP = "fedpipe-ca"
+"""ConfigMap in every namespace that has jobs: the coordinator's certificate authorities, and where it is."""
+
+OPERATOR_KEY = "operator"
+"""Its key with the operator's Service as NAMESPACE/NAME."""
+
 ATTENTION_MODULES: dict[str, tuple[str, ...]] = {
     "bert": ("query", "key", "value", "attention.output.dense"),
     "roberta": ("query", "key", "value", "attention.output.dense"),

@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import sqlite3
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 from aiohttp import web
@@ -59,16 +60,27 @@ _LINK_CHUNK = bytes(1 << 15)
 _IDENTITY = web.RequestKey("identity", Identity)
 
 
-def application(engine: Engine, identify: Identify) -> web.Application:
-    """Return the coordinator's aiohttp application; the caller owns server, socket and TLS."""
-    routes = _Routes(engine)
+def application(
+    engine: Engine, identify: Identify, others: Mapping[str, Handler] | None = None
+) -> web.Application:
+    """Return the coordinator's aiohttp application; the caller owns server, socket and TLS.
+
+    `others` are paths that are not for agents, each with a handler that finds out by itself who asks.
+    """
+    routes = _Routes(engine, identify)
+    open_to_others = {LINK_PATH: _link} | dict(others or {})
     app = web.Application(
-        middlewares=[guard, _without_room(engine), _authentication(identify), _limited(Callers())],
+        middlewares=[
+            guard,
+            _without_room(engine),
+            _authentication(identify, frozenset(open_to_others.values())),
+            _limited(Callers()),
+        ],
         handler_args={"max_field_size": HEADER_LIMIT, "max_line_size": 8190},
     )
     app.add_routes(
         [
-            web.get(LINK_PATH, _link),
+            *(web.get(path, handler) for path, handler in open_to_others.items()),
             web.get("/v1/job", routes.job),
             web.post("/v1/agents", routes.register),
             web.get("/v1/assignment", routes.assignment),
@@ -99,19 +111,23 @@ def _without_room(engine: Engine) -> Middleware:
     return check
 
 
-def _authentication(identify: Identify) -> Middleware:
+def _authentication(identify: Identify, others: Collection[Handler]) -> Middleware:
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path == LINK_PATH:
+        if request.match_info.handler in others:
             return await handler(request)
-        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        identity = await identify(token) if scheme == "Bearer" and token else None
-        if identity is None:
-            raise Refused(401, "Unauthenticated", "no valid bearer token")
-        request[_IDENTITY] = identity
+        request[_IDENTITY] = await _identified(request, identify)
         return await handler(request)
 
     return check
+
+
+async def _identified(request: web.Request, identify: Identify) -> Identity:
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    identity = await identify(token) if scheme == "Bearer" and token else None
+    if identity is None:
+        raise Refused(401, "Unauthenticated", "no valid bearer token")
+    return identity
 
 
 def _limited(callers: Callers) -> Middleware:
@@ -137,9 +153,15 @@ async def _link(request: web.Request) -> web.StreamResponse:
 
 
 class _Routes:
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, identify: Identify) -> None:
         self._engine = engine
         self._bodies = Bodies()
+        self._identify = identify
+
+    async def _still(self, request: web.Request) -> None:
+        """Refuse who has stopped being that agent while the request took its time."""
+        if await _identified(request, self._identify) != request[_IDENTITY]:
+            raise Refused(401, "Unauthenticated", "the token stands for another agent now")
 
     async def job(self, request: web.Request) -> web.Response:
         who = request[_IDENTITY]
@@ -157,6 +179,7 @@ class _Routes:
         except ValueError:
             raise Refused(400, "BadRequest", "wait: a number of seconds is wanted") from None
         work = await self._engine.next_assignment(who.job, who.node, seconds)
+        await self._still(request)
         return web.Response(status=204) if work is None else _json(work)
 
     async def profile(self, request: web.Request) -> web.Response:
@@ -207,6 +230,7 @@ class _Routes:
             incoming = self._engine.blobs.incoming()
             try:
                 await _receive(request, self._bodies, incoming, manifest)
+                await self._still(request)
                 try:
                     await asyncio.to_thread(check_update_file, incoming.path, shapes, limit)
                 except BadUpdate as error:

@@ -11,7 +11,7 @@ from urllib.request import getproxies_environment
 import aiohttp
 from kubernetes.aio import client, config
 
-from fedpipe_api.names import AUDIENCE, GROUP, JOBS, NODES, VERSION
+from fedpipe_api.names import GROUP, JOBS, NODES, VERSION
 
 from .shallow import decode
 
@@ -109,16 +109,22 @@ class Api:
 
     # The rest
 
-    async def review_token(self, token: str) -> Document:
-        """Return the status of a TokenReview for the project's audience."""
-        body = {
-            "apiVersion": "authentication.k8s.io/v1",
-            "kind": "TokenReview",
-            "spec": {"token": token, "audiences": [AUDIENCE]},
-        }
+    async def review_token(self, token: str, audience: str | None) -> Document:
+        """Return the status of a TokenReview for an audience; None: the API server's own."""
+        spec: Document = {"token": token} | ({"audiences": [audience]} if audience else {})
+        body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": spec}
         path = "/apis/authentication.k8s.io/v1/tokenreviews"
-        status: Document = (await self.request("review", "POST", path, body))["status"]
+        status: Document = (await self.request("review", "POST", path, body)).get("status") or {}
         return status
+
+    async def review_access(self, user: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+        """Return whether the user of a TokenReview has a right, in the words of a SubjectAccessReview."""
+        spec: Document = {key: user[key] for key in ("uid", "groups", "extra") if user.get(key)}
+        spec |= {"user": user.get("username", ""), **right}
+        body = {"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec}
+        path = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
+        status: Document = (await self.request("review", "POST", path, body)).get("status") or {}
+        return status.get("allowed") is True
 
     async def get_secret(self, namespace: str, name: str) -> Document | None:
         """Return a Secret, or None when there is none."""

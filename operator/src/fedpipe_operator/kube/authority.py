@@ -7,9 +7,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fedpipe_api.base import UserError
+from fedpipe_api.names import CA_CONFIGMAP, OPERATOR_KEY
 
 from .api import Api, ApiError
-from .pods import CA_CONFIGMAP, CA_KEY
+from .pods import CA_KEY
 from .settings import Settings
 from .tls import Material, load_certificate, now_utc, renew
 
@@ -59,7 +60,7 @@ class Authority:
             await asyncio.to_thread(load_certificate, self.context, material)
             self._material = material
             self._published.clear()
-        await self._tell_probes(material)
+        await self._fill(material)
 
     async def watch(self) -> None:
         """Look again and again until cancelled, and tell namespaces of a new CA."""
@@ -74,18 +75,18 @@ class Authority:
             except (ApiError, UserError) as error:
                 log.warning("the coordinator's certificate: %s; trying again", error)
 
-    async def _tell_probes(self, material: Material) -> None:
-        """Fill the ConfigMap that probes trust; without it they tell no link rate, and all else works.
+    async def _fill(self, material: Material) -> None:
+        """Fill the ConfigMap that probes and Prometheus trust; without it links and metrics stay unread.
 
         Applied at every look, so that one which somebody emptied is filled again.
         """
-        name = self._settings.probe_ca
+        name = self._settings.ca_config_map
         if name is None:
             return
         try:
             await self._api.apply_config_map(self._settings.namespace, name, {CA_KEY: material.bundle}, [])
         except ApiError as error:
-            log.warning("ConfigMap %s, with the CA for probes: %s; trying again", name, error)
+            log.warning("ConfigMap %s, with the CA for probes and Prometheus: %s; trying again", name, error)
 
     async def publish(self, namespace: str, owners: list[dict[str, Any]]) -> None:
         """Make the CA known in a namespace, for as long as any of the owners lives."""
@@ -97,6 +98,7 @@ class Authority:
 
     async def _apply(self, namespace: str, owners: list[dict[str, Any]]) -> None:
         assert self._material is not None
-        data = {CA_KEY: self._material.bundle}
+        operator = f"{self._settings.namespace}/{self._settings.service}"
+        data = {CA_KEY: self._material.bundle, OPERATOR_KEY: operator}
         await self._api.apply_config_map(namespace, CA_CONFIGMAP, data, owners)
         self._published[namespace] = (self._material.bundle, owners)

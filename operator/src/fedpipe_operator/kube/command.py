@@ -68,12 +68,15 @@ def run(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",  # noqa: S104
     coordinator_port: Annotated[int, typer.Option(min=1, max=65535, help="For agents, HTTPS.")] = 8443,
-    http_port: Annotated[int, typer.Option(min=1, max=65535, help="Probes, metrics, adapters.")] = 8080,
+    health_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="For the kubelet's probes, HTTP.")
+    ] = 8080,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="For Prometheus, HTTPS.")] = 8444,
     tls_secret: Annotated[
         str | None, typer.Option(help="Secret with the coordinator's certificate; default: an own CA.")
     ] = None,
-    probe_ca: Annotated[
-        str | None, typer.Option(help="ConfigMap to keep the coordinator's CA in, for the probes.")
+    ca_configmap: Annotated[
+        str | None, typer.Option(help="ConfigMap to keep the CA in, for probes and Prometheus.")
     ] = None,
     model_cache: Annotated[
         str | None, typer.Option(help="Directory of every node for downloaded models; default: none.")
@@ -108,9 +111,10 @@ def run(
         coordinator_url=coordinator_url,
         host=host,
         coordinator_port=coordinator_port,
-        http_port=http_port,
+        health_port=health_port,
+        metrics_port=metrics_port,
         tls_secret=tls_secret,
-        probe_ca=probe_ca,
+        ca_config_map=ca_configmap,
         model_cache=model_cache,
         runtime_class=runtime_class,
         image_pull_secrets=tuple(image_pull_secret or ()),

@@ -152,7 +152,9 @@ class Controller:
         known = self.jobs.pop(uid, None)
         if known is not None:
             await cancel([known.task, known.output_task])
-        for pod in self.inventory.pods_of(uid):
+        ledger = self.engine.jobs.get(uid)
+        namespace = known.namespace if known else ledger.state.namespace if ledger else ""
+        for pod in self.inventory.pods_of(namespace, uid):
             await self._api.delete_pod(pod.namespace, pod.name, pod.uid, force=False)
         await self.engine.delete(uid)
         if self.inventory.hold(uid, ()):
@@ -241,7 +243,7 @@ class Controller:
             known.quarantined = True
             text = f"record {found.key}: {found.reason}"
             self._events.tell(known.namespace, known.name, known.uid, Note(True, Reason.QUARANTINED, text))
-        for pod in self.inventory.agents_of(known.uid):
+        for pod in self.inventory.agents_of(known.namespace, known.uid):
             if not pod.deleting:
                 await self._api.delete_pod(pod.namespace, pod.name, pod.uid, force=False)
         status = quarantined_status(found, job, known.budget.written, self._clock())
@@ -254,7 +256,7 @@ class Controller:
         actions = reconcile(
             job,
             self.inventory.fleet_for(known.uid, names),
-            self.inventory.agents_of(known.uid),
+            self.inventory.agents_of(known.namespace, known.uid),
             engine_job.state if engine_job else None,
             seen={node: live.seen for node, live in engine_job.live.items()} if engine_job else {},
             template=template_digest(job, self._settings),
@@ -384,7 +386,7 @@ class Controller:
         status = observed_status(
             job,
             engine_job,
-            pods=self.inventory.agents_of(known.uid),
+            pods=self.inventory.agents_of(known.namespace, known.uid),
             choice=known.choice,
             refused=known.refused,
             output=known.output,

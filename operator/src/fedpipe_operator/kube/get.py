@@ -1,22 +1,40 @@
-"""`fedpipe get`: fetches finished adapters from a cluster through the API server's service proxy."""
+"""`fedpipe get`: fetches adapters from a cluster through the API server's service proxy.
+
+What the user's kubeconfig logs in with never reaches the operator: the proxy does not hand it on, and a
+stolen operator must not collect it. The API server is asked for a token of the job's namespace's
+ServiceAccount fedpipe-adapter-reader, which lasts ten minutes and is good for adapters alone.
+"""
 
 import asyncio
 import io
+import json
+import re
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 
 from fedpipe_api.base import UserError
+from fedpipe_api.names import ADAPTER_AUDIENCE, ADAPTER_READER, CA_CONFIGMAP, OPERATOR_KEY, TOKEN_HEADER
+
+if TYPE_CHECKING:
+    from kubernetes.aio import client
 
 get = typer.Typer(name="get", help="Fetch from a cluster.", no_args_is_help=True)
 
 LIMIT = 4 << 30
 """Bytes of the largest adapter accepted."""
 
+TOKEN_SECONDS = 600
+"""The shortest life that the API server gives a token."""
+
 FILES = {"adapter_model.safetensors", "adapter_config.json", "README.md"}
 """What a PEFT directory holds; nothing else is unpacked."""
+
+_NAME = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 
 
 @get.callback()
@@ -30,27 +48,35 @@ def adapter(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where to write; must not exist.")],
     namespace: Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the job.")] = "default",
     operator: Annotated[
-        str, typer.Option(metavar="NAMESPACE/SERVICE", help="Service of the operator's HTTP port.")
-    ] = "fedpipe/fedpipe-metrics",
+        str | None, typer.Option(metavar="NAMESPACE/SERVICE", help="The operator's; default: found.")
+    ] = None,
     kubeconfig: Annotated[Path | None, typer.Option(help="Default: KUBECONFIG or ~/.kube/config.")] = None,
 ) -> int:
     """Write a job's latest adapter as a PEFT directory."""
     if out.exists():
         raise UserError(f"{out}: exists already; give another --out")
-    where, _, service = operator.partition("/")
-    if not where or not service:
-        raise UserError("--operator: write it as NAMESPACE/SERVICE")
-    body = asyncio.run(_fetch(kubeconfig, where, service, f"v1/jobs/{namespace}/{job}/adapter"))
-    unpack(body, out)
+    if not re.fullmatch(_NAME, namespace):
+        raise UserError("--namespace: must be the name of a namespace")
+    where = None if operator is None else _service("--operator", operator)
+    unpack(asyncio.run(fetch(kubeconfig, namespace, job, where)), out)
     typer.echo(str(out))
     return 0
 
 
-async def _fetch(kubeconfig: Path | None, namespace: str, service: str, path: str) -> bytes:
+def _service(source: str, text: str) -> tuple[str, str]:
+    if not re.fullmatch(f"{_NAME}/{_NAME}", text):
+        raise UserError(f"{source}: must be NAMESPACE/SERVICE")
+    namespace, _, service = text.partition("/")
+    return namespace, service
+
+
+async def fetch(kubeconfig: Path | None, namespace: str, job: str, operator: tuple[str, str] | None) -> bytes:
+    """Return a job's adapter as a tar; `operator` is namespace and name of its Service, None: find it.
+
+    UserError says what is missing and who can give it.
+    """
     # The client takes a second to import, which other commands need not wait for.
-    import aiohttp
     from kubernetes.aio import client, config
-    from kubernetes.aio.client import ApiException
 
     configuration = client.Configuration()
     try:
@@ -59,22 +85,101 @@ async def _fetch(kubeconfig: Path | None, namespace: str, service: str, path: st
         )
     except (config.ConfigException, OSError) as error:
         raise UserError(f"kubeconfig: {error}; set KUBECONFIG or give --kubeconfig") from None
-    proxy = f"/api/v1/namespaces/{namespace}/services/http:{service}:metrics/proxy/{path}"
     async with client.ApiClient(configuration) as api_client:
+        api = _Api(api_client)
+        where, service = operator or await _find_operator(api, namespace)
+        token = await _token(api, namespace, service)
+        path = f"/api/v1/namespaces/{where}/services/https:{service}:coordinator/proxy"
+        status, body = await api.call(
+            "GET", f"{path}/v1/jobs/{namespace}/{quote(job, safe='')}/adapter", headers={TOKEN_HEADER: token}
+        )
+    if status != 200:
+        raise UserError(f"{where}/{service}: {_message(status, body)}")
+    return body
+
+
+async def _find_operator(api: "_Api", namespace: str) -> tuple[str, str]:
+    """Return where the operator says it is, in the job's namespace.
+
+    A Service found by its label could be anybody's; this ConfigMap is in the hands of the job's namespace.
+    """
+    status, body = await api.call("GET", f"/api/v1/namespaces/{namespace}/configmaps/{CA_CONFIGMAP}")
+    found = _json(body) if status == 200 else {}
+    place = (found.get("data") or {}).get(OPERATOR_KEY)
+    if status not in (200, 404):
+        raise UserError(f"ConfigMap {namespace}/{CA_CONFIGMAP}: {_message(status, body)}")
+    if not isinstance(place, str):
+        raise UserError(
+            f"namespace {namespace} has no ConfigMap {CA_CONFIGMAP} that names the operator, so no jobs; "
+            f"check --namespace, or give --operator NAMESPACE/SERVICE"
+        )
+    return _service(f"ConfigMap {namespace}/{CA_CONFIGMAP}: {OPERATOR_KEY}", place)
+
+
+async def _token(api: "_Api", namespace: str, service: str) -> str:
+    """Return a token that is good for reading adapters of the namespace, and for nothing else."""
+    account = f"/api/v1/namespaces/{namespace}/serviceaccounts/{ADAPTER_READER}"
+    request = {
+        "apiVersion": "authentication.k8s.io/v1",
+        "kind": "TokenRequest",
+        "spec": {"audiences": [ADAPTER_AUDIENCE], "expirationSeconds": TOKEN_SECONDS},
+    }
+    status, body = await api.call("POST", f"{account}/token", request)
+    if status == 404:
+        raise UserError(
+            f"namespace {namespace} has no ServiceAccount {ADAPTER_READER}; its administrator makes one: "
+            f"kubectl create serviceaccount {ADAPTER_READER} -n {namespace} && "
+            f"kubectl create rolebinding {ADAPTER_READER} -n {namespace} "
+            f"--clusterrole={service}-adapter-reader --serviceaccount={namespace}:{ADAPTER_READER}"
+        )
+    if status != 201:
+        raise UserError(f"a token of ServiceAccount {namespace}/{ADAPTER_READER}: {_message(status, body)}")
+    return str(_json(body)["status"]["token"])
+
+
+class _Api:
+    """Requests with the user's own kubeconfig, whatever it logs in with."""
+
+    def __init__(self, api_client: "client.ApiClient") -> None:
+        self._client = api_client
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> tuple[int, bytes]:
+        """Return status and body of any answer; UserError when there is none."""
+        import aiohttp
+        from kubernetes.aio.client import ApiException
+
+        given = dict(headers or {}) | ({"Content-Type": "application/json"} if body else {})
         try:
-            _, address, headers, _, _ = await api_client.param_serialize(
-                "GET", proxy, auth_settings=["BearerToken"]
+            _, address, sent, _, _ = await self._client.param_serialize(
+                method, path, header_params=given, auth_settings=["BearerToken"]
             )
-            answer = await api_client.call_api("GET", address, headers, _preload_content=False)
+            answer = await self._client.call_api(method, address, sent, body)
             if (answer.response.content_length or 0) > LIMIT:
                 raise UserError(f"the operator sends more than {LIMIT >> 30} GiB; this is no adapter")
-            body: bytes = await answer.read()
+            return answer.status, await answer.read()
         except (aiohttp.ClientError, ApiException, TimeoutError) as error:
             raise UserError(f"the API server does not answer: {error}") from None
-    if answer.status != 200:
-        text = body[:500].decode(errors="replace").strip()
-        raise UserError(f"{namespace}/{service}: {text or answer.status}")
-    return body
+
+
+def _json(body: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _message(status: int, body: bytes) -> str:
+    """Return what a refusal says: the API server's, or the operator's, or another one's on the way."""
+    found = _json(body)
+    text = found.get("message") or found.get("error") or body[:500].decode(errors="replace").strip()
+    return f"{text or 'no reason given'} ({status})"
 
 
 def unpack(body: bytes, directory: Path) -> None:

@@ -1,8 +1,6 @@
 """Who an agent is: its Pod's ServiceAccount token, checked by TokenReview and mapped to one (job, node)."""
 
-import base64
 import hashlib
-import json
 import logging
 import time
 from collections import OrderedDict
@@ -15,6 +13,7 @@ from ..coordinator import Identity
 from ..engine import Refused
 from .api import Api, ApiError
 from .fields import Unreadable
+from .reviews import Stranger, expiry, review
 from .views import PodView, pod_view
 
 log = logging.getLogger(__name__)
@@ -26,22 +25,26 @@ CACHE_SIZE = 10_000
 REFUSED_SECONDS = 10.0
 """A refused token is not reviewed again, nor its reason logged again, for so long."""
 
-TOKEN_BYTES = 16 * 1024
-_POD_NAME = "authentication.kubernetes.io/pod-name"
-_POD_UID = "authentication.kubernetes.io/pod-uid"
+_EXTRA = "authentication.kubernetes.io/"
 
 
 @dataclass(frozen=True)
 class BoundPod:
-    """The Pod that a token is bound to."""
+    """The Pod that a token is bound to, as the API server signed it."""
 
     namespace: str
     name: str
     uid: str
+    node: str
+    """The node that the Pod was bound to; empty where the API server does not say."""
 
 
-class _Stranger(Exception):
-    """Why a token stands for no agent."""
+@dataclass(frozen=True)
+class JobName:
+    """What the ledger calls a job."""
+
+    namespace: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,17 @@ class _Reviewed:
 class PodIdentities:
     """The coordinator's `Identify` in a cluster.
 
-    `find` returns a Pod by (namespace, name) from the watch, `job_name` a job's name by its uid. A token
-    stands for an agent only if it is bound to a Pod that a known FedPipeJob controls and that bears the one
-    name which job and node give it.
+    `find` returns a Pod by (namespace, name) from the watch, `job_name` what the ledger calls a job, by its
+    uid. A token stands for an agent only if it is bound to a Pod that lives in the namespace of the
+    FedPipeJob that controls it, under the one name which job and node give it, on that node. All of it is
+    looked at for every request; only what the token says of itself is kept.
     """
 
     def __init__(
         self,
         api: Api,
         find: Callable[[str, str], PodView | None],
-        job_name: Callable[[str], str | None],
+        job_name: Callable[[str], JobName | None],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._api = api
@@ -71,39 +75,63 @@ class PodIdentities:
         self._job_name = job_name
         self._clock = clock
         self._cache: OrderedDict[bytes, _Reviewed] = OrderedDict()
-        self._told: dict[str, float] = {}
+        self._logged: dict[str, float] = {}
 
     async def __call__(self, token: str) -> Identity | None:
-        """Return who presents the token; None, with the reason logged, for anybody else."""
+        """Return the agent that presents the token; None, with the reason logged, for anybody else."""
         try:
-            return await self._identify(token)
-        except _Stranger as reason:
+            pod, job = await self._pod(token)
+            if not pod.bound or pod.node != pod.bound or pod.name != child_name(job.name, pod.bound):
+                raise Stranger(f"Pod {pod.namespace}/{pod.name} on {pod.bound or 'no node'} is no agent")
+        except Stranger as reason:
             self._log(str(reason))
             return None
+        return Identity(pod.job, pod.bound)
+
+    async def writer(self, token: str) -> str | None:
+        """Return the uid of the job whose output the presenter writes; None, logged, for anybody else."""
+        try:
+            pod, job = await self._pod(token)
+            if pod.name != child_name(job.name, ""):
+                raise Stranger(f"Pod {pod.namespace}/{pod.name} writes no output")
+        except Stranger as reason:
+            self._log(str(reason))
+            return None
+        return pod.job
 
     def _log(self, reason: str) -> None:
-        """Say why once in a while: who is refused may come again at once."""
+        """Say why once in a while: whatever is refused may come again at once."""
         now = self._clock()
-        if now - self._told.get(reason, 0.0) >= REFUSED_SECONDS:
-            if len(self._told) >= CACHE_SIZE:
-                self._told.clear()
-            self._told[reason] = now
+        if now - self._logged.get(reason, 0.0) >= REFUSED_SECONDS:
+            if len(self._logged) >= CACHE_SIZE:
+                self._logged.clear()
+            self._logged[reason] = now
             log.warning("an agent was refused: %s", reason)
 
-    async def _identify(self, token: str) -> Identity:
-        bound = await self._reviewed(token)
+    async def _pod(self, token: str) -> tuple[PodView, JobName]:
+        """Return the living Pod of a token and its job, which agree in all that both say."""
+        # Tokens themselves are kept nowhere.
+        key = hashlib.sha256(token.encode(errors="surrogateescape")).digest()
+        bound = await self._reviewed(key, token)
+        title = f"Pod {bound.namespace}/{bound.name}"
         pod = self._find(bound.namespace, bound.name)
-        if pod is None or pod.uid != bound.uid:
+        if pod is None or pod.uid != bound.uid or not pod.bound:
             # The agent may be quicker than the watch.
             pod = await self._fetch(bound)
         if pod is None or pod.uid != bound.uid:
-            raise _Stranger(f"Pod {bound.namespace}/{bound.name} of the token is gone or is no agent")
+            reason = f"{title} of the token is gone or is no agent"
+            self._keep(key, _Reviewed(reason, self._clock() + REFUSED_SECONDS))
+            raise Stranger(reason)
+        if not pod.running or (pod.until is not None and self._clock() >= pod.until):
+            raise Stranger(f"{title} has ended")
+        if bound.node not in ("", pod.bound):
+            raise Stranger(f"{title} is not on the node that its token is for")
         job = self._job_name(pod.job)
         if job is None:
-            raise _Stranger(f"Pod {bound.namespace}/{bound.name} belongs to a job that is gone")
-        if pod.name != child_name(job, pod.node):
-            raise _Stranger(f"Pod {bound.namespace}/{bound.name} is not the agent of {job} on {pod.node}")
-        return Identity(pod.job, pod.node)
+            raise Stranger(f"{title} belongs to a job that is gone")
+        if job != JobName(pod.namespace, pod.owner):
+            raise Stranger(f"{title} is not of the namespace and name of the job that it says it belongs to")
+        return pod, job
 
     async def _fetch(self, bound: BoundPod) -> PodView | None:
         try:
@@ -113,55 +141,40 @@ class PodIdentities:
         try:
             return None if body is None else pod_view(body)
         except Unreadable as error:
-            raise _Stranger(f"Pod {bound.namespace}/{bound.name} cannot be read: {error}") from None
+            raise Stranger(f"Pod {bound.namespace}/{bound.name} cannot be read: {error}") from None
 
-    async def _reviewed(self, token: str) -> BoundPod:
-        if len(token) > TOKEN_BYTES:
-            raise _Stranger("the token is too long")
-        # Tokens themselves are kept nowhere.
-        key, now = hashlib.sha256(token.encode()).digest(), self._clock()
-        known = self._cache.get(key)
+    async def _reviewed(self, key: bytes, token: str) -> BoundPod:
+        known, now = self._cache.get(key), self._clock()
         if known is None or now >= known.until:
             known = await self._look(token, now)
-            self._cache[key] = known
-            self._cache.move_to_end(key)
-            if len(self._cache) > CACHE_SIZE:
-                self._cache.popitem(last=False)
+            self._keep(key, known)
         if isinstance(known.found, str):
-            raise _Stranger(known.found)
+            raise Stranger(known.found)
         return known.found
+
+    def _keep(self, key: bytes, known: _Reviewed) -> None:
+        self._cache[key] = known
+        self._cache.move_to_end(key)
+        if len(self._cache) > CACHE_SIZE:
+            self._cache.popitem(last=False)
 
     async def _look(self, token: str, now: float) -> _Reviewed:
         try:
-            found = await self._review(token)
-        except _Stranger as reason:
+            found = _bound_pod(await review(self._api, token, AUDIENCE))
+        except Stranger as reason:
             return _Reviewed(str(reason), now + REFUSED_SECONDS)
-        return _Reviewed(found, min(now + CACHE_SECONDS, _expiry(token)))
-
-    async def _review(self, token: str) -> BoundPod:
-        try:
-            status = await self._api.review_token(token)
-        except ApiError as error:
-            # The agent is told to come again: a 5xx is retried, a 401 is not.
-            raise Refused(503, "ReviewFailed", str(error)) from None
-        if not status.get("authenticated"):
-            raise _Stranger(f"TokenReview: {status.get('error') or 'not authenticated'}")
-        if AUDIENCE not in (status.get("audiences") or ()):
-            raise _Stranger(f"the token is not for audience {AUDIENCE}")
-        user = status.get("user") or {}
-        kind, _, account = str(user.get("username", "")).partition("system:serviceaccount:")
-        extra: Mapping[str, Sequence[str]] = user.get("extra") or {}
-        names, uids = extra.get(_POD_NAME) or (), extra.get(_POD_UID) or ()
-        if kind or not account or len(names) != 1 or len(uids) != 1:
-            raise _Stranger(f"the token of {user.get('username')} is not bound to a Pod")
-        return BoundPod(account.partition(":")[0], names[0], uids[0])
+        return _Reviewed(found, min(now + CACHE_SECONDS, expiry(token)))
 
 
-def _expiry(token: str) -> float:
-    """Return the `exp` claim of a token that the API server has verified; 0 where there is none to read."""
-    try:
-        payload = token.split(".", 2)[1]
-        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-        return float(claims["exp"])
-    except (IndexError, KeyError, TypeError, ValueError):
-        return 0.0
+def _bound_pod(user: Mapping[str, object]) -> BoundPod:
+    kind, _, account = str(user.get("username", "")).partition("system:serviceaccount:")
+    extra = user.get("extra")
+    said = extra if isinstance(extra, Mapping) else {}
+    name, uid, node = (_only(said.get(f"{_EXTRA}{what}")) for what in ("pod-name", "pod-uid", "node-name"))
+    if kind or not account or not name or not uid:
+        raise Stranger(f"the token of {user.get('username')} is not bound to a Pod")
+    return BoundPod(account.partition(":")[0], name, uid, node)
+
+
+def _only(values: Sequence[str] | None) -> str:
+    return values[0] if values is not None and len(values) == 1 else ""

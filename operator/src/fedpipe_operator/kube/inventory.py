@@ -26,7 +26,7 @@ class Inventory:
     def __init__(self, on_fleet: Callable[[], None], on_pod: Callable[[str], None]) -> None:
         self.nodes: dict[str, NodeView] = {}
         self.capacities: dict[str, CapacityView] = {}
-        self._pods: dict[str, dict[str, PodView]] = {}
+        self._pods: dict[tuple[str, str], dict[str, PodView]] = {}
         self._by_name: dict[tuple[str, str], PodView] = {}
         self._holders: dict[str, str] = {}
         self._unreadable: dict[str, dict[str, str]] = {"Node": {}, "FedPipeNode": {}, "Pod": {}}
@@ -71,10 +71,11 @@ class Inventory:
                 self._on_pod(known.job)
         elif self._by_name.get((view.namespace, view.name)) != view:
             replaced = self._by_name.get((view.namespace, view.name))
-            if replaced is not None and replaced.uid != view.uid:
+            if replaced is not None and (replaced.uid, replaced.job) != (view.uid, view.job):
                 self._forget(replaced)
+                self._on_pod(replaced.job)
             self._by_name[view.namespace, view.name] = view
-            self._pods.setdefault(view.job, {})[view.name] = view
+            self._pods.setdefault((view.namespace, view.job), {})[view.name] = view
             self._on_pod(view.job)
 
     def _read(self, kind: str, read: Callable[[Body], View], body: Body) -> View | None:
@@ -111,22 +112,22 @@ class Inventory:
 
     def _forget(self, view: PodView) -> None:
         self._by_name.pop((view.namespace, view.name), None)
-        mine = self._pods.get(view.job, {})
+        mine = self._pods.get((view.namespace, view.job), {})
         mine.pop(view.name, None)
         if not mine:
-            self._pods.pop(view.job, None)
+            self._pods.pop((view.namespace, view.job), None)
 
     def pod(self, namespace: str, name: str) -> PodView | None:
         """Return a Pod by its name."""
         return self._by_name.get((namespace, name))
 
-    def agents_of(self, uid: str) -> list[PodView]:
+    def agents_of(self, namespace: str, uid: str) -> list[PodView]:
         """Return the agent Pods of a job."""
-        return [view for view in self.pods_of(uid) if not view.writer]
+        return [view for view in self.pods_of(namespace, uid) if not view.writer]
 
-    def pods_of(self, uid: str) -> list[PodView]:
-        """Return all Pods of a job."""
-        return list(self._pods.get(uid, {}).values())
+    def pods_of(self, namespace: str, uid: str) -> list[PodView]:
+        """Return all Pods of a job; one in another namespace is none, whatever it says of its owner."""
+        return list(self._pods.get((namespace, uid), {}).values())
 
     def pod_uids(self) -> dict[str, tuple[str, str]]:
         """Return (namespace, name) of every Pod by its uid."""

@@ -9,6 +9,7 @@ from fedpipe_api.base import UserError
 from fedpipe_api.job import FedPipeJob
 from fedpipe_api.names import (
     AUDIENCE,
+    CA_CONFIGMAP,
     COMPONENT_LABEL,
     GROUP,
     JOB_LABEL,
@@ -22,9 +23,6 @@ from fedpipe_api.objects import Claim, HostPath, Volume
 from .merge import strategic_merge
 from .settings import Settings
 from .views import AGENT, TEMPLATE_ANNOTATION, WRITER, CapacityView, NodeView
-
-CA_CONFIGMAP = "fedpipe-ca"
-"""ConfigMap with the coordinator's certificate authorities, in every namespace that has jobs."""
 
 CA_KEY = "ca.crt"
 TOKEN_SECONDS = 3600

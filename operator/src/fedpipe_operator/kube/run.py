@@ -15,13 +15,21 @@ from ..coordinator import application
 from ..engine import Engine, Note
 from ..metrics import Figures
 from ..serving import serve as serve_http
+from .access import Access
 from .api import Api, ApiError, connect
 from .authority import Authority
 from .controller import Controller
 from .events import Events
 from .handlers import kopf_settings, register
-from .http import http_application, own_adapter
-from .identity import PodIdentities
+from .http import (
+    ADAPTER_PATH,
+    OWN_ADAPTER_PATH,
+    any_adapter,
+    health_application,
+    metrics_application,
+    own_adapter,
+)
+from .identity import JobName, PodIdentities
 from .output import OutputWriter
 from .resync import Resync
 from .settings import Settings
@@ -77,11 +85,13 @@ class Operator:
     def _count_unreadable(self) -> dict[str, int]:
         return self.controller.inventory.unreadable()
 
-    def _job_name(self, uid: str) -> str | None:
+    def _job_name(self, uid: str) -> JobName | None:
         # From the ledger, not from the watch: agents that outlived the last operator call before this one has
         # seen their job, and one that is refused gives up.
         job, set_aside = self.engine.jobs.get(uid), self.engine.quarantined.get(uid)
-        return job.state.name if job else set_aside.name if set_aside else None
+        if job is not None:
+            return JobName(job.state.namespace, job.state.name)
+        return JobName(set_aside.namespace, set_aside.name) if set_aside else None
 
     def _unready(self) -> str | None:
         if not self._serving:
@@ -97,16 +107,24 @@ class Operator:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self.engine.stop)
             stack.push_async_callback(self.controller.stop)
-            plain = http_application(self.engine, self.figures, self._unready)
-            await self._serve(stack, plain, self.settings.http_port, tls=False)
+            health = health_application(self._unready)
+            await self._serve(stack, health, self.settings.health_port, tls=False)
             await self._patiently(self.authority.load, stop)
+            if stop.is_set():
+                return
+            access = Access(self.api)
+            metrics = metrics_application(self.figures, access)
+            await self._serve(stack, metrics, self.settings.metrics_port, tls=True)
             await self._patiently(self.resync.drop_jobs, stop)
             await self._patiently(self.resync.fill, stop)
             if stop.is_set():
                 return
             identify = PodIdentities(self.api, self.controller.inventory.pod, self._job_name)
-            coordinator = application(self.engine, identify)
-            coordinator.router.add_get("/v1/adapter", own_adapter(self.engine, identify))
+            adapters = {
+                OWN_ADAPTER_PATH: own_adapter(self.engine, identify.writer),
+                ADAPTER_PATH: any_adapter(self.engine, access),
+            }
+            coordinator = application(self.engine, identify, adapters)
             await self._serve(stack, coordinator, self.settings.coordinator_port, tls=True)
             self._serving = True
             log.info("ready: %s", self.settings.coordinator)

@@ -47,11 +47,12 @@ class Settings:
     """Where agents find the coordinator if not at its Service: for nodes outside the cluster's network."""
     host: str = "0.0.0.0"  # noqa: S104 - a Pod's servers listen on all of its addresses
     coordinator_port: int = 8443
-    http_port: int = 8080
+    health_port: int = 8080
+    metrics_port: int = 8444
     tls_secret: str | None = None
     """A Secret with tls.crt, tls.key and ca.crt, as cert-manager writes it; None: the operator's own CA."""
-    probe_ca: str | None = None
-    """ConfigMap of the operator's namespace from which probes read the CA; None: they do not need it."""
+    ca_config_map: str | None = None
+    """ConfigMap of the operator's namespace from which probes and Prometheus read the CA; None: none."""
     model_cache: str | None = None
     """Directory on every node that keeps downloaded models; None: an emptyDir, gone with the Pod."""
     runtime_class: str | None = None

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedpipe_api.names import COMPONENT_LABEL, NODE_LABEL
+from fedpipe_api.names import COMPONENT_LABEL, GROUP, NODE_LABEL
 from fedpipe_api.node import READY, STALE_SECONDS
 
 from .fields import Fields, one_line
@@ -78,16 +78,27 @@ class PodView:
     uid: str
     job: str
     """uid of the FedPipeJob that owns it."""
+    owner: str
+    """Name of that FedPipeJob."""
     node: str
+    """The node it is for: the one it is bound to, before that the one it was made for."""
+    bound: str
+    """The node it is bound to; empty before."""
     template: str
     phase: str
     created: float
-    deleting: bool
+    until: float | None = None
+    """When a Pod that is being deleted has to be gone."""
     writer: bool = False
     """Whether it writes the job's output; then it stands for no node."""
     trouble: str | None = None
     """Why its agent does not run, as a clause about the Pod."""
     ended: float | None = None
+
+    @property
+    def deleting(self) -> bool:
+        """Whether it has been asked to end."""
+        return self.until is not None
 
     @property
     def running(self) -> bool:
@@ -158,6 +169,11 @@ def pod_view(body: Body) -> PodView | None:
     annotations = meta.texts("annotations")
     if owner is None or owner.text("kind") != "FedPipeJob" or NODE_LABEL not in annotations:
         return None
+    if owner.text("apiVersion").partition("/")[0] != GROUP:
+        return None
+    writer = meta.texts("labels").get(COMPONENT_LABEL) == WRITER
+    bound = top.object("spec").text("nodeName", longest=253)
+    made_for = meta.object("annotations").text(NODE_LABEL, longest=253)
     # A sidecar of the podTemplate may fail as it likes; one that must run first may not.
     containers = [c for c in status.objects("containerStatuses") if c.text("name") in (AGENT, WRITER)]
     containers += status.objects("initContainerStatuses")
@@ -166,12 +182,15 @@ def pod_view(body: Body) -> PodView | None:
         name=meta.name("name"),
         uid=meta.name("uid"),
         job=owner.name("uid"),
-        node=meta.object("annotations").text(NODE_LABEL, longest=253),
+        owner=owner.name("name"),
+        # An annotation is anybody's to edit who may edit the Pod; where it runs is not.
+        node=made_for if writer else bound or made_for,
+        bound=bound,
         template=meta.object("annotations").text(TEMPLATE_ANNOTATION, longest=253),
         phase=status.text("phase", longest=63) or "Pending",
         created=meta.time("creationTimestamp") or 0.0,
-        deleting="deletionTimestamp" in meta,
-        writer=meta.texts("labels").get(COMPONENT_LABEL) == WRITER,
+        until=meta.time("deletionTimestamp"),
+        writer=writer,
         trouble=_trouble(status, containers),
         ended=_ended(status, containers),
     )

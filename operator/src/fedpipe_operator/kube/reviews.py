@@ -1,0 +1,46 @@
+"""What the API server says of a bearer token: TokenReview, for whoever asks the operator for something."""
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..engine import Refused
+from .api import Api, ApiError
+from .fields import one_line
+
+TOKEN_BYTES = 16 * 1024
+
+
+class Stranger(Exception):
+    """Why a token stands for nobody that may come in."""
+
+
+async def review(api: Api, token: str, audience: str | None) -> Mapping[str, Any]:
+    """Return the user of a token as the API server knows them: username, uid, groups, extra.
+
+    Without an audience the token must be one for the API server itself. Stranger says why it is refused;
+    Refused 503 means that nobody could be asked.
+    """
+    if not 0 < len(token) <= TOKEN_BYTES or not (token.isascii() and token.isprintable()):
+        raise Stranger("the token is empty, too long or no printable ASCII")
+    try:
+        status = await api.review_token(token, audience)
+    except ApiError as error:
+        # Whoever asks may come again: a 5xx is retried, a 401 is not.
+        raise Refused(503, "ReviewFailed", str(error)) from None
+    if not status.get("authenticated"):
+        raise Stranger(f"TokenReview: {one_line(str(status.get('error') or 'not authenticated'))}")
+    if audience is not None and audience not in (status.get("audiences") or ()):
+        raise Stranger(f"the token is not for audience {audience}")
+    return status.get("user") or {}
+
+
+def expiry(token: str) -> float:
+    """Return the `exp` claim of a token that the API server has verified; 0 where there is none to read."""
+    try:
+        payload = token.split(".", 2)[1]
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        return float(claims["exp"])
+    except (IndexError, KeyError, TypeError, ValueError):
+        return 0.0
