@@ -2,6 +2,7 @@
 
 from .messages import AggregationReport, AggregationRequest, MatrixReport, NodeReport, NodeUpdate, StoredFile
 from .run import aggregate_round
+from .sent import make_again
 from .validation import Refused, check_update_file
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "StoredFile",
     "aggregate_round",
     "check_update_file",
+    "make_again",
 ]

@@ -177,12 +177,13 @@ class TensorWriter:
     """Writes float32 and int8 tensors as they come; a context manager that tells the outcome in `stored`.
 
     The header's place is kept free for the given names and filled in at the end, padded with blanks as the
-    format allows. The same tensors in the same order give the same bytes. A failure leaves no file behind.
+    format allows; `room` makes it as long as that of an earlier file. The same tensors in the same order give
+    the same bytes. A failure leaves no file behind.
     """
 
-    def __init__(self, directory: Path, kind: str, names: Iterable[str]) -> None:
+    def __init__(self, directory: Path, kind: str, names: Iterable[str], room: int | None = None) -> None:
         # 256 bytes hold the longest `:{"dtype":"F32","shape":[…],"data_offsets":[…]},` of up to 8 dimensions.
-        self._room = -(-(8 + sum(len(json.dumps(name)) + 256 for name in names)) // 8) * 8
+        self._room = room or -(-(8 + sum(len(json.dumps(name)) + 256 for name in names)) // 8) * 8
         self._entries: dict[str, dict[str, object]] = {}
         self._end = 0
         descriptor, path = tempfile.mkstemp(prefix=f"{kind}-", suffix=".safetensors", dir=directory)

@@ -206,7 +206,7 @@ class _Routes:
         # Only what the job uses now: a name cannot lead to another job's files, nor out of the store.
         if digest not in blobs_in_use(self._engine.job(who.job).state):
             raise Refused(404, "BlobUnknown", "the job has no such blob")
-        path = self._engine.blobs.path(digest)
+        path = await self._engine.readable(who.job, digest)
         size = path.stat().st_size
         wanted = request.http_range
         self._engine.sent(who.job, max(0, size - (wanted.start or 0)))

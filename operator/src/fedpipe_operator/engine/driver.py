@@ -10,10 +10,11 @@ from fedpipe_api.status import Phase
 from ..store import is_full
 from .aggregation import aggregate
 from .decide import Action, Aggregate, CloseRound, Finish, MakePlan, OpenRound, Wait, decide
+from .integrity import Integrity
 from .jobs import Job, until
 from .journal import Journal
 from .planning import Infeasible, make_plan
-from .records import Finished, Record, RoundClosed, RoundOpened
+from .records import Finished, Record, RoundClosed, RoundOpened, UpdateDropped
 from .state import blobs_in_use
 from .worker import Worker
 
@@ -26,9 +27,10 @@ RETRY_SECONDS = 5.0
 class Driver:
     """What drives every job: one task for each calls `drive`."""
 
-    def __init__(self, journal: Journal, worker: Worker) -> None:
+    def __init__(self, journal: Journal, worker: Worker, integrity: Integrity) -> None:
         self._journal = journal
         self._worker = worker
+        self._integrity = integrity
 
     async def drive(self, job: Job) -> None:
         """Drive one job until it ends."""
@@ -73,7 +75,7 @@ class Driver:
                 async with job.lock:
                     await self._journal.commit(job, record)
             case Aggregate():
-                await self._aggregate(job, action.round)
+                await self._aggregate(job, action.round, committed)
             case OpenRound() | CloseRound() | Finish():
                 async with job.lock:
                     # Something may have been committed while we waited for the lock.
@@ -96,11 +98,21 @@ class Driver:
                 missing = set(opened.opened.participants) - set(opened.updates)
                 stragglers = {node: _steps_heard(job, node, action.round) for node in sorted(missing)}
                 down, job.bytes_down = job.bytes_down, 0
-                return RoundClosed(round=action.round, stragglers=stragglers, bytes_down=down)
+                return RoundClosed(
+                    round=action.round,
+                    stragglers=stragglers,
+                    bytes_down=down,
+                    drops=sum(opened.drops.values()) or None,
+                )
             case Finish():
                 return Finished(phase=action.phase, reason=action.reason, message=action.message)
 
-    async def _aggregate(self, job: Job, round_number: int) -> None:
+    async def _aggregate(self, job: Job, round_number: int, committed: asyncio.Event) -> None:
+        again = self._journal.clock() + RETRY_SECONDS
+        if not await self._integrity.start_holds(job):
+            return await self._stand(job, Wait(Reason.STORE_DAMAGED, job.damage or "", again), committed)
+        if await self._drop_damaged(job):
+            return None
         job.stand(Wait(Reason.AGGREGATING, f"round {round_number} is aggregated"))
         record, files = await aggregate(self._worker, self._journal.blobs, job.state)
         async with job.lock, self._journal.store_lock:
@@ -109,6 +121,27 @@ class Driver:
                 await asyncio.to_thread(self._journal.blobs.adopt, path, digest)
             await self._journal.commit(job, record)
             await self._journal.remove(before)
+        return None
+
+    async def _drop_damaged(self, job: Job) -> bool:
+        """Ask again for the damaged updates of the closed round; return whether there are any."""
+        current = job.state.current
+        assert current is not None
+        damaged = [
+            node
+            for node, manifest in sorted(current.updates.items())
+            if not await self._integrity.is_intact(manifest.digest)
+        ]
+        for node in damaged:
+            async with job.lock:
+                record = UpdateDropped(
+                    round=current.opened.round,
+                    node=node,
+                    drops=current.drops.get(node, 0) + 1,
+                    deadline=self._journal.clock() + job.state.spec.rounds.deadline,
+                )
+                await self._journal.commit(job, record)
+        return bool(damaged)
 
 
 def _steps_heard(job: Job, node: str, round_number: int) -> int:

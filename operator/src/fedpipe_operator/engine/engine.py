@@ -9,13 +9,15 @@ from pathlib import Path
 from fedpipe_api.job import FedPipeJob, FedPipeJobSpec
 
 from .background import Background, cancel
+from .backup import serve_backups
 from .driver import Driver
 from .inbox import Inbox
+from .integrity import Integrity
 from .jobs import Job, Live, until
 from .journal import Journal
 from .notes import Note
 from .records import Offered, SpecChanged, Submitted
-from .silence import watch_room, watch_silence
+from .silence import watch_silence, watch_store
 from .worker import Worker
 
 
@@ -29,9 +31,11 @@ class Engine(Inbox):
         clock: Callable[[], float] = time.time,
         notify: Callable[[str, Note], None] = lambda uid, note: None,
     ) -> None:
-        super().__init__(Journal(directory, clock=clock, notify=notify))
+        self._directory = directory
         self._worker = Worker()
-        self._driver = Driver(self._journal, self._worker)
+        journal = Journal(directory, clock=clock, notify=notify)
+        super().__init__(journal, Integrity(journal, self._worker))
+        self._driver = Driver(journal, self._worker, self.integrity)
         self.background = Background()
 
     # Life
@@ -43,7 +47,8 @@ class Engine(Inbox):
         for job in self.jobs.values():
             self._run(job)
         self.background.start("silence", partial(watch_silence, self))
-        self.background.start("room", partial(watch_room, self))
+        self.background.start("backups", partial(serve_backups, self._journal, self._directory))
+        self.background.start("store", partial(watch_store, self))
 
     async def stop(self) -> None:
         """Stop driving; everything that matters is in the store already."""

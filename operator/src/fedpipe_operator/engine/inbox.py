@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from fedpipe_api.conditions import Reason
 from fedpipe_api.wire import (
@@ -20,6 +21,7 @@ from ..store import Incoming
 from . import accept
 from .accept import Refused, Verdict
 from .decide import Wait, assignment
+from .integrity import Integrity
 from .jobs import Job, Live, until
 from .journal import Journal, gone
 from .quota import held, quota
@@ -33,11 +35,16 @@ ROOM_SECONDS = 30
 """When an upload is welcome again that found no room."""
 
 
+DAMAGE_SECONDS = 60
+"""When a download is welcome again whose file is damaged."""
+
+
 class Inbox:
     """The agents' side of the engine (see coordinator/)."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, integrity: Integrity) -> None:
         self._journal = journal
+        self.integrity = integrity
         self.jobs = journal.jobs
         self.quarantined = journal.quarantined
         self.blobs = journal.blobs
@@ -122,7 +129,8 @@ class Inbox:
             async with self._journal.store_lock:
                 self.job(uid)  # it may have been deleted while this message waited
                 await asyncio.to_thread(self.blobs.adopt, incoming.path, manifest.digest)
-                record = UpdateAccepted(round=round_number, node=node, manifest=manifest)
+                drops = job.state.rounds[round_number].drops.get(node)
+                record = UpdateAccepted(round=round_number, node=node, manifest=manifest, drops=drops)
                 await self._journal.commit(job, record)
 
     @contextlib.contextmanager
@@ -156,6 +164,15 @@ class Inbox:
         job.shown.fire()
         work = assignment(job.state, node, self.clock())
         return work is not None and (work.kind, work.round) == (message.kind, message.round)
+
+    async def readable(self, uid: str, digest: str) -> Path:
+        """Return the path of a blob of the job whose bytes were checked; Refused where they are damaged."""
+        job = self.job(uid)
+        if not await self.integrity.holds(job, digest):
+            raise Refused(
+                503, "StoreDamaged", job.damage or "the file is damaged", retry_after=DAMAGE_SECONDS
+            )
+        return self.blobs.path(digest)
 
     def full(self, uid: str, what: str) -> None:
         """Show that there was no room for what an agent sent; it sends it again."""

@@ -1,16 +1,18 @@
 """What the engine writes: every change of a job is one durable record, then a change of its state."""
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from ..store import Blobs, Entry, Ledger, is_full
+from ..store.backup import snapshot
 from .accept import Refused
 from .jobs import Job
 from .notes import Note, note_of
@@ -23,7 +25,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # After these records an agent may have new work.
-_TURNS = ("spec", "offered", "plan", "opened", "aggregated", "finished")
+_TURNS = ("spec", "offered", "plan", "opened", "dropped", "aggregated", "finished")
 
 
 class Journal:
@@ -168,6 +170,17 @@ class Journal:
                 await self.remove(self._set_aside.pop(uid, set()))
                 await self._remove_unused()
         return job
+
+    @contextlib.asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Path]:
+        """Yield a directory with the ledger and the blobs of one moment, removed at the end."""
+        taken = snapshot(self._ledger, self.blobs)
+        async with self.store_lock:
+            directory = await self._in_ledger(taken.__enter__)
+        try:
+            yield directory
+        finally:
+            await asyncio.to_thread(taken.__exit__, None, None, None)
 
     async def remove(self, digests: set[str]) -> None:
         """Remove those blobs that no job uses any more; the caller holds the store lock."""

@@ -13,6 +13,7 @@ from .records import (
     RoundAggregated,
     RoundClosed,
     SpecChanged,
+    UpdateDropped,
 )
 from .state import JobState, evaluation_of
 
@@ -38,6 +39,9 @@ def note_of(state: JobState, record: Record) -> Note | None:
             return _planned(state, record)
         case AgentLost():
             return Note(True, Reason.AGENT_LOST, f"{record.node}: {record.reason}")
+        case UpdateDropped():
+            text = f"round {record.round}: the update of {record.node} was damaged and is sent again"
+            return Note(True, Reason.STORE_DAMAGED, text)
         case RoundClosed() if record.stragglers:
             node, steps = min(record.stragglers.items())
             more = f" and {len(record.stragglers) - 1} more" if len(record.stragglers) > 1 else ""

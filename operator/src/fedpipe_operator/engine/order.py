@@ -15,6 +15,7 @@ from .records import (
     SpecChanged,
     Submitted,
     UpdateAccepted,
+    UpdateDropped,
 )
 from .state import JobState
 
@@ -55,7 +56,7 @@ def _follows(state: JobState, record: Record) -> bool:
 
 
 def _follows_in_round(
-    state: JobState, record: RoundOpened | UpdateAccepted | RoundClosed | RoundAggregated
+    state: JobState, record: RoundOpened | UpdateAccepted | UpdateDropped | RoundClosed | RoundAggregated
 ) -> bool:
     current = state.current
     if isinstance(record, RoundOpened):
@@ -67,6 +68,9 @@ def _follows_in_round(
         case UpdateAccepted():
             asked = record.node in current.opened.participants
             return asked and current.closed is None and record.node not in current.updates
+        case UpdateDropped():
+            again = record.drops == current.drops.get(record.node, 0) + 1
+            return again and record.node in current.updates
         case RoundClosed():
             return current.closed is None
         case RoundAggregated():

@@ -38,6 +38,10 @@ NODES = 5000
 MATRICES = 10_000
 
 
+def _again(drops: int | None) -> str:
+    return f"/{drops}" if drops else ""
+
+
 class Submitted(Model):
     """The job was accepted."""
 
@@ -172,11 +176,28 @@ class UpdateAccepted(Model):
     round: RoundNumber
     node: Name
     manifest: UpdateManifest
+    # After how many drops of the node's update in this round; none is left out.
+    drops: Positive | None = None
 
     @property
     def key(self) -> str:
         """Unique within the job: a node counts once a round."""
-        return f"update/{self.round}/{self.node}"
+        return f"update/{self.round}/{self.node}{_again(self.drops)}"
+
+
+class UpdateDropped(Model):
+    """An update's bytes in the store are not those that arrived: the round is open again for its node."""
+
+    kind: Literal["dropped"] = "dropped"
+    round: RoundNumber
+    node: Name
+    drops: Positive
+    deadline: Moment
+
+    @property
+    def key(self) -> str:
+        """Unique within the job."""
+        return f"dropped/{self.round}/{self.node}/{self.drops}"
 
 
 class Evaluated(Model):
@@ -199,11 +220,13 @@ class RoundClosed(Model):
     round: RoundNumber
     stragglers: dict[Name, Count] = Field(max_length=NODES)
     bytes_down: Bytes
+    # After how many drops of updates in this round; none is left out.
+    drops: Positive | None = None
 
     @property
     def key(self) -> str:
         """Unique within the job."""
-        return f"closed/{self.round}"
+        return f"closed/{self.round}{_again(self.drops)}"
 
 
 class NodeCheck(Model):
@@ -273,6 +296,7 @@ Record = (
     | Profiled
     | RoundOpened
     | UpdateAccepted
+    | UpdateDropped
     | Evaluated
     | RoundClosed
     | RoundAggregated

@@ -1,4 +1,4 @@
-"""Notices agents that no longer call, and a store that has room again."""
+"""Notices agents that no longer call, and a store that is well again."""
 
 import asyncio
 import logging
@@ -34,8 +34,8 @@ async def _lose_silent(inbox: Inbox, uid: str, job: Job) -> None:
             await inbox.lose(uid, node, f"no sign of life for {SILENCE_SECONDS:.0f} s")
 
 
-async def watch_room(inbox: Inbox) -> None:
-    """Have the jobs that stand for want of room go on once there is some, until cancelled."""
+async def watch_store(inbox: Inbox) -> None:
+    """Have the jobs that stand for want of room, or for a damaged file, go on when that has passed."""
     while True:
         await asyncio.sleep(SILENCE_SECONDS / 6)
         full = [job for job in inbox.jobs.values() if job.full]
@@ -43,3 +43,6 @@ async def watch_room(inbox: Inbox) -> None:
         for job in full if has_room else ():
             job.full = None
             job.committed.fire()
+        for job in [job for job in inbox.jobs.values() if job.damage]:
+            if await inbox.integrity.restored(job):
+                job.committed.fire()

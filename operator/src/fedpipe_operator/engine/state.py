@@ -21,6 +21,7 @@ from .records import (
     SpecChanged,
     Submitted,
     UpdateAccepted,
+    UpdateDropped,
 )
 from .shapes import digest_of, majority
 from .weights import capped
@@ -34,6 +35,7 @@ class Round:
     opened_at: float
     deadline: float
     updates: dict[str, UpdateManifest] = field(default_factory=dict)
+    drops: dict[str, int] = field(default_factory=dict)
     closed: RoundClosed | None = None
     closed_at: float | None = None
     result: RoundAggregated | None = None
@@ -176,6 +178,8 @@ def apply(state: JobState, record: Record, at: float) -> None:
         case UpdateAccepted():
             state.rounds[record.round].updates[record.node] = record.manifest
             state.accepted[record.manifest.digest] = record.round
+        case UpdateDropped():
+            _drop(state.rounds[record.round], record)
         case Evaluated():
             state.evaluations.setdefault(record.evaluation.round, {})[record.node] = record.evaluation
         case RoundClosed():
@@ -201,6 +205,12 @@ def _register(state: JobState, record: AgentRegistered, at: float) -> None:
     state.registered_at[record.node] = at
     state.lost.pop(record.node, None)
     state.sequence = record.sequence
+
+
+def _drop(known: Round, record: UpdateDropped) -> None:
+    del known.updates[record.node]
+    known.drops[record.node] = record.drops
+    known.closed, known.closed_at, known.deadline = None, None, record.deadline
 
 
 def _change_spec(state: JobState, record: SpecChanged, at: float) -> None:

@@ -123,7 +123,7 @@ def _eta(state: JobState) -> str:
 
 def _conditions(state: JobState, wait: Wait | None, previous: tuple[Condition, ...]) -> tuple[Condition, ...]:
     since = _time(state.finished_at or _latest(state))
-    finished, held = state.finished, {Reason.QUORUM_LOST, Reason.STORE_FULL, *_PLANLESS}
+    finished, held = state.finished, {Reason.QUORUM_LOST, Reason.STORE_FULL, Reason.STORE_DAMAGED, *_PLANLESS}
     if finished:
         done: tuple[bool, str, str] = (finished.phase is Phase.SUCCEEDED, finished.reason, finished.message)
     else:

@@ -1,10 +1,13 @@
 """The command `fedpipe-operator`."""
 
 import asyncio
+import contextlib
 import logging
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import typer
 
@@ -125,6 +128,60 @@ def run(
 
     asyncio.run(serve(settings))
     return 0
+
+
+Store = Annotated[Path, typer.Option(envvar="FEDPIPE_STORE", help="Directory of ledger and blobs.")]
+BackupFile = Annotated[str, typer.Argument(metavar="FILE", help="A tar file; -: standard output or input.")]
+
+
+@app.command()
+def backup(file: BackupFile, *, store: Store) -> int:
+    """Write a consistent backup of the store, also while the operator works on it."""
+    from ..engine.backup import fetch_backup
+    from ..store.backup import back_up
+
+    if not store.is_dir():
+        raise UserError(f"{store}: there is no store")
+    with _written(file) as target:
+        if not fetch_backup(store, target):
+            back_up(store, target)
+    return 0
+
+
+@app.command()
+def restore(file: BackupFile, *, store: Store) -> int:
+    """Fill an empty store from a backup; the operator must not run meanwhile."""
+    from ..store.backup import restore as fill
+
+    if file == "-":
+        fill(sys.stdin.buffer, store)
+        return 0
+    try:
+        with Path(file).open("rb") as source:
+            fill(source, store)
+    except FileNotFoundError:
+        raise UserError(f"{file}: there is no such backup") from None
+    return 0
+
+
+@contextlib.contextmanager
+def _written(file: str) -> Iterator[BinaryIO]:
+    """Yield where to write; a file appears under its name once it is whole."""
+    if file == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    path, part = Path(file), Path(f"{file}.part")
+    try:
+        with part.open("wb") as target:
+            yield target
+            target.flush()
+            os.fsync(target.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror})") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @app.command()

@@ -98,6 +98,10 @@ def export_adapter(engine: Engine, state: JobState, directory: Path) -> None:
     """Write the job's latest adapter as a PEFT directory. Blocks; use a thread."""
     assert state.adapter is not None
     assert state.model is not None
+    if not engine.blobs.intact(state.adapter.digest):
+        raise Refused(
+            503, "StoreDamaged", "the adapter is damaged in the store; restore a backup of the store"
+        )
     write_adapter(engine.blobs.path(state.adapter.digest), state.spec, state.model, directory)
 
 

@@ -131,7 +131,7 @@ class Blobs:
     def keep_only(self, digests: Iterable[str]) -> None:
         """Remove every blob that is not named; files that are no blobs are left alone."""
         keep = set(digests)
-        for path in self._files():
+        for path in self.files():
             if path.is_dir() and not path.is_symlink():
                 log.warning("%s: a directory in the place of a blob; it is removed", path)
             if path.name not in keep or path.is_dir():
@@ -144,13 +144,13 @@ class Blobs:
     def size(self) -> int:
         """Return the bytes of all blobs."""
         total = 0
-        for path in self._files():
+        for path in self.files():
             # It may be removed meanwhile.
             with contextlib.suppress(OSError):
                 total += path.stat().st_size
         return total
 
-    def _files(self) -> list[Path]:
+    def files(self) -> list[Path]:
         """Return what is stored under the names of blobs."""
         found: list[Path] = []
         for directory in self._directory.iterdir():
