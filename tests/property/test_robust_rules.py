@@ -12,6 +12,7 @@ from fedpipe_operator.aggregate.robust import (
     far_norms,
     geometric_median,
     multi_krum,
+    near_copies,
 )
 
 examples = settings(max_examples=100, deadline=None)
@@ -142,6 +143,20 @@ def test_fewer_than_half_that_point_away_are_found_and_no_other(seed, nodes, siz
     found = comparison_of([(list(range(nodes)), vectors)], nodes)
     away, _ = far_cosines(found.median_cosines(range(nodes)))
     assert away.tolist() == [k < hostile for k in range(nodes)]
+
+
+@examples
+@given(st.integers(0, 10**6), st.integers(6, 20), st.sampled_from([0.3, 1.0, 3.0]))
+def test_copies_are_found_and_updates_of_their_own_data_are_not(seed, nodes, noise):
+    random = np.random.default_rng(seed)
+    vectors = np.ones(400) + noise * random.standard_normal((nodes, 400))
+    found = comparison_of([(list(range(nodes)), vectors)], nodes)
+    assert not near_copies(found.cosines()).any()
+    copies = (nodes - 1) // 2
+    drawn = np.ones(400) + noise * random.standard_normal(400)
+    vectors[:copies] = drawn + 0.05 * noise * random.standard_normal((copies, 400))
+    found = comparison_of([(list(range(nodes)), vectors)], nodes)
+    assert near_copies(found.cosines()).tolist() == [k < copies and copies > 1 for k in range(nodes)]
 
 
 def comparison_of(tensors, nodes):

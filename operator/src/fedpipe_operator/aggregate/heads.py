@@ -13,6 +13,9 @@ from .factors import Float64
 from .files import Float32
 from .robust import FEWEST, far_norms
 
+_BLOCK = 512 * 1024
+"""Entries of all sources that are looked at together."""
+
 
 def aggregate_head(
     sources: Sequence[Source],
@@ -55,12 +58,21 @@ def aggregate_head(
 
 def _bounded(sources: Sequence[Source], previous: Float32 | None) -> tuple[Float32, list[Source], list[int]]:
     """Return where changes count from (size, 1), and the sources and nodes clipped where they are far off."""
-    values = np.stack([source.file.read(source.name).reshape(-1) for source in sources])
-    for source, row in zip(sources, values, strict=True):
-        if not np.isfinite(row).all():
-            raise NotFiniteError(source.node)
-    start: Float32 = np.median(values, axis=0)[:, None].astype(np.float32) if previous is None else previous
-    norms = np.array([np.linalg.norm(row.astype(np.float64) - start[:, 0]) for row in values])
+    size = sources[0].rows
+    start = np.empty((size, 1), np.float32) if previous is None else previous
+    squares = np.zeros(len(sources))
+    step = max(1, _BLOCK // len(sources))
+    for first in range(0, size, step):
+        values = np.empty((len(sources), min(step, size - first)), np.float32)
+        for source, row in zip(sources, values, strict=True):
+            source.file.read_into(source.name, first, row)
+            if not np.isfinite(row).all():
+                raise NotFiniteError(source.node)
+        place = slice(first, first + values.shape[1])
+        if previous is None:
+            start[place, 0] = np.median(values, axis=0)
+        squares += np.square(values.astype(np.float64) - start[place, 0]).sum(axis=1)
+    norms = np.sqrt(squares)
     far, middle = far_norms(norms)
     if len(sources) < FEWEST or not far.any():
         return start, list(sources), []

@@ -16,6 +16,9 @@ _ITERATIONS, _TOLERANCE, _CLIPPINGS = 200, 1e-9, 3
 _SMOOTHING = 1e-6
 """Least distance that counts in the geometric median, as a share of the median one."""
 
+_NEAR = 0.1
+"""What is near to another, as a share of the usual 1 − cosine of two nodes."""
+
 _NORMAL = 1.4826
 """Standard deviations of normal values in a median absolute deviation."""
 
@@ -104,6 +107,20 @@ def far_cosines(cosines: Float64) -> tuple[NDArray[np.bool_], float]:
     spread = _NORMAL * float(np.median(upper - middle))
     limit = min(0.0, middle - max(_FAR_COSINE, _DEVIATIONS * spread))
     return np.nan_to_num(cosines, nan=1.0) < limit, limit
+
+
+def near_copies(cosines: Float64) -> NDArray[np.bool_]:
+    """Return which of the nodes (K, K cosines, NaN where unknown) send nearly the same as another one: (K,).
+
+    Data of one's own leaves its noise in a change: nearer than a tenth of the usual 1 − cosine is no chance.
+    Where half of the nodes or more would be, none are.
+    """
+    apart = 1 - np.where(np.isfinite(cosines), cosines, -1)
+    known = apart[np.isfinite(cosines)]
+    if not len(known):
+        return np.zeros(len(cosines), np.bool_)
+    near = np.min(apart, axis=1) < _NEAR * float(np.median(known))
+    return near if 2 * near.sum() < len(near) else np.zeros(len(near), np.bool_)
 
 
 def _deviation(values: Float64) -> float:

@@ -98,9 +98,8 @@ class _Round:
             done = self._finite_pass()
         for index, tensor in done.clipped:
             findings.clip_head(index, tensor)
-        nodes = {
-            update.node: findings.report(index, comparison) for index, update in enumerate(self._updates)
-        }
+        names = [update.node for update in self._updates]
+        nodes = dict(zip(names, findings.reports(comparison), strict=True))
         reports = {name: figures.report for name, figures in done.figures.items()}
         totals = _totals(list(done.figures.values()))
         return AggregationReport(done.adapter, done.sent, done.server_state, reports, nodes, *totals)

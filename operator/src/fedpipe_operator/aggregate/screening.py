@@ -16,6 +16,7 @@ from .robust import (
     far_norms,
     geometric_median,
     multi_krum,
+    near_copies,
 )
 
 
@@ -68,18 +69,25 @@ class Findings:
         """Return the nodes whose updates are used."""
         return [node for node in range(len(self.clips)) if node not in self._rejected]
 
-    def report(self, node: int, comparison: Comparison) -> NodeReport:
-        """Return what to report of a node; its cosine is to the accepted others."""
-        verdict: Verdict = "ok"
+    def reports(self, comparison: Comparison) -> list[NodeReport]:
+        """Return what to report of each node; cosines are to the accepted others."""
+        norms, cosines = comparison.norms, comparison.median_cosines(self.accepted())
+        return [
+            NodeReport(
+                float(norm),
+                float(cosine) if np.isfinite(cosine) else None,
+                self._verdict(node),
+                self._reasons.get(node, ""),
+            )
+            for node, (norm, cosine) in enumerate(zip(norms, cosines, strict=True))
+        ]
+
+    def _verdict(self, node: int) -> Verdict:
         if node in self._rejected:
-            verdict = "rejected"
-        elif node in self._flagged:
-            verdict = "flagged"
-        elif node in self._reduced:
-            verdict = "clipped"
-        cosine = comparison.median_cosines(self.accepted())[node]
-        known = float(cosine) if np.isfinite(cosine) else None
-        return NodeReport(float(comparison.norms[node]), known, verdict, self._reasons.get(node, ""))
+            return "rejected"
+        if node in self._flagged:
+            return "flagged"
+        return "clipped" if node in self._reduced else "ok"
 
 
 def screen(
@@ -144,7 +152,11 @@ def judge_cosines(checks: Checks, comparison: Comparison, findings: Findings) ->
 
 
 def filter_outliers(comparison: Comparison, findings: Findings) -> bool:
-    """Clip changes far longer than the others, leave out those that point away; return whether any were."""
+    """Clip changes far longer than the others; leave out those that point away or copy each other.
+
+    Returns:
+        Whether there were any.
+    """
     accepted = findings.accepted()
     if len(accepted) < FEWEST:
         return False
@@ -160,9 +172,12 @@ def filter_outliers(comparison: Comparison, findings: Findings) -> bool:
     away, limit = far_cosines(cosines)
     for node, cosine in zip(np.array(accepted)[away], cosines[away], strict=True):
         changed = True
-        findings.reject(
-            int(node), f"median cosine {cosine:.2f} to the others is far below theirs ({limit:.2f})"
-        )
+        text = f"median cosine {cosine:.2f} to the others is far below theirs ({limit:.2f})"
+        findings.reject(int(node), text)
+    copies = near_copies(comparison.cosines()[np.ix_(accepted, accepted)])
+    for node in np.array(accepted)[copies & ~away]:
+        changed = True
+        findings.reject(int(node), "nearly the same as another update, and unlike the others")
     return changed
 
 

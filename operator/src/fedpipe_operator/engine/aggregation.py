@@ -9,6 +9,7 @@ from ..aggregate import AggregationRequest, NodeReport, NodeUpdate, StoredFile, 
 from ..store import Blobs
 from .planning import REASON
 from .records import MatrixReport, NodeCheck, RoundAggregated
+from .room import available, fitting
 from .state import JobState
 from .weights import CAP, capped
 from .worker import Worker
@@ -20,9 +21,14 @@ NORM_HISTORY = 200
 async def aggregate(
     worker: Worker, blobs: Blobs, state: JobState
 ) -> tuple[RoundAggregated, list[tuple[Path, str]]]:
-    """Return the record of the closed round and its new files as (temporary path, digest)."""
+    """Return the record of the closed round and its new files as (temporary path, digest).
+
+    Raises:
+        UserError: it does not fit the operator's memory, or the method cannot aggregate these updates.
+    """
     started = time.monotonic()
-    report = await worker.run(aggregate_round, request_of(blobs, state))
+    request = fitting(request_of(blobs, state), state, available())
+    report = await worker.run(aggregate_round, request)
     assert state.current is not None
     counted = weights(state)
     files = [file for file in (report.adapter, report.sent, report.server_state) if file is not None]
