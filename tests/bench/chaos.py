@@ -59,6 +59,9 @@ FAULTS = ("work",) * 10 + (
     "damage",
 )
 
+# What neither moves the store nor counts the job's generations, which the killed process takes with it.
+KILLED = tuple(kind for kind in FAULTS if kind not in ("crash", "delete", "suspend", "edit", "version"))
+
 
 class Direct(Worker):
     """Computes in a thread: a process for each of a thousand schedules would cost more than all they do."""
@@ -365,14 +368,14 @@ def replayed(directory: Path) -> JobState | None:
     return state
 
 
-async def one(directory: Path, chance: random.Random) -> Counter[str]:
+async def one(directory: Path, chance: random.Random, faults: tuple[str, ...] = FAULTS) -> Counter[str]:
     """Run one schedule; raises Stood."""
     chaos = Chaos(directory, chance)
     await chaos.start()
     await chaos.submit()
     try:
         for _ in range(chance.randint(20, 60)):
-            await chaos.fault(chance.choice(FAULTS))
+            await chaos.fault(chance.choice(faults))
         await chaos.conclude()
     finally:
         if chaos.engine is not None:
@@ -402,7 +405,7 @@ def killed(directory: Path, seed: str, seconds: float) -> None:
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
-            asyncio.run(one(directory, random.Random(seed)))
+            asyncio.run(one(directory, random.Random(seed), KILLED))
         os._exit(0)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
