@@ -27,7 +27,7 @@ from bench.bench_machine import machine
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision, Task
 from fedpipe_api.node import Capacity
-from fedpipe_operator.planner import memory, read_shape
+from fedpipe_operator.planner import memory
 from fedpipe_operator.planner.workload import Configuration, workload
 
 LENGTH, STEPS, ACCUMULATION, GLOBAL_RANK = 64, 8, 2, 32
@@ -94,7 +94,9 @@ def write(name: str, directory: Path) -> None:
 
 
 def shape(name: str, directory: Path) -> wire.ModelShape:
-    return read_shape(directory, TASKS[name], len(LABELS))
+    from fedpipe_agent.train.model import Source, read_config, read_shape
+
+    return read_shape(read_config(Source(str(directory)), job(name).model, 0), TASKS[name])
 
 
 def tell(results: Any) -> None:
@@ -111,12 +113,10 @@ def measure(name: str, directory: Path, precision: Precision, facts: wire.Device
     from bench.memory_run import Base
     from fedpipe_agent.train.device import Device
     from fedpipe_agent.train.loop import Settings
-    from fedpipe_agent.train.model import Source, read_config
-    from fedpipe_agent.train.model import read_shape as agent_shape
 
     device = Device(Capacity(threads=1))
     # What an agent has done when it registers and reports its overhead.
-    agent_shape(read_config(Source(str(directory)), job(name).model, 0), TASKS[name])
+    shape(name, directory)
     device.reset_peak()
     before = device.used()
     base = Base.load(directory, job(name), precision, device)

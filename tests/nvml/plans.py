@@ -3,15 +3,17 @@ edge-agent/README.md; `python tests/nvml/plans.py` prints them."""
 
 import json
 import sys
-import tempfile
 from pathlib import Path
+
+from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from fedpipe_agent.train.model import read_shape
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Task
 from fedpipe_api.node import READY, FedPipeNode
-from fedpipe_operator.planner import NodeFacts, Plan, PlanRequest, plan, read_shape, rows, words
+from fedpipe_operator.planner import NodeFacts, Plan, PlanRequest, plan, rows, words
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.json"))
@@ -19,14 +21,7 @@ MIB = 2**20
 CONTEXT = {"cuda": 500 * MIB, "cpu": 400 * MIB}
 """Overhead an agent would measure when it registers."""
 SAMPLES = 2000
-LLAMA_7B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "vocab_size": 32000,
-}
+LLAMA_7B = LlamaConfig()  # the configuration's own sizes are the 7B's
 JOB = FedPipeJobSpec.model_validate(
     {
         "model": {"hostPath": {"path": "/models/7b"}, "task": "causal-lm"},
@@ -77,10 +72,7 @@ def device(found: FedPipeNode) -> wire.DeviceFacts | str:
 
 def planned() -> tuple[Plan, dict[str, str]]:
     """Return the plan for all boards together, and why the others have no agent."""
-    with tempfile.TemporaryDirectory() as scratch:
-        config = Path(scratch) / "config.json"
-        config.write_text(json.dumps(LLAMA_7B))
-        shape = read_shape(config, Task.CAUSAL_LM)
+    shape = read_shape(LLAMA_7B, Task.CAUSAL_LM)
     found = {name: device(node(name)) for name in NAMES}
     facts = tuple(NodeFacts(name, each, SAMPLES) for name, each in found.items() if not isinstance(each, str))
     return plan(PlanRequest(shape, JOB, facts)), {n: why for n, why in found.items() if isinstance(why, str)}

@@ -75,7 +75,7 @@ def test_every_format_gives_the_same_samples(tokenizers, tmp_path):
         ("train.jsonl", '{"text": "a", "label": "cow"}\n', "field 'label' is not one"),
         ("train.jsonl", '{"text": "a"\n', "train.jsonl:1: not a JSON object"),
         ("train.jsonl", "[1]\n", "train.jsonl:1: not a JSON object"),
-        ("train.csv", "text,label\na,0\nb\n", "train.csv:3: no field 'label'"),
+        ("train.csv", "text,label\na,0\nb\n", "train.csv:3: 1 columns, but the header has 2"),
         ("train.csv", 'text,label\n"a,0\n', "train.csv:.*not CSV"),
         ("train.parquet", "PAR1 not", "train.parquet: not a readable Parquet file"),
         ("train.txt", "a\n", "train.txt: unknown suffix"),

@@ -1,5 +1,6 @@
-import csv
+import gzip
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpipe_api import rows
 from fedpipe_api.base import UserError
+from fedpipe_operator.cli import main
 from fedpipe_operator.local.split import read, split, write_shares
 
 LABELS = [i % 5 for i in range(1000)]
@@ -81,7 +84,12 @@ def write_parquet(path):
     pq.write_table(pa.Table.from_pylist(ROWS), path)
 
 
-WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet}
+def write_gzipped(path):
+    with gzip.open(path, "wb") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in ROWS).encode())
+
+
+WRITERS = {"jsonl": write_jsonl, "csv": write_csv, "parquet": write_parquet, "jsonl.gz": write_gzipped}
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -94,12 +102,7 @@ def test_shares_hold_the_rows_in_the_file_s_format(suffix, tmp_path):
     write_shares(dataset, shares, ["a", "b", "c"], tmp_path / f"out/train.{suffix}")
     for name, share in zip("abc", shares, strict=True):
         path = tmp_path / f"out/{name}/train.{suffix}"
-        if suffix == "jsonl":
-            found = [json.loads(line) for line in path.read_text().splitlines()]
-        elif suffix == "csv":
-            found = list(csv.DictReader(path.read_text().splitlines()))
-        else:
-            found = pq.read_table(path).to_pylist()
+        found = [row.fields for row in rows.read(path)]
         assert found == [ROWS[row] for row in share]
 
 
@@ -116,13 +119,48 @@ def test_an_out_that_is_no_directory_is_named(tmp_path):
         ("x.jsonl", '{"text": "a", "label": 1}\nnot json\n', r"x.jsonl:2: not a JSON object"),
         ("x.jsonl", "[1]\n", r"x.jsonl:1: not a JSON object"),
         ("x.jsonl", '{"text": "a"}\n', r"x.jsonl:1: no field 'label'"),
-        ("x.csv", "text,topic\na,b\n", r"x.csv: no column 'label'"),
-        ("x.csv", "text,label\na,b,c\n", r"x.csv: row 2 has 3 columns"),
-        ("x.parquet", "not parquet at all", r"x.parquet: not Parquet"),
-        ("x.txt", "a", r"x.txt: not a .jsonl"),
+        ("x.csv", "text,topic\na,b\n", r"x.csv:2: no field 'label'"),
+        ("x.csv", "text,label\na,b,c\n", r"x.csv:2: 3 columns, but the header has 2"),
+        ("x.parquet", "not parquet at all", r"x.parquet: not a readable Parquet file"),
+        ("x.txt", "a", r"x.txt: unknown suffix"),
     ],
 )
 def test_bad_files_are_named(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         read(tmp_path / name, "label")
+
+
+def test_a_gzipped_file_gives_gzipped_shares(tmp_path, monkeypatch, capsys):
+    with gzip.open(tmp_path / "all.jsonl.gz", "wb") as file:
+        file.write(b'{"text": "x", "label": 1e3}\n' * 1000)
+    source, out = str(tmp_path / "all.jsonl.gz"), str(tmp_path / "out")
+    monkeypatch.setattr("sys.argv", ["fedpipe", "data", "split", source, "--nodes", "4", "--out", out])
+    assert main() == 0
+    assert capsys.readouterr().out == f"{out}: node-1 250, node-2 250, node-3 250, node-4 250\n"
+    # Bytes as they were.
+    share = gzip.decompress((tmp_path / "out" / "node-3" / "train.jsonl.gz").read_bytes())
+    assert share == b'{"text": "x", "label": 1e3}\n' * 250
+
+
+def test_a_quoted_newline_is_no_end_of_a_row(tmp_path):
+    (tmp_path / "all.csv").write_bytes(b'text,label\r\n"two\r\nlines",a\r\n"one ""line""",b\r\n')
+    assert len(list(rows.read(tmp_path / "all.csv"))) == 2
+    dataset = read(tmp_path / "all.csv", "label")
+    write_shares(dataset, [[0], [1]], ["a", "b"], tmp_path / "train.csv")
+    shares = [[row.fields for row in rows.read(tmp_path / name / "train.csv")] for name in "ab"]
+    assert shares == [[{"text": "two\r\nlines", "label": "a"}], [{"text": 'one "line"', "label": "b"}]]
+
+
+def test_no_message_quotes_a_value(tmp_path):
+    for name, content in {
+        "a.jsonl": b'{"label": "vault"} vault\n',
+        "b.csv": b"text,label\nvault\xff,1\n",
+        "c.csv": b"vault,vault\n1,1\n",
+        "d.jsonl.gz": b"vault",
+        "e.parquet": b"PAR1vaultPAR1",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            read(tmp_path / name, "label")
+        assert not re.search(r"vault|xff|b'va", str(caught.value))

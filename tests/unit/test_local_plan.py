@@ -1,21 +1,20 @@
 """`fedpipe plan`, as printed."""
 
+import gzip
 import json
+from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoConfig, AutoModel
 
+from agent_fixtures import save_tiny_model
 from fedpipe_operator.cli import main
+from fedpipe_operator.local import manifest
+from fedpipe_operator.local.plan import describe
 
-CONFIG = {
-    "model_type": "bert",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 100,
-    "max_position_embeddings": 64,
-}
+pytestmark = pytest.mark.slow
+
 JOB = {
     "apiVersion": "fedpipe.io/v1alpha1",
     "kind": "FedPipeJob",
@@ -24,7 +23,7 @@ JOB = {
         "model": {
             "hostPath": {"path": "/model"},
             "task": "sequence-classification",
-            "labels": ["a", "b"],
+            "labels": ["animal", "colour", "other"],
         },
         "data": {"volume": {"hostPath": {"path": "/data"}}, "train": "train.jsonl", "maxLength": 32},
         "rounds": {"count": 2, "localSteps": 4, "batchSize": 4, "deadline": "5m"},
@@ -33,16 +32,22 @@ JOB = {
 }
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model of which a plan reads the configuration and the tokenizer, not the weights."""
+    path = save_tiny_model("bert", tmp_path_factory.mktemp("bert"))
+    (path / "model.safetensors").write_bytes(b"weights")
+    return path
+
+
 @pytest.fixture
-def planned(tmp_path, monkeypatch, capsys):
+def planned(tmp_path, monkeypatch, capsys, model):
     """Run `fedpipe plan` over nodes with the given capacities and changes of parts of the spec."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "240")
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")  # which a plan does not read
+    (tmp_path / "model").symlink_to(model)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text('{"text": "x", "label": "a"}\n' * 50)
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "x", "label": "other"}\n' * 50)
 
     def run(*nodes, **changes):
         job = json.loads(json.dumps(JOB))
@@ -102,3 +107,29 @@ def test_what_the_model_has_no_room_for_is_a_mistake_in_the_job(planned, changes
     status, lines, error = planned({}, {}, **changes)
     assert (status, lines) == (2, [])
     assert error.removeprefix("fedpipe: ") == f"job.yaml: {message}\n"
+
+
+def test_a_mistake_in_the_data_is_named_by_its_line(planned, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "train.jsonl").write_text('{"text": "x", "label": "vault"}\n')
+    status, lines, error = planned({}, {"data": "bad"})
+    assert (status, lines) == (2, [])
+    assert "bad/train.jsonl:1: field 'label' is not one of the job's 3 labels: animal, colour, other" in error
+    assert "vault" not in error
+    assert error.count("\n") == 1
+
+
+def test_rows_are_counted_as_an_agent_counts_them(planned, tmp_path):
+    (tmp_path / "zipped").mkdir()
+    with gzip.open(tmp_path / "zipped" / "train.jsonl.gz", "wb") as file:
+        file.write(b'{"text": "x", "label": "other"}\n' * 1000)
+    planned({"data": "zipped"}, {"data": "zipped"}, data={"train": "train.jsonl.gz", "evaluationShare": 0.1})
+    found = describe(manifest.read(Path("job.yaml"), Path("fleet.yaml")))
+    assert [(each.samples, each.evaluation_samples) for each in found] == [(900, 100)] * 2
+    assert found[0].model.parameters == parameters_of(tmp_path / "model")
+
+
+def parameters_of(model):
+    """Return how many parameters the base of the model has, by its real modules."""
+    config = AutoConfig.from_pretrained(model)
+    return sum(each.numel() for each in AutoModel.from_config(config).parameters())

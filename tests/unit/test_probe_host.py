@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from fedpipe_agent import memory
 from fedpipe_agent.probe import host
+from fedpipe_api.node import Capacity
 
 KIB = 1024
 MEMINFO = "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailable:   12000000 kB\n"
@@ -83,3 +85,55 @@ def test_nvidia_gpus_on_pci_are_counted(root: Path) -> None:
 def test_cache_disk(root: Path) -> None:
     assert (host.read(root, limited=False, root=root).cpu.cache_disk_free or 0) > 0
     assert host.read(root / "gone", limited=False, root=root).cpu.cache_disk_free is None
+
+
+MIB = 2**20
+CHARGED = 1900 * MIB
+CACHE = 1500 * MIB
+V2 = {
+    "proc/self/cgroup": "0::/\n",
+    "sys/fs/cgroup/memory.max": f"{2048 * MIB}\n",
+    "sys/fs/cgroup/memory.current": f"{CHARGED}\n",
+    "sys/fs/cgroup/memory.stat": f"anon {CHARGED - CACHE}\nfile {CACHE}\ninactive_file {CACHE}\n",
+}
+V1 = {
+    "proc/self/cgroup": "12:cpu,cpuacct:/box\n5:memory:/box\n1:name=systemd:/box\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{CHARGED}\n",
+    "sys/fs/cgroup/memory/box/memory.limit_in_bytes": f"{2048 * MIB}\n",
+    "sys/fs/cgroup/memory/box/memory.usage_in_bytes": f"{CHARGED}\n",
+    "sys/fs/cgroup/memory/box/memory.stat": f"inactive_file 7\ntotal_inactive_file {CACHE}\n",
+}
+
+
+@pytest.mark.parametrize("files", [V2, V1], ids=["v2", "v1"])
+def test_the_page_cache_of_a_control_group_is_free(root: Path, files: dict[str, str]) -> None:
+    write(root, files)
+    assert memory.read(root) == (2048 * MIB, 1648 * MIB)
+    cpu = host.read(None, limited=True, root=root).cpu
+    assert (cpu.total_memory, cpu.free_memory) == (2048 * MIB, 1648 * MIB)
+    assert memory.read(root, limited=False) == (16_000_000 * KIB, 12_000_000 * KIB)
+
+
+def test_the_agent_registers_what_the_probe_shows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedpipe_agent.train.device import Device
+
+    write(root, V2)
+    monkeypatch.setattr(memory.read, "__defaults__", (root,))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    facts = Device(Capacity()).facts(())
+    assert facts.free_memory - facts.overhead == 1648 * MIB
+
+
+def test_a_group_filled_by_its_siblings_leaves_what_it_leaves(root: Path) -> None:
+    write(
+        root,
+        {
+            "proc/self/cgroup": "0::/pods/pod\n",
+            "sys/fs/cgroup/pods/pod/memory.max": f"{1024 * MIB}\n",
+            "sys/fs/cgroup/pods/pod/memory.current": "0\n",
+            "sys/fs/cgroup/pods/memory.max": f"{4096 * MIB}\n",
+            "sys/fs/cgroup/pods/memory.current": f"{4000 * MIB}\n",
+        },
+    )
+    assert memory.read(root) == (1024 * MIB, 96 * MIB)

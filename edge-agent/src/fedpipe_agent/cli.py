@@ -11,16 +11,22 @@ from fedpipe_api.version import version
 from . import console
 from .errors import Failure, Refused, Stopped, describe, trace
 
-USAGE = """usage: fedpipe-agent train|probe [options]
+USAGE = """usage: fedpipe-agent train|probe|describe [options]
 
-  train    work on one job: pull assignments, train, push updates
-  probe    report what this node can carry
+  train     work on one job: pull assignments, train, push updates
+  probe     report what this node can carry
+  describe  print the registration that train would send for a job
 
 fedpipe-agent --version prints the version.
-fedpipe-agent train --help and fedpipe-agent probe --help list the options."""
+fedpipe-agent train --help and so on list the options."""
 
 
-_COMMANDS = {"train": ".train.command", "probe": ".probe.command", "merge": ".train.merge"}
+_COMMANDS = {
+    "train": ".train.command",
+    "probe": ".probe.command",
+    "describe": ".train.describe",
+    "merge": ".train.merge",
+}
 # `merge` is for `fedpipe export`, so USAGE does not name it.
 
 

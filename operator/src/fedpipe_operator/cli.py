@@ -103,7 +103,7 @@ def report(run_dir: RunDir) -> int:
 
 @data.command()
 def split(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL, CSV or Parquet.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL or CSV, also gzipped, or Parquet.")],
     *,
     nodes: Annotated[int, typer.Option(min=1, max=5000, help="Into how many shares.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Gets node-1/train.SUFFIX and so on.")],
@@ -120,7 +120,7 @@ def split(
     dataset = shares.read(file, label)
     drawn = shares.split(dataset.labels, nodes, by, alpha, seed)
     names = [f"node-{number}" for number in range(1, nodes + 1)]
-    shares.write_shares(dataset, drawn, names, out / f"train{file.suffix}")
+    shares.write_shares(dataset, drawn, names, out / f"train{shares.suffix_of(file)}")
     sizes = ", ".join(f"{name} {len(share)}" for name, share in zip(names, drawn, strict=True))
     return _say(f"{out}: {sizes}")
 

@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from fedpipe_api.base import UserError, format_duration, parse_duration
-from fedpipe_api.node import HEARTBEAT_SECONDS, READY, FedPipeNode, PrecisionSupport
+from fedpipe_api.node import HEARTBEAT_SECONDS, READY, Capacity, FedPipeNode, PrecisionSupport
 from fedpipe_api.objects import ObjectMeta
 
+from ..documents import load
 from ..errors import Failure
-from . import declared
 from .link import LinkError, check_authorities
 from .loop import Coordinator, Link, Probe, run
 from .metrics import NodeMetrics
@@ -34,7 +34,7 @@ TIMEOUT_LIMIT = 60.0
 def main(argv: list[str]) -> int:
     """Run the probe; return 0, or 1 when --once finds a node that is not ready. Raises UserError."""
     options = _parser().parse_args(argv)
-    capacity = declared.load(options.capacity) if options.capacity else None
+    capacity = load(options.capacity, Capacity) if options.capacity else None
     if options.cache and not options.cache.is_dir():
         raise UserError(f"--cache: {options.cache} is no directory; create or mount it")
     _check_link(options)

@@ -3,11 +3,12 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedpipe_api.node import Cpu, Device
+
+from .. import memory
 
 TEGRA_CAPABILITY = {"33": "5.3", "24": "6.2", "25": "7.2", "35": "8.7", "38": "11.0"}
 """CUDA compute capability by /sys/devices/soc0/soc_id: T210, T186, T194, T234 (Orin), T264 (Thor)."""
@@ -26,50 +27,23 @@ def read(cache: Path | None, *, limited: bool, root: Path = Path("/")) -> Host:
     """Return what the system reports.
 
     cache: directory of the model cache, whose file system's free bytes are reported; null without it.
-    limited: keep to this process's cgroup (v2) and CPU affinity. A probe in a Pod speaks for the whole node
-    and must not: its own limits are small.
+    limited: keep to this process's control groups and CPU affinity. A probe in a Pod speaks for the whole
+    node and must not: its own limits are small.
     root: where /proc and /sys are found.
     """
     cores = os.cpu_count() or 1
-    total, free = _memory(root / "proc/meminfo")
+    total, free = memory.read(root, limited=limited)
     if limited:
         cores = min(cores, len(os.sched_getaffinity(0)))
-        for group in _cgroups(root):
+        for group in memory.unified_groups(root):
             cores = min(cores, _core_limit(group) or cores)
-            limit = _number(group / "memory.max")
-            if limit is not None and limit < total:
-                total = limit
-                free = min(free, max(0, limit - _charged(group)))
     disk = None
     if cache is not None:
         # A cache that went away has no size to tell.
         with contextlib.suppress(OSError):
             disk = shutil.disk_usage(cache).free
-    cpu = Cpu(cores=cores, total_memory=total, free_memory=min(free, total), cache_disk_free=disk)
+    cpu = Cpu(cores=cores, total_memory=total, free_memory=free, cache_disk_free=disk)
     return Host(cpu=cpu, tegra=_tegra(root), boards=_boards(root))
-
-
-def _memory(meminfo: Path) -> tuple[int, int]:
-    """Return bytes in all and bytes a new process could get."""
-    values = {}
-    for line in meminfo.read_text().splitlines():
-        key, _, rest = line.partition(":")
-        values[key] = int(rest.split()[0]) * 1024
-    return values["MemTotal"], values.get("MemAvailable", values["MemFree"])
-
-
-def _cgroups(root: Path) -> Iterator[Path]:
-    """Yield this process's cgroup v2 directories from its own up to the topmost."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        if line.startswith("0::/"):
-            top = root / "sys/fs/cgroup"
-            path = line.removeprefix("0::/")
-            # A path with .. is outside this cgroup namespace, where only the top can be seen.
-            group = top if ".." in path.split("/") else top / path
-            while group != top:
-                yield group
-                group = group.parent
-            yield top
 
 
 def _core_limit(group: Path) -> int | None:
@@ -77,16 +51,6 @@ def _core_limit(group: Path) -> int | None:
     if not quota.isdigit():
         return None
     return max(1, round(int(quota) / int(period)))
-
-
-def _charged(group: Path) -> int:
-    """Return bytes in use that the kernel could not give back."""
-    used = _number(group / "memory.current") or 0
-    for line in _text(group / "memory.stat").splitlines():
-        key, _, value = line.partition(" ")
-        if key == "inactive_file":
-            return max(0, used - int(value))
-    return used
 
 
 def _tegra(root: Path) -> Device | None:
@@ -108,11 +72,6 @@ def _boards(root: Path) -> int:
         if _text(device / "vendor") == "0x10de" and _text(device / "class").startswith("0x03"):
             count += 1
     return count
-
-
-def _number(path: Path) -> int | None:
-    text = _text(path)
-    return int(text) if text.isdigit() else None
 
 
 def _text(path: Path) -> str:

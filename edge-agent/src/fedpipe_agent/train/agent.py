@@ -84,14 +84,8 @@ class Agent:
 
     def run(self, check: Check) -> None:
         """Register with the verified precisions, then work until the job stops."""
-        registration = wire.Registration(
-            version=version("fedpipe-agent"),
-            device=self._device.facts(check.results()),
-            model=self._shape,
-            samples=len(self._samples),
-            evaluation_samples=len(self._held_out),
-        )
-        self._transport.register(registration)
+        counts = len(self._samples), len(self._held_out)
+        self._transport.register(registration(self._device.facts(check.results()), self._shape, counts))
         while True:
             assignment = self._transport.assignment()
             if assignment is None:
@@ -339,6 +333,19 @@ def _reported(loss: float, targets: int = 1) -> float:
     """Return a sum of losses as it is reported; one that is not finite, or far too high, as the limit."""
     limit = wire.LOSS_LIMIT * targets
     return min(loss, limit) if math.isfinite(loss) else limit
+
+
+def registration(
+    device: wire.DeviceFacts, shape: wire.ModelShape, counts: tuple[int, int]
+) -> wire.Registration:
+    """Return what an agent presents itself with; `counts` are its samples and those it holds out."""
+    return wire.Registration(
+        version=version("fedpipe-agent"),
+        device=device,
+        model=shape,
+        samples=counts[0],
+        evaluation_samples=counts[1],
+    )
 
 
 def _tell(work: Work, **fields: Any) -> None:

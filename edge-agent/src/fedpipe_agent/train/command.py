@@ -13,14 +13,14 @@ from typing import NoReturn
 
 from fedpipe_api.base import UserError, parse_quantity
 from fedpipe_api.node import Capacity
+from fedpipe_api.rows import locate
 
 from ..console import own_lines_only
+from ..documents import load
 from ..errors import Stopped
 from ..heartbeat import report_failure
 from ..kernels import Check
-from ..probe import declared
 from ..transport import Transport
-from .rows import locate
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         Stopped: SIGTERM or SIGINT arrived.
     """
     options = _parser().parse_args(argv)
-    capacity = declared.load(options.capacity) if options.capacity else Capacity()
+    capacity = load(options.capacity, Capacity) if options.capacity else Capacity()
     for field in ("token_file", "ca_file"):
         path = getattr(options, field)
         if path is not None and not path.is_file():
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--coordinator {options.coordinator}: not a URL; write http(s)://host:port")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    _environment(capacity)
+    set_environment(capacity)
     with own_lines_only(), tempfile.TemporaryDirectory(prefix="fedpipe-agent-") as work:
         _work(options, capacity, Path(work))
     return 0
@@ -118,7 +118,7 @@ def _link_rate(text: str) -> int:
     return rate
 
 
-def _environment(capacity: Capacity) -> None:
+def set_environment(capacity: Capacity) -> None:
     """Set what libraries read once, at import."""
     # Threads that wait by spinning take the cores of the other agents of a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

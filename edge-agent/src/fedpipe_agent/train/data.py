@@ -11,9 +11,10 @@ import torch
 
 from fedpipe_api.base import UserError
 from fedpipe_api.job import DataSource, ModelSource, Task
+from fedpipe_api.rows import locate
 
 from ..errors import Stopped
-from .rows import Row, locate, read
+from .examples import check_length, examples, held_out_of, predicted_field
 from .seeds import generator
 
 IGNORED = -100
@@ -133,66 +134,60 @@ def load(
     Raises:
         UserError: a mistake in a file, named with its line, or a maximum length above the model's.
     """
-    if longest is not None and source.max_length > longest:
-        raise UserError(
-            f"spec.data.maxLength: {source.max_length}, but the model has {longest} positions; lower it"
-        )
+    check_length(source, longest)
     train_path, evaluation_path = locate(directory, source)
     train = _tokenised(train_path, source, model, tokenizer)
     if evaluation_path:
         return train, _tokenised(evaluation_path, source, model, tokenizer)
-    held_out = round(source.evaluation_share * len(train))
-    if source.evaluation_share > 0:
-        held_out = min(max(held_out, 1), len(train) - 1)
+    held_out = held_out_of(len(train), source)
     order = generator(seed, "evaluation").permutation(len(train))
     return train.part(np.sort(order[held_out:])), train.part(np.sort(order[:held_out]))
 
 
 def _tokenised(path: Path, source: DataSource, model: ModelSource, tokenizer: Any) -> Samples:
-    rows = read(path, source.format)
+    rows = examples(path, source, model)
     classes = model.task is Task.SEQUENCE_CLASSIFICATION
     tokens: list[list[int]] = []
     marks: list[int] = []
-    prompted: bool | None = None
     while chunk := list(islice(rows, READ_ROWS)):
+        texts = [(row.place, row.text) for row in chunk]
         if classes:
-            marks += [_label(row, place, source.fields.label, model.labels) for place, row in chunk]
-            ids = _ids(tokenizer, chunk, source.fields.text, truncation=True, max_length=source.max_length)
+            marks += [row.label for row in chunk]
+            ids = _ids(tokenizer, texts, source.fields.text, truncation=True, max_length=source.max_length)
             # A tokenizer without special tokens gives nothing for an empty text.
             tokens += [sample or [tokenizer.eos_token_id] for sample in ids]
             continue
-        if prompted is None:
-            prompted = source.fields.prompt in chunk[0][1]
-        first, second = (
-            (source.fields.prompt, source.fields.completion) if prompted else ("", source.fields.text)
-        )
         prompts: list[list[int]] = [[]] * len(chunk)
+        prompted = chunk[0].prompt is not None
         if prompted:
-            prompts = _ids(tokenizer, chunk, first)
-        completions = _ids(tokenizer, chunk, second, add_special_tokens=not prompted)
+            prompts = _ids(tokenizer, [(row.place, row.prompt or "") for row in chunk], source.fields.prompt)
+        predicted = predicted_field(source, prompted)
+        completions = _ids(tokenizer, texts, predicted, add_special_tokens=not prompted)
         for prompt, completion in zip(prompts, completions, strict=True):
             sample, mark = _joined(prompt, completion, tokenizer.eos_token_id, source.max_length)
             tokens.append(sample)
             marks.append(mark)
-    if not tokens:
-        raise UserError(f"{path}: no rows; it needs at least one")
     return Samples(tokens, marks, model.task, tokenizer.pad_token_id)
 
 
-def _ids(tokenizer: Any, rows: list[tuple[str, Row]], field: str, **options: Any) -> list[list[int]]:
-    texts = [_text(row, place, field) for place, row in rows]
+def _ids(tokenizer: Any, texts: list[tuple[str, str]], field: str, **options: Any) -> list[list[int]]:
+    """Return the token ids of texts, each with its row's place and all of one field."""
     try:
         ids: list[list[int]] = tokenizer(
-            texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **options
+            [text for _, text in texts],
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **options,
         )["input_ids"]
     except (Stopped, KeyboardInterrupt, MemoryError):
         raise
     except BaseException as error:  # a panic of its Rust is no Exception
-        if len(rows) == 1:
-            what = f"{rows[0][0]}: the tokenizer fails at field {field!r}: {type(error).__name__}"
+        if len(texts) == 1:
+            what = f"{texts[0][0]}: the tokenizer fails at field {field!r}: {type(error).__name__}"
             raise UserError(f"{what}; fix or remove the row") from None
-        for row in rows:  # which one it is
-            _ids(tokenizer, [row], field, **options)
+        for one in texts:  # which one it is
+            _ids(tokenizer, [one], field, **options)
         raise
     return ids
 
@@ -207,36 +202,6 @@ def _joined(prompt: list[int], completion: list[int], end: int, longest: int) ->
     completion = completion[: longest - 1] if prompt else completion[:longest]
     prompt = prompt[max(0, len(prompt) + len(completion) - longest) :]
     return prompt + completion, len(prompt)
-
-
-def _text(row: dict[str, Any], place: str, field: str) -> str:
-    value = row.get(field)
-    if value is None:
-        raise UserError(f"{place}: no field {field!r}; add it or correct spec.data.fields")
-    if not isinstance(value, str):
-        raise UserError(f"{place}: field {field!r} is {type(value).__name__}, not text; write a string")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # JSON can escape half a surrogate pair; no tokenizer takes it
-            raise UserError(
-                f"{place}: field {field!r} holds half a surrogate pair; fix or remove the row"
-            ) from None
-    return value
-
-
-def _label(row: dict[str, Any], place: str, field: str, labels: tuple[str, ...]) -> int:
-    value = row.get(field)
-    if value is None:
-        raise UserError(f"{place}: no field {field!r}; add it or correct spec.data.fields")
-    if isinstance(value, str) and value in labels:
-        return labels.index(value)
-    if isinstance(value, str) and value.isdecimal() and len(value) < 10:
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
-        return value
-    shown = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
-    raise UserError(f"{place}: field {field!r} is not one of the job's {len(labels)} labels: {shown}")
 
 
 def step_order(samples: Samples, size: int, *parts: object) -> Iterator[np.ndarray]:

@@ -16,6 +16,7 @@ import torch
 from fedpipe_api import wire
 from fedpipe_api.node import Capacity
 
+from .. import memory
 from .nvml import Gpu
 
 RESERVE = 150 * 2**20
@@ -78,7 +79,7 @@ class Device:
             free = held + torch.cuda.mem_get_info(self.torch)[0]
         else:
             name = platform.processor() or "cpu" if name == "cpu" else name
-            free = overhead + _available()
+            free = overhead + memory.read().free
         return wire.DeviceFacts(
             kind=self.torch.type,
             name=name[:128],
@@ -155,18 +156,3 @@ def _status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def _available() -> int:
-    """Return the bytes this process could still take: the machine's, within its control group's limit."""
-    available = 0
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):  # no control group, or no limit ("max")
-        return available
-    return min(available, max(0, limit - used))

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from fedpipe_api import wire
-from fedpipe_api.base import UserError
+from fedpipe_api.base import UserError, explain
 from fedpipe_api.job import ModelSource, Precision, Task
 from fedpipe_api.names import ATTENTION_MODULES
 
@@ -79,7 +80,7 @@ def read_config(source: Source, task: ModelSource, padding: int) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(source.name, **source.arguments)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a configuration may be wrong in every way; it holds no data
         raise UserError(f"{source.name}: not a model: {_line(error)}") from error
     for name, value in config.to_dict().items():
         if "drop" in name and isinstance(value, float):
@@ -108,10 +109,10 @@ def read_shape(config: Any, task: Task, modules: tuple[str, ...] = ()) -> wire.M
         modules: suffixes of the candidate matrices; empty for the architecture's attention matrices.
 
     Raises:
-        UserError: the architecture is unknown, or no linear layer has one of the suffixes.
+        UserError: the architecture is unknown or has no such task, its configuration makes no model, or no
+            linear layer has one of the suffixes.
     """
-    with torch.device("meta"):
-        model = _model_class(task).from_config(config, attn_implementation="sdpa")
+    model = _empty_model(config, task)
     suffixes = modules or ATTENTION_MODULES.get(config.model_type, ())
     if not suffixes:
         raise UserError(
@@ -129,26 +130,51 @@ def read_shape(config: Any, task: Task, modules: tuple[str, ...] = ()) -> wire.M
         )
     outside = tuple(_outside(model))
     head = dict(head_parameters(model, task))
-    return wire.ModelShape(
-        architecture=config.model_type,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        intermediate=getattr(config, "intermediate_size", None)
-        or getattr(config, "hidden_dim", None)
-        or getattr(config, "n_inner", None)
-        or 4 * config.hidden_size,
-        vocabulary=config.vocab_size,
-        causal=task is Task.CAUSAL_LM,
-        gated_mlp=any(name.endswith("gate_proj") for name in linear),
-        parameters=sum(p.numel() for name, p in model.named_parameters() if name not in head),
-        linear_parameters=sum(
-            module.weight.numel() for name, module in linear.items() if name.split(".")[0] not in outside
-        ),
-        matrices=matrices,
-        head=tuple(wire.TensorShape(name=name, shape=tuple(p.shape)) for name, p in head.items()),
-    )
+    try:
+        return wire.ModelShape(
+            architecture=config.model_type,
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            intermediate=getattr(config, "intermediate_size", None)
+            or getattr(config, "hidden_dim", None)
+            or getattr(config, "n_inner", None)
+            or 4 * config.hidden_size,
+            vocabulary=config.vocab_size,
+            causal=task is Task.CAUSAL_LM,
+            gated_mlp=any(name.endswith("gate_proj") for name in linear),
+            parameters=sum(p.numel() for name, p in model.named_parameters() if name not in head),
+            linear_parameters=sum(
+                module.weight.numel() for name, module in linear.items() if name.split(".")[0] not in outside
+            ),
+            matrices=matrices,
+            head=tuple(wire.TensorShape(name=name, shape=tuple(p.shape)) for name, p in head.items()),
+        )
+    except ValidationError as error:
+        raise UserError(f"the configuration of the {config.model_type} model: {explain(error)}") from None
+
+
+def _empty_model(config: Any, task: Task) -> nn.Module:
+    """Return the model without storage for its weights."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind = config.model_type
+    # Transformers builds it, but each position would see the token that it predicts.
+    if (
+        task is Task.CAUSAL_LM
+        and kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not getattr(config, "is_decoder", False)
+    ):
+        raise UserError(f"spec.model.task: a {kind} model is no causal-lm; use sequence-classification")
+    try:
+        with torch.device("meta"):
+            model: nn.Module = _model_class(task).from_config(config, attn_implementation="sdpa")
+    except Exception as error:  # of whatever its configuration lacks; it holds no data
+        raise UserError(
+            f"spec.model: the {kind} configuration makes no {task} model: {_line(error)}"
+        ) from error
+    return model
 
 
 def load(source: Source, config: Any, task: Task, precision: Precision, device: torch.device) -> nn.Module:

@@ -128,21 +128,21 @@ class Agents:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         token, capacity, log = (directory / name for name in ("token", "capacity.json", "log"))
         _write_secret(token, self._tokens.issue(Identity(self._uid, member.node.name)))
-        capacity.write_text(_capacity_of(member).to_json(), encoding="utf-8")
+        capacity.write_text(capacity_of(member).to_json(), encoding="utf-8")
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 *self._command, "train",
                 "--coordinator", self._url, "--model", self._model, "--data", str(member.data),
                 "--token-file", str(token), "--capacity", str(capacity),
                 stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
-                env=_environment(member, offline=self._offline),
+                env=environment(offline=self._offline, threads=member.node.threads),
                 start_new_session=True, preexec_fn=_die_with_parent,
             )  # fmt: skip
             self._processes[member.node.name] = process
             status = await process.wait()
         if status < 0:
             return status, f"killed by {signal.Signals(-status).name}"
-        return status, _last_line(log) or f"ended with status {status}"
+        return status, last_line(_tail(log)) or f"ended with status {status}"
 
 
 def agent_command() -> list[str]:
@@ -154,17 +154,19 @@ def agent_command() -> list[str]:
     return [found]
 
 
-def _capacity_of(member: Member) -> Capacity:
+def capacity_of(member: Member) -> Capacity:
+    """Return the capacity that the member's agent keeps to."""
     return Capacity(**{field: getattr(member.node, field) for field in Capacity.model_fields})
 
 
-def _environment(member: Member, offline: bool) -> Mapping[str, str]:
+def environment(*, offline: bool, threads: int | None = None) -> Mapping[str, str]:
+    """Return the environment of a fleet's agent; `offline` keeps it from asking a hub."""
     # A fleet's nodes compute on the CPU, as `fedpipe plan` has them: many share this machine, and small ones
-    # cannot hold a CUDA context. Whoever names GPUs in the environment means them.
+    # cannot hold a CUDA context. GPUs named in the environment are meant.
     default = {"CUDA_VISIBLE_DEVICES": ""}
     given = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    if member.node.threads is not None:
-        given["OMP_NUM_THREADS"] = given["MKL_NUM_THREADS"] = str(member.node.threads)
+    if threads is not None:
+        given["OMP_NUM_THREADS"] = given["MKL_NUM_THREADS"] = str(threads)
     if offline:
         given["HF_HUB_OFFLINE"] = "1"
     return default | os.environ | given
@@ -176,9 +178,13 @@ def _write_secret(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _last_line(log: Path) -> str:
+def _tail(log: Path) -> str:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-    last = next((line for line in reversed(lines) if line), "")
-    return last.removeprefix(_MESSAGE_PREFIX)
+        return file.read().decode(errors="replace")
+
+
+def last_line(said: str) -> str:
+    """Return the last line of what an agent said, without the command's name; "" if it said nothing."""
+    lines = [line.strip() for line in said.splitlines()]
+    return next((line for line in reversed(lines) if line), "").removeprefix(_MESSAGE_PREFIX)

@@ -1,7 +1,7 @@
 """`fedpipe plan`: what each node of a fleet would carry, by its declared capacity; starts nothing."""
 
-import os
-import re
+import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,15 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fedpipe_api.base import UserError
-from fedpipe_api.job import FedPipeJobSpec
-from fedpipe_api.wire import DeviceFacts, KernelResult, ModelShape
+from fedpipe_api.wire import Registration
 
-from ..planner import NodeFacts, Plan, PlanRequest, longest_input, plan, read_shape, rows, summary_line
-from .manifest import LocalJob, Member
-
-RUNTIME_BYTES = 410 * 2**20
-"""What an agent holds before it loads a model: Python, torch, transformers, peft."""
-
+from ..planner import NodeFacts, Plan, PlanRequest, plan, rows, summary_line
+from .agents import agent_command, capacity_of, environment, last_line
+from .manifest import LocalJob
 
 _NAMED = 4
 """Nodes of one reason that are named."""
@@ -62,73 +58,38 @@ def _why(reasons: Mapping[str, str]) -> Iterator[str]:
 
 
 def make(local: LocalJob) -> Plan:
-    """Return the plan.
+    """Return the plan; UserError when an agent would refuse the model or a node's data, in its words."""
+    found = [(member.node.name, each) for member, each in zip(local.members, describe(local), strict=True)]
+    nodes = tuple(NodeFacts(name, each.device, each.samples, each.evaluation_samples) for name, each in found)
+    return plan(PlanRequest(model=found[0][1].model, spec=local.job.spec, nodes=nodes))
 
-    UserError when the model's configuration is not on this machine, or has no room for what the job asks.
+
+def describe(local: LocalJob) -> list[Registration]:
+    """Return what each member's agent would register with.
+
+    The agent reads model and data, in a process of its own: what it would refuse is refused, and counted is
+    what it counts.
     """
-    spec = local.job.spec
-    nodes = tuple(_facts(spec, member) for member in local.members)
-    return plan(PlanRequest(model=shape_of(local), spec=spec, nodes=nodes))
-
-
-def shape_of(local: LocalJob) -> ModelShape:
-    """Return the shape of the job's model."""
-    model, spec = Path(local.model), local.job.spec
-    if not model.is_dir():
-        raise UserError(
-            f"{local.fleet_file}: model: required to plan, because {local.model} lies on a hub; "
-            "give a directory with its config.json"
+    with tempfile.TemporaryDirectory(prefix="fedpipe-plan-") as scratch:
+        job = Path(scratch) / "job.json"
+        job.write_text(local.job.to_json(), encoding="utf-8")
+        capacities = [Path(scratch) / f"{member.node.name}.json" for member in local.members]
+        for member, path in zip(local.members, capacities, strict=True):
+            path.write_text(capacity_of(member).to_json(), encoding="utf-8")
+        data = [str(member.data) for member in local.members]
+        done = subprocess.run(
+            [
+                *(*agent_command(), "describe", "--job", str(job), "--model", local.model),
+                *("--data", *data, "--capacity", *map(str, capacities)),
+            ],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment(offline=Path(local.model).is_dir()),
+            check=False,
         )
-    asked, longest = spec.data.max_length, longest_input(model)
-    if longest is not None and asked > longest:
-        raise UserError(
-            f"{local.job_file}: spec.data.maxLength: {asked}, but the model has {longest} positions; lower it"
-        )
-    try:
-        return read_shape(model, spec.model.task, len(spec.model.labels), spec.adapter.modules)
-    except UserError as error:
-        if str(error).startswith("spec."):
-            raise UserError(f"{local.job_file}: {error}") from None
-        raise
-
-
-def _facts(spec: FedPipeJobSpec, member: Member) -> NodeFacts:
-    node = member.node
-    train = _rows(member.data / spec.data.train)
-    if spec.data.evaluation is not None:
-        held_out = _rows(member.data / spec.data.evaluation)
-    else:
-        held_out = int(train * spec.data.evaluation_share)
-        train -= held_out
-    device = DeviceFacts(
-        kind="cpu",
-        name=node.device,
-        free_memory=node.memory or _available(),
-        overhead=RUNTIME_BYTES,
-        threads=node.threads or os.cpu_count() or 1,
-        speed=node.speed,
-        link_rate=node.link_rate,
-        kernels=tuple(KernelResult(precision=precision, usable=True) for precision in node.precisions),
-    )
-    return NodeFacts(node.name, device, max(1, train), held_out)
-
-
-def _rows(path: Path) -> int:
-    """Return about how many rows a data file has: its lines, without a header; Parquet says it itself."""
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-
-            return int(pyarrow.parquet.read_metadata(path).num_rows)
-        except ImportError:
-            raise UserError(f"{path}: Parquet needs pyarrow; pip install pyarrow") from None
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path}: not Parquet: {' '.join(str(error).split())}") from None
-    with path.open("rb") as file:
-        lines = sum(1 for line in file if line.strip())
-    return lines - 1 if ".csv" in path.suffixes else lines
-
-
-def _available() -> int:
-    found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
-    return int(found[1]) * 1024 if found else 0
+    if done.returncode != 0:
+        message = last_line(done.stderr) or f"fedpipe-agent describe ended with status {done.returncode}"
+        raise UserError(f"{local.job_file}: {message}" if message.startswith("spec.") else message)
+    return [Registration.model_validate_json(line) for line in done.stdout.splitlines()]

@@ -1,14 +1,15 @@
 """Cuts one dataset into unequal node shares, as federated data is: by chance, by label or by size."""
 
 import csv
+import gzip
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from fedpipe_api import rows as data_rows
 from fedpipe_api.base import UserError
 
 By = Literal["iid", "dirichlet", "size"]
@@ -73,86 +74,60 @@ def _counts(weights: np.ndarray, total: int) -> list[int]:
 
 
 class Dataset(NamedTuple):
-    """The labels of a file's rows, in order, and what the rows hold."""
+    """A file's rows in order: their labels, and what to write of each (a table for Parquet)."""
 
     labels: list[Any]
     content: Any
+    header: bytes = b""
 
     def write(self, rows: Sequence[int], path: Path) -> None:
-        """Write the given rows."""
-        if isinstance(self.content, list):
-            path.write_bytes(b"".join(self.content[row] for row in (-1, *rows)))
-        else:
+        """Write the given rows, gzipped where the path ends so."""
+        if not isinstance(self.content, list):
             import pyarrow.parquet
 
             pyarrow.parquet.write_table(self.content.take(rows), path)
+            return
+        data = b"".join((self.header, *(self.content[row] for row in rows)))
+        path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def read(path: Path, label: str) -> Dataset:
-    """Read a JSONL, CSV or Parquet file; UserError names the file and line of what is wrong."""
+    """Read a JSONL, CSV (both also gzipped) or Parquet file; UserError names the place of what is wrong."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.stat().st_size > SIZE_LIMIT:
         raise UserError(f"{path}: larger than {SIZE_LIMIT >> 30} GiB; cut it beforehand")
-    match path.suffix:
-        case ".jsonl":
-            return _read_jsonl(path, label)
-        case ".csv":
-            return _read_csv(path, label)
-        case ".parquet":
-            return _read_parquet(path, label)
-    raise UserError(f"{path}: not a .jsonl, .csv or .parquet file")
-
-
-def _read_jsonl(path: Path, label: str) -> Dataset:
+    form = data_rows.form_of(path)
     labels: list[Any] = []
-    lines: list[bytes] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            labels.append(json.loads(line)[label])
-        except (ValueError, TypeError):
-            raise UserError(f"{path}:{number}: not a JSON object") from None
-        except KeyError:
-            raise UserError(f"{path}:{number}: no field {label!r}; name the label with --label") from None
-        lines.append(line + b"\n")
-    return Dataset(labels, [*lines, b""])  # row -1 is the header: none
+    content: list[bytes] = []
+    header = b""
+    for row in data_rows.read(path, form):
+        if label not in row.fields:
+            raise UserError(f"{row.place}: no field {label!r}; name the label with --label")
+        labels.append(row.fields[label])
+        if isinstance(row.source, list):
+            header = header or _csv_line(list(row.fields))
+            content.append(_csv_line(row.source))
+        elif row.source is not None:
+            content.append(row.source + b"\n")
+    return Dataset(labels, _table(path) if form == "parquet" else content, header)
 
 
-def _read_csv(path: Path, label: str) -> Dataset:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        try:
-            rows = list(csv.reader(file, strict=True))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not CSV: {error}") from None
-    if not rows or label not in rows[0]:
-        raise UserError(f"{path}: no column {label!r}; name the label with --label")
-    column = rows[0].index(label)
-    odd = next((n for n, row in enumerate(rows, 1) if len(row) != len(rows[0])), None)
-    if odd is not None:
-        raise UserError(f"{path}: row {odd} has {len(rows[odd - 1])} columns, the header has {len(rows[0])}")
-    lines = []
-    for row in [*rows[1:], rows[0]]:  # row -1 is the header
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(row)
-        lines.append(text.getvalue().encode())
-    return Dataset([row[column] for row in rows[1:]], lines)
+def suffix_of(path: Path) -> str:
+    """Return the suffix that says the format, with the compression's: `.jsonl.gz`."""
+    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
 
 
-def _read_parquet(path: Path, label: str) -> Dataset:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: Parquet needs pyarrow; pip install pyarrow") from None
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not Parquet: {' '.join(str(error).split())}") from None
-    if label not in table.column_names:
-        raise UserError(f"{path}: no column {label!r}; name the label with --label")
-    return Dataset(table[label].to_pylist(), table)
+def _csv_line(cells: list[str]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().encode()
+
+
+def _table(path: Path) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path)
 
 
 def write_shares(dataset: Dataset, shares: Sequence[Sequence[int]], names: Sequence[str], file: Path) -> None:

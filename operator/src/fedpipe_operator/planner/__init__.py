@@ -4,7 +4,6 @@ from .calibration import Calibration
 from .replan import needs_replan
 from .request import NodeFacts, Plan, PlanRequest
 from .selection import select_matrices
-from .shape import longest_input, read_shape
 from .solve import asked_steps, calibrate, plan
 from .table import Row, rows, summary_line
 
@@ -16,10 +15,8 @@ __all__ = [
     "Row",
     "asked_steps",
     "calibrate",
-    "longest_input",
     "needs_replan",
     "plan",
-    "read_shape",
     "rows",
     "select_matrices",
     "summary_line",

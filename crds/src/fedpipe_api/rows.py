@@ -1,4 +1,7 @@
-"""The rows of a node's data files: JSON lines, CSV (both also gzipped) and Parquet."""
+"""The rows of data files: JSON lines and CSV (both also gzipped), and Parquet; one reader for all of us.
+
+No message quotes a value: a mistake is named by its file and line.
+"""
 
 import csv
 import gzip
@@ -7,14 +10,24 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
-from fedpipe_api.base import UserError
-from fedpipe_api.job import DataSource
-
-Row = dict[str, Any]
+from .base import UserError
+from .job import DataSource
 
 _SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+
+
+class Row(NamedTuple):
+    """One row.
+
+    `place` is `file:line`, `file:row` for Parquet; `source` the line of JSON without its end, the cells of
+    CSV, None for Parquet.
+    """
+
+    place: str
+    fields: dict[str, Any]
+    source: bytes | list[str] | None
 
 
 def locate(directory: Path, source: DataSource) -> tuple[Path, Path | None]:
@@ -38,16 +51,26 @@ def _existing(path: Path, field: str) -> Path:
     return path
 
 
-def read(path: Path, form: str | None) -> Iterator[tuple[str, Row]]:
-    """Yield each row with its place, `file:line` (`file:row` for Parquet).
+def form_of(path: Path, form: str | None = None) -> str:
+    """Return the format, `jsonl`, `csv` or `parquet`: the given one, else by the suffix.
+
+    Raises:
+        UserError: the suffix is unknown.
+    """
+    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    found = form or _SUFFIXES.get(plain.suffix.lower())
+    if found is None:
+        raise UserError(f"{path}: unknown suffix; name it .jsonl, .csv or .parquet, or set spec.data.format")
+    return found
+
+
+def read(path: Path, form: str | None = None) -> Iterator[Row]:
+    """Yield each row.
 
     Raises:
         UserError: the format is unknown or a row is not readable; the message names the place.
     """
-    plain = path.with_suffix("") if path.suffix == ".gz" else path
-    form = form or _SUFFIXES.get(plain.suffix.lower())
-    if form is None:
-        raise UserError(f"{path}: unknown suffix; name it .jsonl, .csv or .parquet, or set spec.data.format")
+    form = form_of(path, form)
     try:
         if form == "parquet":
             yield from _parquet(path)
@@ -62,31 +85,46 @@ def read(path: Path, form: str | None) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{path}: cannot be read: not a whole gzip file") from None
 
 
-def _json_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
+def _json_lines(path: Path, file: IO[bytes]) -> Iterator[Row]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
+        place = f"{path}:{number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            what = f"{path}:{number}: not a JSON object: {_fault(error)}"
+            what = f"{place}: not a JSON object: {_fault(error)}"
             raise UserError(f"{what}; fix or remove the line") from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: not a JSON object; write one {{...}} per line")
-        yield f"{path}:{number}", row
+            raise UserError(f"{place}: not a JSON object; write one {{...}} per line")
+        yield Row(place, row, line.rstrip(b"\r\n"))
 
 
-def _csv(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Row]]:
-    reader = csv.DictReader(_text_lines(file), strict=True)
+def _csv(path: Path, file: IO[bytes]) -> Iterator[Row]:
+    reader = csv.reader(_text_lines(file), strict=True)
+    names: list[str] | None = None
     while True:
         try:
-            row = next(reader, None)
+            cells = next(reader, None)
         except (csv.Error, UnicodeDecodeError) as error:
-            what = f"{path}:{reader.line_num + 1}: not CSV: {_fault(error)}"
+            # Text that cannot be decoded did not reach the reader, which counts lines.
+            number = reader.line_num + isinstance(error, UnicodeDecodeError)
+            what = f"{path}:{number}: not CSV: {_fault(error)}"
             raise UserError(f"{what}; fix or remove the row") from None
-        if row is None:
+        if cells is None:
             return
-        yield f"{path}:{reader.line_num}", row
+        if not cells:  # an empty line
+            continue
+        place = f"{path}:{reader.line_num}"
+        if names is None:
+            names = cells
+            if len(set(names)) < len(names):
+                raise UserError(f"{place}: two columns have the same name; rename one")
+            continue
+        if len(cells) != len(names):
+            columns = f"{len(cells)} columns, but the header has {len(names)}"
+            raise UserError(f"{place}: {columns}; fix or remove the row")
+        yield Row(place, dict(zip(names, cells, strict=True)), cells)
 
 
 def _text_lines(file: IO[bytes]) -> Iterator[str]:
@@ -98,17 +136,19 @@ def _text_lines(file: IO[bytes]) -> Iterator[str]:
             encoding = "utf-8"
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow
-    import pyarrow.parquet
-
+def _parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: Parquet needs pyarrow; pip install pyarrow") from None
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}:{number}", row
+                    yield Row(f"{path}:{number}", row, None)
     # Values that Python cannot hold are ValueError or OverflowError; a damaged page may be any of them.
     except (pyarrow.ArrowException, ValueError, OverflowError, OSError):
         where = f"; the fault is after row {number}" if number else ""

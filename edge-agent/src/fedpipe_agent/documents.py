@@ -1,30 +1,33 @@
-"""A capacity that a person declared in a file, in place of what the hardware reports."""
+"""Files that a person wrote: a capacity in place of what the hardware shows, a job's manifest."""
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
-from fedpipe_api.base import UserError, explain
-from fedpipe_api.node import Capacity
+from fedpipe_api.base import Model, UserError, explain
+
+M = TypeVar("M", bound=Model)
 
 FILE_LIMIT = 64 * 1024
 
 
-def load(path: Path) -> Capacity:
-    """Return the capacity in a JSON or YAML file.
+def load(path: Path, kind: type[M], limit: int = FILE_LIMIT) -> M:
+    """Return the document of a JSON or YAML file, validated.
 
-    Raises UserError naming the file and the field for anything that is not a capacity.
+    Raises:
+        UserError: names the file and the field of anything that is not such a document.
     """
     try:
         with path.open("rb") as file:
-            data = file.read(FILE_LIMIT + 1)
+            data = file.read(limit + 1)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    if len(data) > FILE_LIMIT:
-        raise UserError(f"{path}: larger than {FILE_LIMIT} bytes; a capacity is a few lines")
+    if len(data) > limit:
+        raise UserError(f"{path}: larger than {limit} bytes; this is no {kind.__name__}")
     try:
-        return Capacity.model_validate(_parse(path, data))
+        return kind.model_validate(_parse(path, data))
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error)}") from None
 
