@@ -59,6 +59,7 @@ class Reason(StrEnum):
     ROUNDS_COMPLETED = "RoundsCompleted"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     STORE_FULL = "StoreFull"
+    INTERNAL_ERROR = "InternalError"
     STORE_DAMAGED = "StoreDamaged"
     QUARANTINED = "Quarantined"
     OUTPUT_WRITTEN = "OutputWritten"
@@ -150,6 +151,10 @@ ADVICE: dict[Reason, Advice] = {
     Reason.DEADLINE_EXCEEDED: Advice(
         "The job ran longer than activeDeadlineSeconds and failed.",
         "Raise activeDeadlineSeconds in another job; the last adapter stays available.",
+    ),
+    Reason.INTERNAL_ERROR: Advice(
+        "A step of the job failed unexpectedly and is tried again every few seconds.",
+        "Look at the operator's log; report it with the message if it lasts.",
     ),
     Reason.STORE_FULL: Advice(
         "The operator's volume has no room for another update.",

@@ -47,7 +47,7 @@ class Driver:
                 else:
                     log.exception("job %s: will be tried again", job.state.name)
                     text = f"{type(error).__name__}: {error}"[:900]
-                    job.stand(Wait(Reason.AGGREGATING, f"{text}; trying again"))
+                    job.stand(Wait(Reason.INTERNAL_ERROR, f"{text}; trying again"))
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _perform_or_end(self, job: Job, committed: asyncio.Event) -> None:

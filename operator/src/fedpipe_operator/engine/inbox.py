@@ -22,7 +22,7 @@ from . import accept
 from .accept import Refused, Verdict
 from .decide import Wait, assignment
 from .integrity import Integrity
-from .jobs import Job, Live, until
+from .jobs import Allowance, Job, Live, until
 from .journal import Journal, gone
 from .quota import held, quota
 from .records import AgentLost, AgentRegistered, Evaluated, Profiled, UpdateAccepted
@@ -75,6 +75,7 @@ class Inbox:
         async with job.lock:
             state = job.state
             if not state.finished and accept.registration(state, node, message) is Verdict.NEW:
+                _require_allowed(job, node)
                 await self._journal.commit(
                     job,
                     AgentRegistered(
@@ -156,7 +157,7 @@ class Inbox:
         """Note a sign of life; return whether the work is still wanted."""
         job = self.job(uid)
         if message.state == "failed":
-            await self.lose(uid, node, message.message or "the agent failed")
+            await self.lose(uid, node, message.message or "the agent failed", failed=True)
             return False
         await self._heard(job, node)
         if node in job.live:
@@ -188,16 +189,24 @@ class Inbox:
         job.live.setdefault(node, Live(self.clock())).seen = self.clock()
         if known is not None and node in job.state.lost:
             async with job.lock:
+                _require_allowed(job, node)
                 sequence = job.state.sequence + 1
                 await self._journal.commit(
                     job, known.model_copy(update={"sequence": sequence, "model": None})
                 )
 
-    async def lose(self, uid: str, node: str, reason: str) -> None:
-        """Say that a node's agent is gone; rounds stop waiting for it."""
+    async def lose(self, uid: str, node: str, reason: str, *, failed: bool = False) -> None:
+        """Say that a node's agent is gone, or `failed` with an error; rounds stop waiting for it."""
         job = self.job(uid)
         async with job.lock:
             state = job.state
             if node in state.offered and node not in state.lost and not state.finished:
-                record = AgentLost(sequence=state.sequence + 1, node=node, reason=reason[:1024])
+                sequence = state.sequence + 1
+                record = AgentLost(sequence=sequence, node=node, reason=reason[:1024], failed=failed)
                 await self._journal.commit(job, record)
+
+
+def _require_allowed(job: Job, node: str) -> None:
+    if not job.returns.take(node):
+        text = f"{node} registers too often; it is taken in again after a pause"
+        raise Refused(429, "TooManyRegistrations", text, retry_after=round(Allowance.SECONDS))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from dataclasses import dataclass, field
 
 from fedpipe_api.conditions import Reason
@@ -17,6 +18,29 @@ class Live:
 
     seen: float
     progress: Progress | None = None
+
+
+class Allowance:
+    """How many records a node may cause by coming and going: `BURST` at once, then one each `SECONDS`.
+
+    The ledger keeps each of them for the job's life, so a node that fails and returns in a loop may not set
+    their number.
+    """
+
+    BURST = 100
+    SECONDS = 30.0
+
+    def __init__(self) -> None:
+        self._used: dict[str, tuple[float, float]] = {}  # records not yet made up for, and as of when
+
+    def take(self, node: str) -> bool:
+        """Return whether the node may cause one more record now, and count it."""
+        now = time.monotonic()
+        used, since = self._used.get(node, (0.0, now))
+        used = max(0.0, used - (now - since) / self.SECONDS)
+        allowed = used + 1 <= self.BURST
+        self._used[node] = (used + allowed, now)
+        return allowed
 
 
 class Signal:
@@ -47,6 +71,7 @@ class Job:
     bytes_down: int = 0
     uploads: dict[str, int] = field(default_factory=dict)
     """Bytes of the update that each node is sending now."""
+    returns: Allowance = field(default_factory=Allowance)
     task: asyncio.Task[None] | None = None
 
     def stand(self, wait: Wait) -> None:

@@ -15,7 +15,7 @@ from ..store import Blobs, Entry, Ledger, is_full
 from ..store.backup import snapshot
 from .accept import Refused
 from .jobs import Job
-from .notes import Note, note_of
+from .notes import Before, Note, note_of
 from .order import check
 from .quarantine import Quarantine, UnreadableError, check_usable, digests_named, fold, names_in, parse
 from .records import Record, Submitted
@@ -139,9 +139,10 @@ class Journal:
         return Entry(uid, record.key, at, body)
 
     def _apply(self, job: Job, record: Record, at: float) -> None:
+        before = Before.of(job.state)
         apply(job.state, record, at)
         job.wait = job.full = None
-        note = note_of(job.state, record)
+        note = note_of(job.state, record, before)
         if note:
             self._notify(job.state.uid, note)
         job.committed.fire()

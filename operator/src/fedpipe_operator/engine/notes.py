@@ -7,6 +7,7 @@ from fedpipe_api.status import Phase
 
 from .records import (
     AgentLost,
+    AgentRegistered,
     Finished,
     PlanMade,
     Record,
@@ -32,13 +33,29 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def note_of(state: JobState, record: Record) -> Note | None:
+@dataclass(frozen=True)
+class Before:
+    """What an Event needs of the state before its record."""
+
+    suspended: bool
+    lost: frozenset[str]
+
+    @staticmethod
+    def of(state: JobState) -> "Before":
+        """Return that part of a state."""
+        return Before(state.spec.suspend, frozenset(state.lost))
+
+
+def note_of(state: JobState, record: Record, before: Before) -> Note | None:
     """Return the Event for a record that was just applied to the state, or None."""
     match record:
+        case AgentRegistered() if record.node in before.lost:
+            return Note(False, Reason.AGENT_RETURNED, f"{record.node} is back")
         case PlanMade():
             return _planned(state, record)
         case AgentLost():
-            return Note(True, Reason.AGENT_LOST, f"{record.node}: {record.reason}")
+            reason = Reason.AGENT_FAILED if record.failed else Reason.AGENT_LOST
+            return Note(True, reason, f"{record.node}: {record.reason}")
         case UpdateDropped():
             text = f"round {record.round}: the update of {record.node} was damaged and is sent again"
             return Note(True, Reason.STORE_DAMAGED, text)
@@ -50,12 +67,19 @@ def note_of(state: JobState, record: Record) -> Note | None:
         case RoundAggregated():
             return _round_done(state, record)
         case SpecChanged():
-            text = "suspended" if record.spec.suspend else f"spec changed to generation {record.generation}"
-            return Note(False, Reason.SUSPENDED if record.spec.suspend else Reason.RESUMED, text)
+            return _changed(record, before)
         case Finished():
             return Note(record.phase is Phase.FAILED, Reason(record.reason), record.message)
         case _:
             return None
+
+
+def _changed(record: SpecChanged, before: Before) -> Note:
+    if record.spec.suspend != before.suspended:
+        suspended = record.spec.suspend
+        reason = Reason.SUSPENDED if suspended else Reason.RESUMED
+        return Note(False, reason, "suspended" if suspended else "resumed")
+    return Note(False, Reason.ACCEPTED, f"spec changed to generation {record.generation}")
 
 
 def _round_done(state: JobState, record: RoundAggregated) -> Note:
@@ -83,6 +107,10 @@ def _planned(state: JobState, record: PlanMade) -> Note | None:
     before = state.plans.get(record.version - 1)
     if before and before.left_out == record.left_out and _work(before) == _work(record):
         return None  # only its predictions moved
+    if len(record.scores) > 1 and len(set(record.scores.values())) == 1:
+        return Note(
+            True, Reason.IMPORTANCE_INVALID, "all matrices score the same, so the selection is arbitrary"
+        )
     text = f"{len(record.nodes)} of {len(record.considered)} nodes fit"
     if record.left_out:
         node, why = min(record.left_out.items())

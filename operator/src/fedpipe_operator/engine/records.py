@@ -107,12 +107,13 @@ class AgentRegistered(Model):
 
 
 class AgentLost(Model):
-    """An agent is gone; rounds do not wait for it until it registers again."""
+    """An agent is gone, or `failed` with an error; rounds do not wait for it until it registers again."""
 
     kind: Literal["lost"] = "lost"
     sequence: Count
     node: Name
     reason: Text
+    failed: bool = False
 
     @property
     def key(self) -> str:

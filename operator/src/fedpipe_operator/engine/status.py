@@ -121,14 +121,17 @@ def _eta(state: JobState) -> str:
     return "" if seconds is None else format_duration(round(seconds))
 
 
+_STUCK = {Reason.QUORUM_LOST, Reason.STORE_FULL, Reason.STORE_DAMAGED, Reason.INTERNAL_ERROR, *_PLANLESS}
+
+
 def _conditions(state: JobState, wait: Wait | None, previous: tuple[Condition, ...]) -> tuple[Condition, ...]:
     since = _time(state.finished_at or _latest(state))
-    finished, held = state.finished, {Reason.QUORUM_LOST, Reason.STORE_FULL, Reason.STORE_DAMAGED, *_PLANLESS}
+    finished = state.finished
     if finished:
         done: tuple[bool, str, str] = (finished.phase is Phase.SUCCEEDED, finished.reason, finished.message)
     else:
         done = (False, wait.reason if wait else Reason.ROUND_OPEN, wait.message if wait else "")
-    stuck = wait is not None and wait.reason in held and not finished
+    stuck = wait is not None and wait.reason in _STUCK and not finished
     facts = {
         "Planned": (state.plan is not None, Reason.PLANNED if state.plan else done[1], ""),
         "Progressing": (not finished and not stuck and not state.spec.suspend, done[1], done[2]),

@@ -188,8 +188,8 @@ async def _session(
     seen = view(local.job)
 
     def tell(uid: str, note: Note) -> None:
-        # A mistake that an agent finds before the first round ends the run, and is told there, once.
-        if note.reason is not Reason.AGENT_LOST or engine.jobs[uid].state.rounds:
+        # A mistake that an agent finds before the first round ends the run, and is reported there, once.
+        if note.reason not in (Reason.AGENT_LOST, Reason.AGENT_FAILED) or engine.jobs[uid].state.rounds:
             seen.note(note)
 
     engine = Engine(directory.store, clock=_clock(last_at), notify=tell)
