@@ -12,6 +12,7 @@ from safetensors.numpy import load, load_file
 
 from fedpipe_api.wire import LORA_A, LORA_B, MANIFEST_HEADER, Assignment
 from fedpipe_operator.engine import Engine
+from fedpipe_operator.engine.jobs import Allowance
 from fedpipe_operator.engine.notes import Note
 from fedpipe_operator.engine.status import status
 from standins.agents import StandIn, make_update, manifest_of, model_shape, registration
@@ -271,3 +272,23 @@ async def test_a_job_that_would_take_half_of_the_volume_is_refused(
     monkeypatch.undo()
     assert await opened.put("node-0", 1, body, manifest) == (204, "", None)
     assert hashlib.sha256(body).hexdigest() == job.state.rounds[1].updates["node-0"].digest
+
+
+async def test_coming_and_going_in_a_loop_does_not_fill_the_ledger(tmp_path: Path) -> None:
+    async with local(tmp_path, nodes=2, count=1) as served:
+        state = served.engine.jobs[UID].state
+        async with session("node-0") as agent:
+            good = registration(SHAPE).to_json()
+            failed = '{"kind":"train","round":1,"state":"failed","message":"again"}'
+            answers = set()
+            for _ in range(2 * Allowance.BURST):
+                async with agent.post(served.address + "/v1/agents", data=good) as response:
+                    answers.add(response.status)
+                    assert response.status == 200 or "Retry-After" in response.headers
+                async with agent.post(served.address + "/v1/progress", data=failed) as response:
+                    assert response.status == 200
+        assert answers == {200, 429}
+        assert state.sequence <= 2 * Allowance.BURST + 10
+        async with session("node-1") as agent:
+            async with agent.post(served.address + "/v1/agents", data=good) as response:
+                assert response.status == 200, "another node's allowance is its own"
