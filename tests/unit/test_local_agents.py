@@ -1,15 +1,16 @@
-from fedpipe_api.node import FleetNode
 from fedpipe_operator.local import agents
-from fedpipe_operator.local.manifest import Member
 
 
-def visible(tmp_path):
-    member = Member(FleetNode(name="edge", memory="780Mi"), tmp_path)
-    return agents._environment(member, offline=True)["CUDA_VISIBLE_DEVICES"]
-
-
-def test_a_fleet_s_nodes_have_a_gpu_only_where_the_environment_names_it(tmp_path, monkeypatch):
+def test_a_fleet_s_nodes_have_a_gpu_only_where_the_environment_names_it(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert visible(tmp_path) == ""
+    assert agents.environment(offline=True)["CUDA_VISIBLE_DEVICES"] == ""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert visible(tmp_path) == "1"
+    assert agents.environment(offline=True)["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_the_last_line_is_the_agent_s_own():
+    assert (
+        agents.last_line("loading\n\nfedpipe-agent: a.jsonl:1: no field 'text'\n \n")
+        == "a.jsonl:1: no field 'text'"
+    )
+    assert agents.last_line("") == ""
