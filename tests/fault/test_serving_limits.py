@@ -25,9 +25,9 @@ from fedpipe_operator.coordinator.identity import Identity
 from fedpipe_operator.engine import Refused
 from fedpipe_operator.serving import site
 from standins.local import local
+from standins.raw_http import Stream, answer, connect, request
 
 MIB = 1 << 20
-Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @dataclass
@@ -40,11 +40,7 @@ class Process:
 
     async def connect(self, address: str = "127.0.0.1") -> Stream:
         """Open a TLS connection from a loopback address."""
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        return await asyncio.open_connection(
-            "127.0.0.1", self.port, ssl=context, local_addr=(address, 0), limit=1 << 22
-        )
+        return await connect(self.port, address)
 
     def memory(self) -> int:
         """Return the resident bytes."""
@@ -86,31 +82,13 @@ async def serving(directory: Path, **limits: float) -> AsyncIterator[Process]:
     assert "Traceback" not in log.read_text()
 
 
-def request(line: str, token: str | bytes | None = "job-0/node-0", *headers: str, body: bytes = b"") -> bytes:
-    """Return the bytes of a request."""
-    head = [f"{line} HTTP/1.1".encode(), b"Host: coordinator", *(header.encode() for header in headers)]
-    if token is not None:
-        head.append(b"Authorization: Bearer " + (token if isinstance(token, bytes) else token.encode()))
-    return b"\r\n".join(head) + b"\r\n\r\n" + body
-
-
-async def answer(stream: Stream) -> tuple[int, bytes]:
-    """Read one answer; status 0 when the connection ends without."""
-    try:
-        head = await asyncio.wait_for(stream[0].readuntil(b"\r\n\r\n"), 30)
-        length = re.search(rb"content-length: (\d+)", head.lower())
-        body = await asyncio.wait_for(stream[0].readexactly(int(length[1]) if length else 0), 30)
-    except (asyncio.IncompleteReadError, ConnectionError, ssl.SSLError):
-        return 0, b""
-    return int(head.split()[1]), body
-
-
 async def ask(server: Process, sent: bytes, address: str = "127.0.0.1") -> tuple[int, bytes]:
-    """Send bytes on a new connection and return the answer."""
+    """Send bytes on a new connection; return the answer's status and body."""
     stream = await server.connect(address)
     stream[1].write(sent)
     try:
-        return await answer(stream)
+        status, _, body = await answer(stream)
+        return status, body
     finally:
         stream[1].transport.abort()
 
@@ -169,7 +147,7 @@ async def test_long_polls_of_one_address_are_no_strangers(tmp_path: Path) -> Non
             stream[1].write(request("GET /v1/assignment?wait=5", f"job-{number % 4}/node-{number % 3}"))
             polls.append(stream)
             await asyncio.sleep(0.01)
-        statuses = [status for status, _ in await asyncio.gather(*(answer(stream) for stream in polls))]
+        statuses = [found[0] for found in await asyncio.gather(*(answer(stream) for stream in polls))]
         assert statuses.count(204) == 60
         for stream in polls:
             stream[1].transport.abort()
@@ -255,7 +233,7 @@ async def test_a_slow_body_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         host, port = served.address.removeprefix("http://").split(":")
         stream = await asyncio.open_connection(host, int(port))
         stream[1].write(request("POST /v1/progress", "token-node-0", "Content-Length: 1000") + b"{")
-        status, body = await answer(stream)
+        status, _, body = await answer(stream)
         assert (status, json.loads(body)["reason"]) == (408, "TooSlow")
         stream[1].transport.abort()
 

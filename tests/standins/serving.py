@@ -1,12 +1,14 @@
 """A TLS coordinator process to attack: `python serving.py DIRECTORY PORT [LIMITS]`, jobs job-0 .. job-3.
 
 A token is `JOB/NODE`. LIMITS is JSON of `serving.Limits`. Logs go to standard error as the operator's do.
-Ends at SIGTERM as the operator does.
+Ends at SIGTERM as the operator does. With `again` as LIMITS it serves in a child, once for each line of
+standard input, so that a restart costs no imports; it prints `pid PID` and, when the child ends, `exit STATUS`.
 """
 
 import asyncio
 import json
 import logging
+import os
 import signal
 import ssl
 import sys
@@ -46,7 +48,7 @@ async def main(directory: Path, port: int, limits: Limits) -> None:
     await engine.start()
     for number in range(JOBS):
         uid = f"job-{number}"
-        wanted = job(NODES, 20)
+        wanted = job(NODES, 1000)
         metadata = wanted.metadata.model_copy(update={"uid": uid, "name": uid})
         await engine.submit(wanted.model_copy(update={"metadata": metadata}))
         await engine.offer(uid, [f"node-{i}" for i in range(NODES)])
@@ -57,6 +59,21 @@ async def main(directory: Path, port: int, limits: Limits) -> None:
     await engine.stop()
 
 
+def again(directory: Path, port: int) -> None:
+    """Serve in a new process for each line that comes."""
+    for _ in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            asyncio.run(main(directory, port, Limits()))
+            os._exit(0)
+        print(f"pid {child}", flush=True)
+        print(f"exit {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}", flush=True)
+
+
 if __name__ == "__main__":
     _, directory, port, *rest = sys.argv
-    asyncio.run(main(Path(directory), int(port), Limits(**json.loads(rest[0] if rest else "{}"))))
+    if rest == ["again"]:
+        again(Path(directory), int(port))
+    else:
+        limits = Limits(**json.loads(rest[0] if rest else "{}"))
+        asyncio.run(main(Path(directory), int(port), limits))
