@@ -188,6 +188,8 @@ class Worker:
         )[0]
         if kind in ("right", "json", "bytes", "half"):
             message = await self._right(who)
+            if message.path.startswith("/v1/blobs"):  # with a header of any kind
+                kind = "grammar"
             if kind == "json":
                 message = self._with_json(message)
             sent = message.to_bytes()

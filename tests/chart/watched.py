@@ -20,6 +20,7 @@ import yaml
 from aiohttp import web
 
 from fedpipe_api.wire import Assignment, AssignmentKind, Progress
+from fedpipe_operator import serving
 from fedpipe_operator.coordinator import application
 from fedpipe_operator.engine import Engine
 from fedpipe_operator.engine.status import status
@@ -40,14 +41,11 @@ ROUNDS = 6
 @asynccontextmanager
 async def serve(handlers: web.Application) -> AsyncIterator[str]:
     """Serve an application on loopback; yield host and port."""
-    runner = web.AppRunner(handlers)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
+    site = await serving.serve(handlers, serving.listen("127.0.0.1", 0))
     try:
-        yield "{}:{}".format(*runner.addresses[0][:2])
+        yield f"127.0.0.1:{site.port}"
     finally:
-        await runner.cleanup()
+        await site.close()
 
 
 def metrics_of(figures: Figures) -> web.Application:

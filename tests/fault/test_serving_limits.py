@@ -23,7 +23,7 @@ from fedpipe_operator.coordinator import bodies
 from fedpipe_operator.coordinator.bodies import Bodies
 from fedpipe_operator.coordinator.identity import Identity
 from fedpipe_operator.engine import Refused
-from fedpipe_operator.serving import site
+from fedpipe_operator.serving import connection
 from standins.local import local
 from standins.raw_http import Stream, answer, connect, request
 
@@ -241,7 +241,7 @@ async def test_a_slow_body_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 async def test_an_answer_that_nobody_reads_is_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(site, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(connection, "STALL_SECONDS", 0.5)
     async with local(tmp_path, nodes=1) as served:
         host, port = served.address.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port), limit=1024)

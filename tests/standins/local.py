@@ -9,7 +9,7 @@ from pathlib import Path
 from fedpipe_api.wire import ModelShape
 from fedpipe_operator.coordinator import application
 from fedpipe_operator.engine import Engine
-from fedpipe_operator.serving import serve
+from fedpipe_operator.serving import listen, serve
 from standins.agents import StandIn, model_shape
 from standins.server import UID, identify, job
 
@@ -40,7 +40,7 @@ async def local(
     """Serve one job in this process."""
     engine = Engine(directory)
     await engine.start()
-    site = await serve(application(engine, identify), "127.0.0.1", 0, shutdown_timeout=1)
+    site = await serve(application(engine, identify), listen("127.0.0.1", 0), shutdown_timeout=1)
     names = [f"node-{i}" for i in range(nodes)]
     await engine.submit(job(nodes, count, method, **spec))
     await engine.offer(UID, names)

@@ -14,7 +14,7 @@ from pathlib import Path
 from fedpipe_api.job import FedPipeJob
 from fedpipe_operator.coordinator import Identity, application
 from fedpipe_operator.engine import Engine
-from fedpipe_operator.serving import serve
+from fedpipe_operator.serving import listen, serve
 
 UID = "job-1"
 
@@ -71,7 +71,7 @@ async def main(directory: Path, port: int, nodes: int, count: int, spec: dict[st
     """Serve until the job is done."""
     engine = Engine(directory)
     await engine.start()
-    site = await serve(application(engine, identify), "127.0.0.1", port, shutdown_timeout=1)
+    site = await serve(application(engine, identify), listen("127.0.0.1", port), shutdown_timeout=1)
     await engine.submit(job(nodes, count, **spec))
     await engine.offer(UID, [f"node-{i}" for i in range(nodes)])
     lag = asyncio.create_task(watch_lag(directory / "lag"))

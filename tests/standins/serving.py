@@ -18,7 +18,7 @@ from fedpipe_api.logs import LINE_FORMAT, LineFormatter
 from fedpipe_operator.coordinator import Identity, application
 from fedpipe_operator.engine import Engine
 from fedpipe_operator.kube.tls import load_certificate, now_utc, renew
-from fedpipe_operator.serving import Limits, serve
+from fedpipe_operator.serving import Limits, listen, serve
 from standins.server import job
 
 JOBS, NODES = 4, 3
@@ -52,7 +52,7 @@ async def main(directory: Path, port: int, limits: Limits) -> None:
         metadata = wanted.metadata.model_copy(update={"uid": uid, "name": uid})
         await engine.submit(wanted.model_copy(update={"metadata": metadata}))
         await engine.offer(uid, [f"node-{i}" for i in range(NODES)])
-    site = await serve(application(engine, identify), "127.0.0.1", port, certificate(), limits=limits)
+    site = await serve(application(engine, identify), listen("127.0.0.1", port), certificate(), limits=limits)
     print("ready", flush=True)
     await stop.wait()
     await site.close()

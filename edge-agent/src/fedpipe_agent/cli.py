@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from fedpipe_api.base import UserError
+from fedpipe_api.logs import LineFormatter
 from fedpipe_api.version import version
 
 from . import console
@@ -50,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         # Each subcommand imports only what it needs: the probe's image has no torch.
         command = importlib.import_module(_COMMANDS[arguments[0]], __package__)

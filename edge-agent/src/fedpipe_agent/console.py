@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterator
 from typing import IO
 
+from fedpipe_api.logs import LineFormatter
+
 from .errors import describe, trace
 
 log = logging.getLogger(__name__)
@@ -20,8 +22,8 @@ log = logging.getLogger(__name__)
 _PACKAGE = __name__.split(".", 1)[0]
 
 
-class _Formatter(logging.Formatter):
-    """Formats tracebacks without the texts of their exceptions."""
+class _Formatter(LineFormatter):
+    """Formats a record as one line, and tracebacks without the texts of their exceptions."""
 
     def formatException(self, ei: object) -> str:  # noqa: N802, the base class's name
         error = ei[1] if isinstance(ei, tuple) else None

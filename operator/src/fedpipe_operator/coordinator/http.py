@@ -33,7 +33,6 @@ from ..engine import Engine, Refused, accept
 from ..engine.accept import Verdict
 from ..engine.quota import SAFETENSORS_HEADER
 from ..engine.state import blobs_in_use
-from ..serving import guard
 from ..store import Incoming, is_full
 from .bodies import Bodies, arriving
 from .identity import Identify, Identity
@@ -71,7 +70,6 @@ def application(
     open_to_others = {LINK_PATH: _link} | dict(others or {})
     app = web.Application(
         middlewares=[
-            guard,
             _without_room(engine),
             _authentication(identify, frozenset(open_to_others.values())),
             _limited(Callers()),

@@ -17,7 +17,6 @@ from ..engine.jobs import Job
 from ..engine.state import JobState
 from ..export import write_adapter
 from ..metrics import Figures
-from ..serving import guard
 from .access import METRICS, Access, adapter_right, bearer
 
 OWN_ADAPTER_PATH = "/v1/adapter"
@@ -34,7 +33,7 @@ def health_application(unready: Callable[[], str | None]) -> web.Application:
         reason = unready()
         return web.Response(text=reason or "ok", status=503 if reason else 200)
 
-    app = web.Application(middlewares=[guard])
+    app = web.Application()
     app.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz)])
     return app
 
@@ -47,7 +46,7 @@ def metrics_application(figures: Figures, access: Access) -> web.Application:
         body = await figures.text()
         return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    app = web.Application(middlewares=[guard])
+    app = web.Application()
     app.add_routes([web.get("/metrics", metrics)])
     return app
 

@@ -14,6 +14,7 @@ from aiohttp import web
 from ..coordinator import application
 from ..engine import Engine, Note
 from ..metrics import Figures
+from ..serving import listen
 from ..serving import serve as serve_http
 from .access import Access
 from .api import Api, ApiError, connect
@@ -156,7 +157,9 @@ class Operator:
         self, stack: contextlib.AsyncExitStack, app: web.Application, port: int, tls: bool
     ) -> None:
         context = self.authority.context if tls else None
-        site = await serve_http(app, self.settings.host, port, context, shutdown_timeout=UPLOAD_SECONDS)
+        site = await serve_http(
+            app, listen(self.settings.host, port), context, shutdown_timeout=UPLOAD_SECONDS
+        )
         stack.push_async_callback(site.close)
 
     async def _patiently(self, call: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:

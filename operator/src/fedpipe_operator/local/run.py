@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from aiohttp import web
-
 from fedpipe_api.base import UserError
 from fedpipe_api.conditions import Reason
 from fedpipe_api.logs import LINE_FORMAT, LineFormatter
@@ -24,6 +22,7 @@ from ..engine import Engine
 from ..engine.jobs import Job
 from ..engine.notes import Note
 from ..engine.state import JobState
+from ..serving import serve
 from . import manifest
 from .agents import Agents, agent_command
 from .conclude import check_output, conclude
@@ -195,9 +194,7 @@ async def _session(
     engine = Engine(directory.store, clock=_clock(last_at), notify=tell)
     await engine.start()
     tokens = Tokens()
-    coordinator = web.AppRunner(application(engine, tokens), access_log=None, shutdown_timeout=1.0)
-    await coordinator.setup()
-    await web.SockSite(coordinator, listener).start()
+    coordinator = await serve(application(engine, tokens), listener, shutdown_timeout=1.0)
     if record.uid in engine.jobs:
         await engine.change(record.uid, local.job.spec)
     else:
@@ -220,7 +217,7 @@ async def _session(
             outcome = await _watch(engine.jobs[record.uid], engine, agents, seen, interrupted)
     finally:
         await agents.end(_STOP_GRACE if outcome.end is End.FINISHED else 0.0)
-        await coordinator.cleanup()
+        await coordinator.close()
         await engine.stop()
     return outcome
 

@@ -1,6 +1,6 @@
 """What all HTTP servers of the operator share: bounded connections, and refusals in one line."""
 
-from .guard import guard
-from .site import Connection, Limits, connection_of, serve
+from .connection import connection_of
+from .site import Limits, listen, serve
 
-__all__ = ["Connection", "Limits", "connection_of", "guard", "serve"]
+__all__ = ["Limits", "connection_of", "listen", "serve"]

@@ -3,12 +3,13 @@
 import logging
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler
 
 from fedpipe_api.wire import REGISTRATION_LIMIT, Refusal
 
 from ..engine import Refused
-from .site import connection_of
+from .connection import connection_of
 
 log = logging.getLogger(__name__)
 
@@ -64,3 +65,18 @@ def _refuse(refused: Refused) -> web.Response:
     if refused.retry_after is not None:
         response.headers["Retry-After"] = str(refused.retry_after)
     return response
+
+
+class _NoTracebacks(logging.Filter):
+    """What a client sent is no fault of the server: one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            record.levelno, record.levelname = logging.INFO, "INFO"
+            record.msg, record.args = f"{record.getMessage()}: %s", (" ".join(error.message.split())[:200],)
+            record.exc_info = None
+        return True
+
+
+NO_TRACEBACKS = _NoTracebacks()

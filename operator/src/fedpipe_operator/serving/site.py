@@ -17,31 +17,21 @@ import time
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from aiohttp import web
-from aiohttp.http import HttpProcessingError
 
 from fedpipe_api.base import UserError
+
+from .connection import Connection
+from .guard import NO_TRACEBACKS, guard
 
 K = TypeVar("K", bound=Hashable)
 
 log = logging.getLogger(__name__)
 
-STRANGER_BYTES = 256 * 1024
-"""Bytes that a connection may send, bodies not counted, before it has shown a valid token."""
-
-HEAD_BYTES = 64 * 1024
-"""Bytes that a known connection may send beside the body of its request."""
-
 TLS_BUFFER = 32 * 1024
 """Bytes that asyncio keeps for each TLS connection; its 256 KiB make half a gigabyte for 2,000 agents."""
-
-WRITE_BUFFER = 64 * 1024
-"""Bytes waiting to be sent from which a response waits for its reader."""
-
-STALL_SECONDS = 90.0
-"""A reader that leaves such a buffer full for so long is cut off."""
 
 _CLOSE_SECONDS = 2.0
 _LINGER_SECONDS = 5.0
@@ -65,117 +55,6 @@ class Limits:
     """The same, for known connections."""
 
 
-class Connection(asyncio.Protocol):
-    """Stands between a transport and aiohttp's protocol, and cuts off what takes too much or too long."""
-
-    def __init__(self, site: "Site", address: str, inner: asyncio.Protocol) -> None:
-        self._site = site
-        self._address = address
-        self._inner = inner
-        self._transport: asyncio.Transport | None = None
-        self._left = STRANGER_BYTES
-        self._expiry: asyncio.TimerHandle | None = None
-        self._stall: asyncio.TimerHandle | None = None
-        self.identity: Hashable | None = None
-        self.made = False
-
-    # Called by the middlewares
-
-    def begin(self, body: int) -> None:
-        """Note that a request has come whose body may have so many bytes."""
-        self._left = body + (self._left if self.identity is None else HEAD_BYTES)
-        self._cancel_expiry()
-
-    def end(self) -> None:
-        """Note that the request has its answer."""
-        if self.identity is None:
-            self._expire_later()
-
-    def know(self, identity: Hashable) -> bool:
-        """Note whose connection this is; False when it is one too many of that identity."""
-        if self.identity == identity:
-            return True
-        if not self._site.know(self, self._address, identity):
-            return False
-        self.identity = identity
-        return True
-
-    # Called by the transport
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to wait for a request."""
-        self.made = True
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(WRITE_BUFFER)
-        self._expire_later()
-        self._inner.connection_made(transport)
-
-    def data_received(self, data: bytes) -> None:
-        """Hand on what came."""
-        self._left -= len(data)
-        if self._left < 0:
-            self._site.report("sent more than its requests announced")
-            self._abort()
-            return
-        self._inner.data_received(data)
-
-    def eof_received(self) -> bool | None:
-        """Hand on the end."""
-        return self._inner.eof_received()
-
-    def pause_writing(self) -> None:
-        """Give the reader a while."""
-        self._stall = asyncio.get_running_loop().call_later(STALL_SECONDS, self._stalled)
-        self._inner.pause_writing()
-
-    def resume_writing(self) -> None:
-        """Note that the reader has read."""
-        if self._stall:
-            self._stall.cancel()
-            self._stall = None
-        self._inner.resume_writing()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Count the connection no longer."""
-        self._cancel_expiry()
-        if self._stall:
-            self._stall.cancel()
-        self._transport = None
-        self._site.forget(self._address, self.identity)
-        self._inner.connection_lost(exc)
-
-    def _expire_later(self) -> None:
-        self._cancel_expiry()
-        seconds = self._site.limits.stranger_seconds
-        self._expiry = asyncio.get_running_loop().call_later(seconds, self._expired)
-
-    def _cancel_expiry(self) -> None:
-        if self._expiry:
-            self._expiry.cancel()
-            self._expiry = None
-
-    def _expired(self) -> None:
-        if self._stall:  # an answer is on its way
-            self._expire_later()
-        elif self._transport:
-            self._transport.close()
-
-    def _stalled(self) -> None:
-        self._site.report("left its answer unread")
-        self._abort()
-
-    def _abort(self) -> None:
-        if self._transport:
-            self._transport.abort()
-
-
-def connection_of(request: web.BaseRequest) -> Connection | None:
-    """Return the connection of a request; None when it is gone or another kind of site accepted it."""
-    transport = request.transport
-    protocol = transport.get_protocol() if transport else None
-    return protocol if isinstance(protocol, Connection) else None
-
-
 class Site(web.BaseSite):
     """Accepts connections for a runner."""
 
@@ -185,6 +64,7 @@ class Site(web.BaseSite):
         super().__init__(runner, ssl_context=context)
         assert runner.server is not None
         self.limits = limits
+        self.stranger_seconds = limits.stranger_seconds
         self._served = runner
         self._make_protocol = runner.server
         self._listener = listener
@@ -333,33 +213,27 @@ def _open_files() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-class _NoTracebacks(logging.Filter):
-    """What a client sent is no fault of the server: one line."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, HttpProcessingError):
-            record.levelno, record.levelname = logging.INFO, "INFO"
-            record.msg, record.args = f"{record.getMessage()}: %s", (" ".join(error.message.split())[:200],)
-            record.exc_info = None
-        return True
-
-
-_NO_TRACEBACKS = _NoTracebacks()
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket; UserError when the port cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise UserError(f"port {port}: {error.strerror}; choose another or end what uses it") from None
 
 
 async def serve(
     app: web.Application,
-    host: str,
-    port: int,
+    listener: socket.socket,
     context: ssl.SSLContext | None = None,
     *,
     shutdown_timeout: float = 5.0,
     limits: Limits = Limits(),
 ) -> Site:
-    """Serve an application until its site is closed; UserError when the port cannot be had."""
+    """Serve an application, its requests guarded, until its site is closed."""
     asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER
-    logging.getLogger("aiohttp.server").addFilter(_NO_TRACEBACKS)
+    logging.getLogger("aiohttp.server").addFilter(NO_TRACEBACKS)
+    app.middlewares.insert(0, guard)
     runner = web.AppRunner(
         app,
         access_log=None,
@@ -370,12 +244,6 @@ async def serve(
         auto_decompress=False,
     )
     await runner.setup()
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        await runner.cleanup()
-        raise UserError(f"port {port}: {error.strerror}; choose another or end what uses it") from None
     site = Site(runner, listener, context, limits)
     await site.start()
     return site
