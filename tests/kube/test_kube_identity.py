@@ -6,7 +6,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import web
 
 from fedpipe_api.names import child_name
 from fedpipe_operator.coordinator import Identity, application
@@ -15,6 +14,7 @@ from fedpipe_operator.kube.access import CACHE_SIZE, KEEP_SECONDS, METRICS, Acce
 from fedpipe_operator.kube.api import ApiError
 from fedpipe_operator.kube.identity import JobName, PodIdentities
 from fedpipe_operator.kube.inventory import Inventory
+from fedpipe_operator.serving import listen, serve
 from kube.objects import NOW, UID, owner, pod, stamp
 from kube.test_kube_parts import Clock, Reviews
 from standins.server import UID as LOCAL_UID
@@ -74,12 +74,10 @@ class Ending:
 async def test_a_long_poll_ends_with_the_pod(tmp_path: Path) -> None:
     engine, identify = Engine(tmp_path), Ending()
     await engine.start()
-    runner = web.AppRunner(application(engine, identify))
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    site = await serve(application(engine, identify), listen("127.0.0.1", 0))
     await engine.submit(job(2, 1))
     await engine.offer(LOCAL_UID, ["node-0", "node-1"])
-    url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1/assignment?wait=1"
+    url = f"http://127.0.0.1:{site.port}/v1/assignment?wait=1"
     try:
         async with aiohttp.ClientSession(headers={"Authorization": "Bearer token-node-0"}) as session:
             async with session.get(url) as answer:
@@ -90,7 +88,7 @@ async def test_a_long_poll_ends_with_the_pod(tmp_path: Path) -> None:
             async with await poll as answer:
                 assert answer.status == 401
     finally:
-        await runner.cleanup()
+        await site.close()
         await engine.stop()
 
 
