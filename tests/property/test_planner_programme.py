@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedpipe_api import wire
@@ -303,6 +303,7 @@ def test_the_programme_is_solved_exactly_and_bounded(data, matrices, options, li
     prices=st.tuples(st.floats(0.01, 1e6), st.floats(0.01, 1e6)),
     limits=st.tuples(st.floats(0, 50), st.floats(0, 50)),
 )
+@example(worth=[1.0, 2.0, 2.0], prices=(1.0, 1.0), limits=(16.0, 16.0))
 def test_counting_in_steps_of_cost_changes_no_optimum(worth, prices, limits):
     ranks = np.array([[2.0, 4.0, 8.0]] * len(worth))
     programme = Programme(

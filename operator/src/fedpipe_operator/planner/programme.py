@@ -109,7 +109,8 @@ class Programme:
         margin = 0.0
         while (choice := self._chosen(open_, margin)) is not None and not self.fits(choice):
             margin += HIGHS_TOLERANCE
-        return start if choice is None else choice
+        # What nothing clearly better can have is struck out, of the start too: the rest may be worse than it.
+        return start if choice is None or self.total(choice)[0] < self.total(start)[0] else choice
 
     def _filled(self) -> NDArray[np.int64]:
         """Return a good choice: upwards from the lowest options, by falling value per cost, while it fits."""
