@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import re
@@ -9,13 +10,16 @@ import signal
 import socket
 import ssl
 import sys
+import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import aiohttp
 import psutil
 import pytest
+from aiohttp import web
 
 import standins.serving
 from fedpipe_api.logs import one_line
@@ -23,9 +27,11 @@ from fedpipe_operator.coordinator import bodies
 from fedpipe_operator.coordinator.bodies import Bodies
 from fedpipe_operator.coordinator.identity import Identity
 from fedpipe_operator.engine import Refused
-from fedpipe_operator.serving import connection
-from standins.local import local
+from fedpipe_operator.kube import http
+from fedpipe_operator.serving import connection, listen, serve
+from standins.local import local, working
 from standins.raw_http import Stream, answer, connect, request
+from standins.server import UID
 
 MIB = 1 << 20
 
@@ -253,6 +259,30 @@ async def test_an_answer_that_nobody_reads_is_cut_off(
                 came += len(data)
         assert came < 60 * 256 * 1024
         writer.transport.abort()
+
+
+async def test_adapters_are_sent_from_disk_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def writer(token: str) -> str | None:
+        return UID
+
+    async with local(tmp_path, nodes=1, count=1) as served, working([served.agent("node-0")]):
+        await served.finish()
+        app = web.Application()
+        app.router.add_get("/v1/adapter", http.own_adapter(served.engine, writer))
+        place = await serve(app, listen("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{place.port}/v1/adapter"
+        async with aiohttp.ClientSession() as session:
+            async with session.get(url) as found:
+                assert found.status == 200
+                with tarfile.open(fileobj=io.BytesIO(await found.read())) as archive:
+                    names = archive.getnames()
+            monkeypatch.setattr(http, "SENT_AT_ONCE_OF_JOB", 0)
+            async with session.get(url) as found:
+                assert (found.status, found.headers["Retry-After"]) == (429, "5")
+        await place.close()
+    assert "adapter_model.safetensors" in names
 
 
 FORGED = "%0a2026-11-29 00:00:00,000 INFO fedpipe_operator: all is well%1b[2J%c2%85%e2%80%a8"

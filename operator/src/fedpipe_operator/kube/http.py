@@ -1,9 +1,10 @@
 """What the operator answers besides agents: probes of the kubelet, Prometheus, and who wants an adapter."""
 
 import asyncio
-import io
+import copy
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -20,6 +21,11 @@ from ..metrics import Figures
 from .access import METRICS, Access, adapter_right, bearer
 
 OWN_ADAPTER_PATH = "/v1/adapter"
+SENT_AT_ONCE, SENT_AT_ONCE_OF_JOB = 8, 2
+"""Adapters being sent: to readers, and as many again to the Pods that write spec.output."""
+
+_CHUNK = 128 * 1024
+
 ADAPTER_PATH = "/v1/jobs/{namespace}/{name}/adapter"
 
 
@@ -53,8 +59,9 @@ def metrics_application(figures: Figures, access: Access) -> web.Application:
 
 def any_adapter(engine: Engine, access: Access) -> Handler:
     """Return the coordinator's handler that gives a job's adapter to readers of fedpipejobs/adapter."""
+    sending = _Sending(engine)
 
-    async def adapter(request: web.Request) -> web.Response:
+    async def adapter(request: web.Request) -> web.StreamResponse:
         namespace, name = request.match_info["namespace"], request.match_info["name"]
         # Before anything is looked up: what exists is no stranger's business either.
         await access.check(bearer(request), ADAPTER_AUDIENCE, adapter_right(namespace, name))
@@ -63,9 +70,7 @@ def any_adapter(engine: Engine, access: Access) -> Handler:
             raise Refused(404, "JobUnknown", f"there is no job {name} in namespace {namespace}")
         if job.state.adapter is None:
             raise Refused(404, "NoAdapter", f"job {name} has no adapter before its first round is done")
-        body = await asyncio.to_thread(adapter_tar, engine, job.state)
-        digest = job.state.adapter.digest
-        return web.Response(body=body, content_type="application/x-tar", headers={"FedPipe-Digest": digest})
+        return await sending.send(request, job)
 
     return adapter
 
@@ -75,17 +80,48 @@ def own_adapter(engine: Engine, writer: Callable[[str], Awaitable[str | None]]) 
 
     `writer` returns the uid of the job that a token's Pod writes the output of.
     """
+    sending = _Sending(engine)
 
-    async def adapter(request: web.Request) -> web.Response:
+    async def adapter(request: web.Request) -> web.StreamResponse:
         uid = await writer(bearer(request))
         if uid is None:
             raise Refused(401, "Unauthenticated", "no valid bearer token")
         job = engine.jobs.get(uid)
         if job is None or job.state.adapter is None:
             raise Refused(404, "NoAdapter", "the job has no adapter")
-        return web.Response(body=await asyncio.to_thread(adapter_tar, engine, job.state))
+        return await sending.send(request, job)
 
     return adapter
+
+
+class _Sending:
+    """Sends adapters from disk piece by piece, a few at a time: no number of readers fills the memory."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._now: Counter[str] = Counter()
+
+    async def send(self, request: web.Request, job: Job) -> web.StreamResponse:
+        """Answer with the job's adapter as a tar; Refused 429 when too many are being sent."""
+        # The state as it is now: the job goes on while its adapter is written and sent.
+        state = copy.copy(job.state)
+        assert state.adapter is not None
+        if self._now.total() >= SENT_AT_ONCE or self._now[state.uid] >= SENT_AT_ONCE_OF_JOB:
+            raise Refused(429, "TooManyRequests", "too many adapters are being read", retry_after=5)
+        self._now[state.uid] += 1
+        try:
+            with tempfile.TemporaryDirectory() as temporary:
+                path = Path(temporary) / "adapter.tar"
+                await asyncio.to_thread(write_adapter_tar, self._engine, state, path)
+                response = web.StreamResponse(headers={"FedPipe-Digest": state.adapter.digest})
+                response.content_type, response.content_length = "application/x-tar", path.stat().st_size
+                await response.prepare(request)
+                with path.open("rb") as file:
+                    while chunk := await asyncio.to_thread(file.read, _CHUNK):
+                        await response.write(chunk)
+            return response
+        finally:
+            self._now[state.uid] -= 1
 
 
 def _find(engine: Engine, namespace: str, name: str) -> Job | None:
@@ -104,17 +140,14 @@ def export_adapter(engine: Engine, state: JobState, directory: Path) -> None:
     write_adapter(engine.blobs.path(state.adapter.digest), state.spec, state.model, directory)
 
 
-def adapter_tar(engine: Engine, state: JobState) -> bytes:
-    """Return the PEFT directory as a tar whose bytes depend on the adapter alone. Blocks; use a thread."""
-    buffer = io.BytesIO()
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary) / "adapter"
-        export_adapter(engine, state, directory)
-        with tarfile.open(fileobj=buffer, mode="w") as archive:
-            for path in sorted(directory.iterdir()):
-                entry = tarfile.TarInfo(path.name)
-                entry.size = path.stat().st_size
-                entry.mode = 0o644
-                with path.open("rb") as file:
-                    archive.addfile(entry, file)
-    return buffer.getvalue()
+def write_adapter_tar(engine: Engine, state: JobState, path: Path) -> None:
+    """Write the PEFT directory as a tar whose bytes depend on the adapter alone. Blocks; use a thread."""
+    directory = path.parent / "adapter"
+    export_adapter(engine, state, directory)
+    with tarfile.open(path, mode="w") as archive:
+        for file in sorted(directory.iterdir()):
+            entry = tarfile.TarInfo(file.name)
+            entry.size = file.stat().st_size
+            entry.mode = 0o644
+            with file.open("rb") as content:
+                archive.addfile(entry, content)
