@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import copy
 import json
 import os
 import random
@@ -275,7 +276,7 @@ class Worker:
                 at = at[keys[-1]]
             if not keys or not isinstance(at, dict | list) or not at:
                 continue
-            value = self._random.choice(NASTY)
+            value = copy.deepcopy(self._random.choice(NASTY))
             if isinstance(at, dict) and self._random.random() < 0.15:
                 at[self._random.choice(["", "extra", "\x00", "a" * 500])] = value
             elif self._random.random() < 0.15:

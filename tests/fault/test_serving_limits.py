@@ -182,6 +182,28 @@ async def test_a_handshake_that_never_comes_is_cut_off(tmp_path: Path) -> None:
             stream[1].transport.abort()
 
 
+async def test_a_large_body_may_come_at_once(tmp_path: Path) -> None:
+    body = b'{"version": "' + bytes(MIB - 100)
+    async with serving(tmp_path) as server:
+        stream = await server.connect()
+        for _ in range(20):
+            stream[1].write(
+                request("POST /v1/agents", "job-0/node-0", f"Content-Length: {len(body)}", body=body)
+            )
+            status, _, found = await answer(stream)
+            assert (status, json.loads(found)["reason"]) == (422, "Invalid")
+        stream[1].transport.abort()
+
+
+async def test_a_large_body_may_come_at_once_over_plain_http(tmp_path: Path) -> None:
+    async with local(tmp_path, nodes=1) as served, aiohttp.ClientSession() as session:
+        body = bytes(MIB - 100)
+        for _ in range(20):
+            url, headers = f"{served.address}/v1/agents", {"Authorization": "Bearer token-node-0"}
+            async with session.post(url, data=body, headers=headers) as found:
+                assert found.status == 422
+
+
 async def test_unfinished_bodies_hold_little_memory(tmp_path: Path) -> None:
     size = MIB
     async with serving(tmp_path) as server:

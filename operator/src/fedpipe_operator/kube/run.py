@@ -14,7 +14,7 @@ from aiohttp import web
 from ..coordinator import application
 from ..engine import Engine, Note
 from ..metrics import Figures
-from ..serving import listen
+from ..serving import Limits, listen
 from ..serving import serve as serve_http
 from .access import Access
 from .api import Api, ApiError, connect
@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 UPLOAD_SECONDS = 5.0
 """How long requests in progress are given at the end."""
+
+HEALTH_LIMITS = Limits(connections=256, strangers=128, strangers_per_address=64)
+"""Of the plain port, which only kubelets ask."""
 
 COLLECT_SECONDS = 300.0
 """Pause between two full garbage collections."""
@@ -157,8 +160,9 @@ class Operator:
         self, stack: contextlib.AsyncExitStack, app: web.Application, port: int, tls: bool
     ) -> None:
         context = self.authority.context if tls else None
+        limits = Limits() if tls else HEALTH_LIMITS
         site = await serve_http(
-            app, listen(self.settings.host, port), context, shutdown_timeout=UPLOAD_SECONDS
+            app, listen(self.settings.host, port), context, limits=limits, shutdown_timeout=UPLOAD_SECONDS
         )
         stack.push_async_callback(site.close)
 

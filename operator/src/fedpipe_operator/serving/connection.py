@@ -6,11 +6,14 @@ from typing import Protocol, cast
 
 from aiohttp import web
 
-STRANGER_BYTES = 256 * 1024
+STRANGER_BYTES = 128 * 1024
 """Bytes that a connection may send, bodies not counted, before it has shown a valid token."""
 
 HEAD_BYTES = 64 * 1024
 """Bytes that a known connection may send beside the body of its request."""
+
+READ_AHEAD, READ_AHEAD_TLS = 512 * 1024, 128 * 1024
+"""Bytes of a body that may come with its head, before its request is looked at: two reads of asyncio's."""
 
 WRITE_BUFFER = 64 * 1024
 """Bytes waiting to be sent from which a response waits for its reader."""
@@ -45,7 +48,8 @@ class Connection(asyncio.Protocol):
         self._address = address
         self._inner = inner
         self._transport: asyncio.Transport | None = None
-        self._left = STRANGER_BYTES
+        self._left = 0
+        self._known_bytes = 0
         self._expiry: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
         self.identity: Hashable | None = None
@@ -55,13 +59,15 @@ class Connection(asyncio.Protocol):
 
     def begin(self, body: int) -> None:
         """Note that a request has come whose body may have so many bytes."""
-        self._left = body + (self._left if self.identity is None else HEAD_BYTES)
+        self._left = body + (self._left if self.identity is None else self._known_bytes)
         self._cancel_expiry()
 
     def end(self) -> None:
         """Note that the request has its answer."""
         if self.identity is None:
             self._expire_later()
+        else:
+            self._left = self._known_bytes
 
     def know(self, identity: Hashable) -> bool:
         """Note whose connection this is; False when it is one too many of that identity."""
@@ -78,6 +84,8 @@ class Connection(asyncio.Protocol):
         """Begin to wait for a request."""
         self.made = True
         self._transport = cast(asyncio.Transport, transport)
+        ahead = READ_AHEAD if transport.get_extra_info("sslcontext") is None else READ_AHEAD_TLS
+        self._left, self._known_bytes = STRANGER_BYTES + ahead, HEAD_BYTES + ahead
         self._transport.set_write_buffer_limits(WRITE_BUFFER)
         self._expire_later()
         self._inner.connection_made(transport)
