@@ -23,7 +23,7 @@ from standins.server import UID
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(silence, "SILENCE_SECONDS", 6.0)
+    monkeypatch.setattr(silence, "PAUSE_SECONDS", 1.0)
     monkeypatch.setattr(driver, "RETRY_SECONDS", 0.2)
 
 

@@ -67,7 +67,7 @@ def reasons(served: Local) -> set[str]:
 
 
 async def test_a_full_volume_is_said_and_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(silence, "SILENCE_SECONDS", 3.0)
+    monkeypatch.setattr(silence, "PAUSE_SECONDS", 0.5)
     monkeypatch.setattr(driver, "RETRY_SECONDS", 0.2)
     volume = Volume(monkeypatch)
     async with local(tmp_path, nodes=2, count=60) as served:
@@ -92,6 +92,7 @@ async def test_the_watch_for_silent_agents_survives_a_full_volume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(silence, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(silence, "PAUSE_SECONDS", 0.05)
     volume = Volume(monkeypatch)
     async with local(tmp_path, nodes=2, count=2) as served:
         for node in served.nodes:

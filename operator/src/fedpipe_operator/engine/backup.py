@@ -32,10 +32,11 @@ async def serve_backups(journal: Journal, directory: Path) -> None:
         finally:
             writer.close()
 
-    server = await asyncio.start_unix_server(answer, sock=_listen(path))
     try:
-        async with server:
-            await server.serve_forever()
+        # Closed by us too: a stop while the server starts would leave it open.
+        with _listen(path) as listening:
+            async with await asyncio.start_unix_server(answer, sock=listening) as server:
+                await server.serve_forever()
     finally:
         path.unlink(missing_ok=True)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedpipe_api.job import FedPipeJob, FedPipeJobSpec
 
-from .background import Background, cancel
+from .background import Background, cancel, uninterrupted
 from .backup import serve_backups
 from .driver import Driver
 from .inbox import Inbox
@@ -76,13 +76,16 @@ class Engine(Inbox):
             return
         if known is None:
             record = Submitted(namespace=meta.namespace, name=meta.name, generation=generation, spec=job.spec)
-            opened = await self._journal.open(meta.uid, record)
-            if opened.task is None:
-                self._run(opened)
+            await uninterrupted(self._take_in(meta.uid, record))
             return
         async with known.lock:
             if known.state.spec != job.spec and not known.state.finished:
                 await self._journal.commit(known, SpecChanged(generation=generation, spec=job.spec))
+
+    async def _take_in(self, uid: str, record: Submitted) -> None:
+        opened = await self._journal.open(uid, record)
+        if opened.task is None:
+            self._run(opened)
 
     async def change(self, uid: str, spec: FedPipeJobSpec) -> None:
         """Change a job's spec where no API server counts its generations (the local run)."""
@@ -102,6 +105,9 @@ class Engine(Inbox):
 
     async def delete(self, uid: str) -> None:
         """Forget a job: its records and blobs. Idempotent."""
+        await uninterrupted(self._delete(uid))
+
+    async def _delete(self, uid: str) -> None:
         job = await self._journal.forget(uid)
         if job is None:
             return

@@ -14,6 +14,7 @@ from typing import TypeVar
 from ..store import Blobs, Entry, Ledger, is_full
 from ..store.backup import snapshot
 from .accept import Refused
+from .background import uninterrupted
 from .jobs import Job
 from .notes import Before, Note, note_of
 from .order import check
@@ -96,7 +97,7 @@ class Journal:
         self._ledger.close()
 
     async def open(self, uid: str, record: Submitted) -> Job:
-        """Commit a job's first record and return the job."""
+        """Commit a job's first record and return the job. Not to be cancelled."""
         async with self.store_lock:
             if uid in self.jobs:
                 return self.jobs[uid]
@@ -115,18 +116,15 @@ class Journal:
             raise gone()
         check(job.state, record)
         entry = self._entry(uid, record)
-        written = asyncio.ensure_future(self._in_ledger(partial(self._ledger.append, entry)))
+        # Once the record is being written the state must follow, though nobody may wait for it any more.
+        await uninterrupted(self._commit(job, record, entry))
+
+    async def _commit(self, job: Job, record: Record, entry: Entry) -> None:
         try:
-            await asyncio.shield(written)
+            await self._in_ledger(partial(self._ledger.append, entry))
         except (OSError, sqlite3.Error) as error:
             if is_full(error):
                 job.stand_full("a record")
-            raise
-        except asyncio.CancelledError:
-            # The record is being written: the state must follow, whoever no longer waits for it.
-            await asyncio.wait([written])
-            if written.exception() is None:
-                self._apply(job, record, entry.at)
             raise
         self._apply(job, record, entry.at)
 
@@ -153,7 +151,7 @@ class Journal:
     async def forget(self, uid: str) -> Job | None:
         """Remove a job, its records, and the blobs that no other job uses; return it if it ran.
 
-        It waits for what is being committed; what waits behind it finds the job gone.
+        It waits for what is being committed; what waits behind it finds the job gone. Not to be cancelled.
         """
         job = self.jobs.get(uid)
         if job is not None:

@@ -12,11 +12,14 @@ log = logging.getLogger(__name__)
 SILENCE_SECONDS = 60.0
 """An agent that has not called for so long is lost; agents call at least every 30 seconds."""
 
+PAUSE_SECONDS = 10.0
+"""Between two looks at the agents, and at the store."""
+
 
 async def watch_silence(inbox: Inbox) -> None:
     """Lose the agents that are silent for too long, until cancelled."""
     while True:
-        await asyncio.sleep(SILENCE_SECONDS / 6)
+        await asyncio.sleep(PAUSE_SECONDS)
         for uid, job in list(inbox.jobs.items()):
             try:
                 await _lose_silent(inbox, uid, job)
@@ -37,7 +40,7 @@ async def _lose_silent(inbox: Inbox, uid: str, job: Job) -> None:
 async def watch_store(inbox: Inbox) -> None:
     """Have the jobs that stand for want of room, or for a damaged file, go on when that has passed."""
     while True:
-        await asyncio.sleep(SILENCE_SECONDS / 6)
+        await asyncio.sleep(PAUSE_SECONDS)
         full = [job for job in inbox.jobs.values() if job.full]
         has_room: bool = bool(full) and await asyncio.to_thread(inbox.blobs.has_room)
         for job in full if has_room else ():
