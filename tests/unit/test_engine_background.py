@@ -1,0 +1,59 @@
+"""Work that must come to its end, whoever no longer waits for it."""
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+import pytest
+
+from fedpipe_operator.engine import Engine
+from fedpipe_operator.engine.background import uninterrupted
+from standins.agents import model_shape, registration
+from standins.server import UID, job
+
+
+async def test_a_cancellation_waits_until_the_work_has_ended() -> None:
+    ended = False
+
+    async def work() -> None:
+        nonlocal ended
+        await asyncio.sleep(0.02)
+        ended = True
+
+    task = asyncio.create_task(uninterrupted(work()))
+    for _ in range(3):
+        await asyncio.sleep(0.001)
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended
+
+
+async def test_cancelled_calls_leave_memory_as_the_ledger_is(tmp_path: Path) -> None:
+    engine = Engine(tmp_path)
+    engine._worker.start = lambda: None  # type: ignore[method-assign]
+    await engine.start()
+
+    async def cancelled(call: object) -> None:
+        task = asyncio.ensure_future(call)  # type: ignore[arg-type]
+        for _ in range(3):
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    await cancelled(engine.submit(job(2, 2)))
+    await engine.submit(job(2, 2))
+    assert engine.jobs[UID].task is not None, "somebody drives it"
+    await engine.offer(UID, ["node-0", "node-1"])
+    await cancelled(engine.register(UID, "node-0", registration(model_shape(2))))
+    await engine.register(UID, "node-0", registration(model_shape(2)))
+    await engine.register(UID, "node-1", registration(model_shape(2)))
+    driven = engine.jobs[UID].task
+    await cancelled(engine.delete(UID))
+    await engine.delete(UID)
+    assert UID not in engine.jobs
+    assert driven.done(), "nobody drives a job that is gone"
+    assert list(engine._journal._ledger.replay()) == []
+    await engine.stop()
