@@ -103,7 +103,8 @@ class Agents:
             if status == 0:
                 await self._until_desired(node)
                 continue
-            await self._engine.lose(self._uid, node, message, failed=True)
+            # A negative status is a signal's: somebody ended it, it did not fail.
+            await self._engine.lose(self._uid, node, message, failed=status > 0)
             failures = 1 if self._counted(node) > counted else failures + 1
             if status == USER_MISTAKE:
                 self.mistakes[node] = message
