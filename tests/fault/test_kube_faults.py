@@ -106,8 +106,8 @@ def all_nodes(cluster: Cluster, **labels: str) -> dict[str, Any]:
 
 def adapter_of(cluster: Cluster, name: str) -> bytes:
     """Return the finished adapter as the operator gives it out."""
-    found = cluster.get(f"/v1/jobs/{cluster.namespace}/{name}/adapter")
-    assert found
+    code, found = cluster.adapter(name, cluster.reader_token())
+    assert code == 200, found
     return found
 
 

@@ -63,8 +63,8 @@ def test_the_first_sample_trains_for_real(control_plane: ControlPlane, tmp_path:
         # Nodes that other tests made are listed too, with why they were left out.
         rows = [row for row in status["nodeTable"] if row["name"].startswith("training-")]
         assert {row["precision"] for row in rows} <= {"fp32", "bf16", "int8", "nf4"}
-        body = cluster.get(f"/v1/jobs/{cluster.namespace}/quickstart/adapter")
-        assert body
+        code, body = cluster.adapter("quickstart", cluster.reader_token())
+        assert code == 200, body
         unpack(body, tmp_path / "adapter")
         config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
         assert config["task_type"] == "SEQ_CLS"
