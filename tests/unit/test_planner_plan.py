@@ -1,6 +1,8 @@
 """What a plan says to people, and what a wrong request is answered."""
 
 import math
+import random
+import time
 
 import pytest
 
@@ -324,3 +326,18 @@ def test_nodes_that_are_the_same_for_all_purposes_get_the_same_plan():
 
 def test_a_calibration_that_says_less_lowers_little():
     assert Calibration.of((1, 1), (10, 100)).bytes(100) == 75
+
+
+def test_a_node_with_figures_that_are_hard_to_solve_does_not_hold_the_planner():
+    draw = random.Random(1)
+    matrices = tuple(
+        wire.MatrixShape(name=f"m.{index}", rows=draw.randint(64, 3000), columns=draw.randint(64, 3000))
+        for index in range(300)
+    )
+    scores = {matrix.name: matrix.rows + matrix.columns + draw.random() * 1e-3 for matrix in matrices}
+    spec = job(adapter={"ranks": {"min": 1, "max": 1024}, "selection": {"mode": "all"}})
+    model = BERT.model_copy(update={"matrices": matrices})
+    started = time.process_time()
+    found = plan(PlanRequest(model, spec, (facts("hostile", 1.5),), scores))
+    assert list(found.nodes) == ["hostile"]
+    assert time.process_time() - started < 30

@@ -9,6 +9,9 @@ from scipy.sparse import csr_array
 
 Floats = NDArray[np.float64]
 
+SOLVE_SECONDS = 2.0
+"""After so long the best choice found so far has to do: every job waits for the same planner."""
+
 HIGHS_TOLERANCE = 1e-6
 """HiGHS keeps limits and finds the optimum to this."""
 ROUNDING = 1e-9
@@ -159,7 +162,7 @@ class Programme:
                 ),
                 LinearConstraint(costs / unit[:, None], -np.inf, limits / unit - margin),
             ],
-            options={"mip_rel_gap": 0.0},
+            options={"mip_rel_gap": 0.0, "time_limit": SOLVE_SECONDS},
         )
         if found.x is None:
             return None
