@@ -331,7 +331,11 @@ def test_a_calibration_that_says_less_lowers_little():
 def test_a_node_with_figures_that_are_hard_to_solve_does_not_hold_the_planner():
     draw = random.Random(1)
     matrices = tuple(
-        wire.MatrixShape(name=f"m.{index}", rows=draw.randint(64, 3000), columns=draw.randint(64, 3000))
+        wire.MatrixShape(
+            name=f"m.layer.{index % 12}.x{index}.q",
+            rows=draw.randint(64, 3000),
+            columns=draw.randint(64, 3000),
+        )
         for index in range(300)
     )
     scores = {matrix.name: matrix.rows + matrix.columns + draw.random() * 1e-3 for matrix in matrices}

@@ -21,7 +21,10 @@ from .worker import Worker
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5.0
-"""Pause before an action that failed is tried again."""
+"""Pause before an action that failed is tried again; it doubles with each failure in a row."""
+
+LONGEST_DOUBLING = 6
+"""Doublings of that pause: 5 minutes 20 seconds at most."""
 
 
 class Driver:
@@ -34,21 +37,27 @@ class Driver:
 
     async def drive(self, job: Job) -> None:
         """Drive one job until it ends."""
+        failures = 0
         while not job.state.finished:
             committed = job.committed.next
             try:
                 await self._perform_or_end(job, committed)
+                failures = 0
             except Infeasible as error:
                 await self._stand(job, Wait(Reason.PLAN_INFEASIBLE, str(error)), committed)
             except Exception as error:
+                pause = RETRY_SECONDS
                 if is_full(error):
                     log.warning("job %s: the store has no room; trying again", job.state.name)
                     job.stand_full("what comes next")
                 else:
-                    log.exception("job %s: will be tried again", job.state.name)
+                    # Longer each time: other jobs wait for the worker behind one that takes it and fails.
+                    pause *= 2 ** min(failures, LONGEST_DOUBLING)
+                    failures += 1
+                    log.exception("job %s: will be tried again in %.0f s", job.state.name, pause)
                     text = f"{type(error).__name__}: {error}"[:900]
                     job.stand(Wait(Reason.INTERNAL_ERROR, f"{text}; trying again"))
-                await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(pause)
 
     async def _perform_or_end(self, job: Job, committed: asyncio.Event) -> None:
         try:

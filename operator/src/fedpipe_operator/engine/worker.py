@@ -29,11 +29,16 @@ def _warm() -> None:
     from .. import aggregate, planner  # noqa: F401
 
 
+RUN_SECONDS = 900.0
+"""After so long a call is ended with its process: the calls of all other jobs wait behind it."""
+
+
 class Worker:
-    """A process that is started anew when it dies; its caller gets BrokenProcessPool and may try again."""
+    """A process that is started again when it dies; its caller gets BrokenProcessPool and may try again."""
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
+        self._turn = asyncio.Lock()
 
     def start(self) -> None:
         """Start the process and its imports, without waiting for them."""
@@ -53,12 +58,21 @@ class Worker:
             process.join()
 
     async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return what the call returns there; arguments and result are pickled."""
-        if self._pool is None:
-            self.start()
-        assert self._pool is not None
-        try:
-            return await asyncio.wrap_future(self._pool.submit(call, *args, **kwargs))
-        except BrokenProcessPool:
-            self._pool = None
-            raise
+        """Return what the call returns there; arguments and result are pickled.
+
+        One call at a time, in the order they came. Raises TimeoutError for one that takes RUN_SECONDS.
+        """
+        async with self._turn:
+            if self._pool is None:
+                self.start()
+            assert self._pool is not None
+            try:
+                async with asyncio.timeout(RUN_SECONDS):
+                    return await asyncio.wrap_future(self._pool.submit(call, *args, **kwargs))
+            except BrokenProcessPool:
+                self._pool = None
+                raise
+            except TimeoutError:
+                await asyncio.to_thread(self.stop)
+                name = getattr(call, "__name__", "a call")
+                raise TimeoutError(f"{name} took more than {RUN_SECONDS:.0f} s") from None

@@ -9,8 +9,11 @@ from scipy.sparse import csr_array
 
 Floats = NDArray[np.float64]
 
-SOLVE_SECONDS = 2.0
-"""After so long the best choice found so far has to do: every job waits for the same planner."""
+SOLVE_NODES = 1000
+"""Nodes of HiGHS's search after which the best choice found so far has to do: all jobs wait for one planner.
+
+Not a time, so that the same request gives the same plan on any machine.
+"""
 
 HIGHS_TOLERANCE = 1e-6
 """HiGHS keeps limits and finds the optimum to this."""
@@ -162,7 +165,7 @@ class Programme:
                 ),
                 LinearConstraint(costs / unit[:, None], -np.inf, limits / unit - margin),
             ],
-            options={"mip_rel_gap": 0.0, "time_limit": SOLVE_SECONDS},
+            options={"mip_rel_gap": 0.0, "node_limit": SOLVE_NODES},
         )
         if found.x is None:
             return None
