@@ -105,7 +105,7 @@ class Tally:
     def find(self, kind: str, sent: bytes = b"", detail: str = "") -> None:
         """Note a finding with its input."""
         text = base64.b64encode(sent[:4000]).decode()
-        self.findings.append({"kind": kind, "sent": text, "detail": detail[:1000]})
+        self.findings.append({"kind": kind, "sent": text, "detail": detail[:300] + detail[300:][-2000:]})
 
 
 class Coordinator:
@@ -350,9 +350,9 @@ class Worker:
             status, head, body = 0, b"", b""
         self._check(kind, sent, status, head, body)
         if status and b"connection: close" not in head.lower() and kind == "right":
+            self.close()
             self._stream = stream
         elif stream:
-            self._stream = None
             stream[1].transport.abort()
         return status, body
 
@@ -458,9 +458,10 @@ async def fuzz(directory: Path, seconds: float, seed: int, requests: int) -> dic
             held = await watched(server, tally, seed, 0.6 * left)
             await random_restarts(server, tally, seed, begin + seconds)
     log = (directory / "log").read_text(errors="replace")
-    for line in log.splitlines():
-        if "Traceback" in line or re.match(r"\S+ \S+ (ERROR|CRITICAL) ", line):
-            tally.find("log", detail=line)
+    for found in re.finditer(r"^\S+ \S+ (ERROR|CRITICAL) .*(\n  .*)*", log, re.MULTILINE):
+        tally.find("log", detail=found[0])
+    if "Traceback" in re.sub(r"^  .*\n", "", log, flags=re.MULTILINE):
+        tally.find("traceback")
     return {
         "machine": machine(),
         "commit": commit(),

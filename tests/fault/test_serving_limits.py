@@ -332,6 +332,7 @@ ROWS = [
         (request("PUT /v1/rounds/" + 400 * "9" + "/update"), {400, 404, 422}),
         (request("POST /v1/agents", "job-0/node-0", "Content-Length: 1", "Content-Encoding: gzip", body=b"x"), {415}),
         (request("POST /v1/agents", "job-0/node-0", "Transfer-Encoding: chunked", body=b"zz\r\n"), {400}),
+        (request("POST /v1/agents", None, "Transfer-Encoding: chunked", body=b"5\r\nabcde\r\nzz\r\n"), {400, 401}),
         (request("POST /v1/agents", "job-0/node-0", "Content-Length: -1"), {400}),
         (request("POST /v1/agents", "job-0/node-0", "Content-Length: " + 5000 * "9"), {400, 413}),
         (request("GET /v1/job", "job-0/node-0", "Expect: a-miracle"), {417}),

@@ -72,7 +72,8 @@ class _NoTracebacks(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, HttpProcessingError):
+        # The latter where a body that nobody wants breaks off after its request was answered.
+        if isinstance(error, HttpProcessingError | web.RequestPayloadError):
             record.levelno, record.levelname = logging.INFO, "INFO"
             record.msg, record.args = f"{record.getMessage()}: %s", (" ".join(error.message.split())[:200],)
             record.exc_info = None
