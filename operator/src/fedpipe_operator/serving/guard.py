@@ -75,7 +75,7 @@ class _NoTracebacks(logging.Filter):
         # The latter where a body that nobody wants breaks off after its request was answered.
         if isinstance(error, HttpProcessingError | web.RequestPayloadError):
             record.levelno, record.levelname = logging.INFO, "INFO"
-            record.msg, record.args = f"{record.getMessage()}: %s", (" ".join(error.message.split())[:200],)
+            record.msg, record.args = f"{record.getMessage()}: %s", (" ".join(str(error).split())[:200],)
             record.exc_info = None
         return True
 
