@@ -73,7 +73,7 @@ def running(cluster: Cluster, environment: dict[str, str], *arguments: str, port
         process.communicate()
 
 
-def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     """Return the first true value of the condition."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
