@@ -360,3 +360,33 @@ async def test_whatever_is_sent_is_refused_in_one_line(tmp_path: Path) -> None:
 def test_one_line_keeps_text_and_escapes_what_moves_it() -> None:
     assert one_line("straße, 東京 ok") == "straße, 東京 ok"
     assert one_line("a\nb\r\x1b[0m\u2028\u202e\x85\ud800") == r"a\nb\r\x1b[0m\u2028\u202e\x85\ud800"
+
+
+async def test_a_download_that_breaks_off_leaves_no_traceback_and_is_cut_off_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection, "STALL_SECONDS", 0.5)
+    (tmp_path / "blob").write_bytes(bytes(64 * MIB))
+
+    async def blob(request: web.Request) -> web.FileResponse:
+        return web.FileResponse(tmp_path / "blob")
+
+    app = web.Application()
+    app.router.add_get("/blob", blob)
+    place = await serve(app, listen("127.0.0.1", 0), standins.serving.certificate())
+    for _ in range(10):
+        reader, writer = await connect(place.port)
+        writer.write(request("GET /blob", None))
+        await reader.readexactly(100)
+        writer.transport.abort()
+    reader, writer = await connect(place.port)
+    writer.write(request("GET /blob", None))
+    await asyncio.sleep(2)
+    came = 0
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        while data := await asyncio.wait_for(reader.read(MIB), 20):
+            came += len(data)
+    writer.transport.abort()
+    await place.close()
+    assert came < 32 * MIB
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []

@@ -19,7 +19,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from aiohttp import web
+from aiohttp import web, web_fileresponse
 
 from fedpipe_api.base import UserError
 
@@ -232,6 +232,9 @@ async def serve(
 ) -> Site:
     """Serve an application, its requests guarded, until its site is closed."""
     asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER
+    # Over TLS asyncio's sendfile puts a protocol of its own in the place of Connection: readers are never
+    # too slow, and one that leaves is a traceback. aiohttp reads AIOHTTP_NOSENDFILE at its import alone.
+    web_fileresponse.NOSENDFILE = True  # type: ignore[misc]
     logging.getLogger("aiohttp.server").addFilter(NO_TRACEBACKS)
     app.middlewares.insert(0, guard)
     runner = web.AppRunner(
