@@ -210,7 +210,7 @@ def test_the_api_server_away_for_a_minute_costs_no_round(cluster: Cluster, proxy
     proxy.mode = "away"
     time.sleep(60)
     token = cluster.token(cluster.own, "prometheus")
-    assert cluster.metrics(token)[0] == 503, "whoever cannot be asked about is refused"
+    assert cluster.metrics(token)[0] == 503, "a caller whose review fails is refused"
     proxy.mode = "pass"
     meanwhile = cluster.wait("metrics", done)
     print(f"{meanwhile - before} rounds in 60 s without the API server")

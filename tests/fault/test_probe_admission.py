@@ -201,7 +201,7 @@ def test_a_probe_may_not_change_what_was_proven(
     code, answer = apply(policed, "probed-1", content, token, "/status")
     assert code == 403
     assert "only the operator" in answer["message"]
-    # Through the object itself nothing of the status is written, whoever asks.
+    # Through the object itself nothing of the status is written, for any caller.
     code, answer = apply(policed, "probed-1", content, token)
     assert code == 200, answer
     assert precisions(policed, "probed-1") == recorded

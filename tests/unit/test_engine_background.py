@@ -1,4 +1,4 @@
-"""Work that must come to its end, whoever no longer waits for it."""
+"""Work that must come to its end, even when nobody waits for it any more."""
 
 import asyncio
 import contextlib

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedpipe_agent import memory
 from fedpipe_agent.probe import host
+from fedpipe_api import memory
 from fedpipe_api.node import Capacity
 
 KIB = 1024

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from fedpipe_api import wire
+from fedpipe_api import memory, wire
 from fedpipe_api.node import Capacity
 
-from .. import memory
 from .nvml import Gpu
 
 RESERVE = 150 * 2**20

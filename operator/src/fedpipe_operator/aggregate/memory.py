@@ -92,7 +92,6 @@ def _in_factor_space(aggregation: Aggregation, matrix: MatrixSize) -> tuple[int,
     truncating = cores + _DOUBLE * kept * (3 * rows + 3 * columns)
     result = _SINGLE * kept * both * (1 + momentum)
     rounding = one * (1 + momentum) + result + _DOUBLE * kept * (2 * rows + 4 * columns)
-    comparing = 0
     if folds:
         sketches = 2 * _DOUBLE * len(ranks) * SKETCH**2 + 2 * _DOUBLE * len(ranks) ** 2
         comparing = one * (1 + momentum) + result + one + (_DOUBLE + _SINGLE) * largest * both + sketches

@@ -1,11 +1,10 @@
 """The memory that an aggregation may take: what the system allows this process, less what is already held."""
 
-import contextlib
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from fedpipe_api import memory
 from fedpipe_api.base import UserError
 
 from ..aggregate import AggregationRequest
@@ -65,36 +64,4 @@ def available(root: Path = Path("/")) -> int:
     """Return the bytes that an aggregation may take in the worker: never more, however much others hold."""
     status = (root / "proc/self/status").read_text()
     resident = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:"))
-    return int((1 - SPARE) * memory_limit(root)) - resident - WORKER
-
-
-def memory_limit(root: Path = Path("/")) -> int:
-    """Return the bytes this process's control groups (v2 or v1) allow, else those of the machine."""
-    found = next(
-        int(line.split()[1]) * 1024
-        for line in (root / "proc/meminfo").read_text().splitlines()
-        if line.startswith("MemTotal:")
-    )
-    for path in _limits(root):
-        # A group may have gone, be out of sight in this namespace, or say `max`.
-        with contextlib.suppress(OSError, ValueError):
-            found = min(found, int(path.read_text()))
-    return found
-
-
-def _limits(root: Path) -> Iterator[Path]:
-    """Yield the files that may hold a limit: of this process's groups from their own up to the topmost."""
-    groups = root / "sys/fs/cgroup"
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, name = line.split(":", 2)
-            if not controllers:
-                top, file = groups, "memory.max"
-            elif "memory" in controllers.split(","):
-                top, file = groups / "memory", "memory.limit_in_bytes"
-            else:
-                continue
-            # A path with .. is outside this namespace, where only the top can be seen.
-            parts = [] if ".." in name.split("/") else [part for part in name.split("/") if part]
-            for count in range(len(parts), -1, -1):
-                yield top.joinpath(*parts[:count]) / file
+    return int((1 - SPARE) * memory.read(root).total) - resident - WORKER

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 CAP = 3.0
 """Times the median of the others' claims that one node counts for, at most.
 
-Whatever a single node of n equal ones claims, its share stays at 3/(n + 2): under a half from five nodes on.
+Whatever one of n equal nodes claims, its share stays at 3/(n + 2): under a half from five nodes on.
 Of 2,000 splits of 20 labels by Dirichlet 0.5 over 4 to 20 nodes, at most one in a thousand has a node that
 this caps (METHOD §4); such a node counts for less than its data, never for nothing. The median is the honest
 nodes' as long as they are more than half of the others.

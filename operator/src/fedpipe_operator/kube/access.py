@@ -61,7 +61,7 @@ class _Decision:
 
 
 class Access:
-    """Decides by asking the API server; whoever cannot be asked about is refused with 503."""
+    """Decides by asking the API server; a caller whose review fails is refused with 503."""
 
     def __init__(self, api: Api, clock: Callable[[], float] = time.monotonic) -> None:
         self._api = api

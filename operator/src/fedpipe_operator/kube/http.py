@@ -45,7 +45,7 @@ def health_application(unready: Callable[[], str | None]) -> web.Application:
 
 
 def metrics_application(figures: Figures, access: Access) -> web.Application:
-    """Return what Prometheus asks, over TLS, for whoever may `get` the path /metrics."""
+    """Return what Prometheus asks, over TLS, for callers that may `get` the path /metrics."""
 
     async def metrics(request: web.Request) -> web.Response:
         await access.check(bearer(request), None, METRICS)

@@ -1,4 +1,4 @@
-"""What the API server says of a bearer token: TokenReview, for whoever asks the operator for something."""
+"""What the API server says of a bearer token: TokenReview, for callers of the operator."""
 
 import base64
 import json
@@ -27,7 +27,7 @@ async def review(api: Api, token: str, audience: str | None) -> Mapping[str, Any
     try:
         status = await api.review_token(token, audience)
     except ApiError as error:
-        # Whoever asks may come again: a 5xx is retried, a 401 is not.
+        # The caller may come again: a 5xx is retried, a 401 is not.
         raise Refused(503, "ReviewFailed", str(error)) from None
     if not status.get("authenticated"):
         raise Stranger(f"TokenReview: {one_line(str(status.get('error') or 'not authenticated'))}")
