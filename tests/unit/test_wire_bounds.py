@@ -1,6 +1,7 @@
 """What comes from the wire or stands in the ledger is finite and bounded, whatever it is."""
 
 import inspect
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,15 @@ from pydantic import Field
 
 from fedpipe_api import wire
 from fedpipe_api.base import Model
-from fedpipe_api.wire import BadMessage, Evaluation, Progress, Registration, read_message
+from fedpipe_api.wire import (
+    REGISTRATION_LIMIT,
+    BadMessage,
+    Evaluation,
+    ProfileReport,
+    Progress,
+    Registration,
+    read_message,
+)
 from fedpipe_operator.engine import records
 from standins.agents import model_shape, registration
 
@@ -166,3 +175,14 @@ def test_text_for_people_stays_one_line() -> None:
     sent = '{"kind":"train","round":1,"state":"failed","message":"out\\n2026 ERROR forged\\u001b[2J"}'
     message = read_message(Progress, sent).message
     assert message == "out 2026 ERROR forged [2J"
+
+
+def test_a_message_with_many_names_given_twice_is_refused_at_once() -> None:
+    names = [f"k{number:05}" for number in range(10_000)] + ["k09999"] * 50_000
+    scores = ",".join(f'"{name}":1' for name in names)
+    body = f'{{"stepSeconds":1,"peakBytes":1,"microBatch":1,"scores":{{{scores}}}}}'
+    assert len(body) < REGISTRATION_LIMIT
+    started = time.process_time()
+    with pytest.raises(BadMessage, match="k09999: given twice"):
+        read_message(ProfileReport, body)
+    assert time.process_time() - started < 1, "the event loop of all jobs waits meanwhile"

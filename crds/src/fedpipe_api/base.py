@@ -1,6 +1,7 @@
 """The base of every model on the wire or in the cluster, and the types they share."""
 
 import re
+from collections.abc import Iterable
 from enum import StrEnum
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Self
@@ -96,6 +97,16 @@ _PLAIN = {
 
 
 _LONGEST_NAME = 256
+
+
+def given_twice(names: Iterable[str]) -> str | None:
+    """Return the first name that came before, or None."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def explain(error: ValidationError, prefix: str = "") -> str:

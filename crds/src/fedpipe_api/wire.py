@@ -34,6 +34,7 @@ from .base import (
     Text,
     Word,
     explain,
+    given_twice,
 )
 from .job import Adapter, DataSource, Method, ModelSource, Optimizer
 
@@ -93,9 +94,8 @@ def read_message(kind: type[M], body: str | bytes) -> M:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> None:
-    if len(dict(pairs)) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
+    twice = given_twice(name for name, _ in pairs)
+    if twice is not None:
         raise BadMessage(f"{twice if twice.isprintable() else ascii(twice)}: given twice; send it once")
 
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from fedpipe_api.base import Model, UserError, explain
+from fedpipe_api.base import Model, UserError, explain, given_twice
 
 M = TypeVar("M", bound=Model)
 
@@ -45,8 +45,7 @@ def _parse(path: Path, data: bytes) -> object:
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name} is given twice")
+    twice = given_twice(name for name, _ in pairs)
+    if twice is not None:
+        raise ValueError(f"{twice} is given twice")
     return dict(pairs)
