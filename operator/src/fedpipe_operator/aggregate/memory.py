@@ -14,8 +14,8 @@ from . import server as optimizer
 from .factor_space import FOLD_KEEP, FOLD_ROOM
 from .matrix import SKETCH
 
-FIXED = 6 * 2**20
-"""Bytes of headers, threads and buffers of any aggregation."""
+FIXED = 10 * 2**20
+"""Bytes of headers, threads and buffers of any aggregation; BLAS keeps more on some processors."""
 
 _THREAD = 4 * 2**20
 """Bytes that BLAS and the allocator keep for a thread."""
