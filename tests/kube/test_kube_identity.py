@@ -14,6 +14,7 @@ from fedpipe_operator.kube.access import CACHE_SIZE, KEEP_SECONDS, METRICS, Acce
 from fedpipe_operator.kube.api import ApiError
 from fedpipe_operator.kube.identity import JobName, PodIdentities
 from fedpipe_operator.kube.inventory import Inventory
+from fedpipe_operator.kube.reviews import AT_ONCE
 from fedpipe_operator.serving import listen, serve
 from kube.objects import NOW, UID, owner, pod, stamp
 from kube.test_kube_parts import Clock, Reviews
@@ -140,8 +141,42 @@ async def test_a_decision_is_kept_for_a_while_and_none_is_made_unasked() -> None
     assert await status_of(access, "good") == 200, "that nobody answered is not kept"
 
 
-async def test_strangers_do_not_fill_the_memory() -> None:
-    access = Access(Deciding(), Clock())  # type: ignore[arg-type]
+async def test_strangers_do_not_fill_the_memory_nor_push_out_those_who_are_let_in() -> None:
+    api = Deciding()
+    access = Access(api, Clock())  # type: ignore[arg-type]
+    assert await status_of(access, "good") == 200
     for number in range(CACHE_SIZE + 50):
         assert await status_of(access, f"token-{number}") == 401
-    assert len(access._cache) == CACHE_SIZE
+    assert {allowed: len(kept) for allowed, kept in access._decisions._kept.items()} == {
+        True: 1,
+        False: CACHE_SIZE,
+    }
+    asked = api.asked
+    assert await status_of(access, "good") == 200
+    assert api.asked == asked
+
+
+class Slow(Deciding):
+    """An API server that answers nobody until it is let, and knows how many wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = asyncio.Event()
+
+    async def review_token(self, token: str, audience: str | None) -> Any:
+        self.asked += 1
+        await self.answers.wait()
+        return {"authenticated": False}
+
+
+async def test_strangers_ask_the_api_server_a_few_questions_at_a_time() -> None:
+    api = Slow()
+    identities = PodIdentities(api, lambda *names: None, lambda uid: None)  # type: ignore[arg-type]
+    callers = [asyncio.create_task(identities(f"token-{number}")) for number in range(200)]
+    callers += [asyncio.create_task(identities("token-0")) for _ in range(20)]
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert api.asked == AT_ONCE
+    api.answers.set()
+    assert set(await asyncio.gather(*callers)) == {None}
+    assert api.asked == 200, "each token once"

@@ -151,7 +151,7 @@ def test_a_profile_claims_no_more_than_it_may() -> None:
 
 # Weights
 
-CLAIMED = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 10**12), min_size=1)
+CLAIMED = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(0, 10**12), min_size=1)
 
 
 @given(CLAIMED)
@@ -159,10 +159,10 @@ def test_no_claim_counts_for_more_than_its_multiple(claims: dict[str, int]) -> N
     found = capped(claims)
     assert found.keys() == claims.keys()
     for node, claim in claims.items():
-        others = [other for name, other in claims.items() if name != node]
+        others = [other for name, other in claims.items() if name != node and other]
         limit = CAP * median(others) if others else math.inf
         assert found[node] == pytest.approx(min(claim, limit), rel=1e-12)
-        assert 1 <= found[node] <= claim
+        assert min(1, claim) <= found[node] <= claim
 
 
 @given(st.integers(5, 50), st.integers(100, 200), st.integers(1, 10**12))
@@ -182,6 +182,10 @@ def test_honest_but_uneven_nodes_count_as_they_are() -> None:
     assert capped(claims) == claims
     assert capped({"only": 10**12}) == {"only": 10**12}
     assert capped({"a": 0.0, "b": 5.0}) == {"a": 0.0, "b": 5.0}
+
+
+def test_those_who_claim_nothing_do_not_lift_the_limit() -> None:
+    assert capped({"a": 0, "b": 0, "c": 0, "d": 100, "liar": 10**12})["liar"] == 300
 
 
 def test_one_evaluation_of_10_12_samples_does_not_take_the_metric() -> None:

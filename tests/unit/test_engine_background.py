@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from fedpipe_api.job import FedPipeJob
 from fedpipe_operator.engine import Engine
 from fedpipe_operator.engine.background import uninterrupted
 from standins.agents import model_shape, registration
+from standins.local import local
 from standins.server import UID, job
 
 
@@ -57,3 +59,21 @@ async def test_cancelled_calls_leave_memory_as_the_ledger_is(tmp_path: Path) -> 
     assert driven.done(), "nobody drives a job that is gone"
     assert list(engine._journal._ledger.replay()) == []
     await engine.stop()
+
+
+async def test_only_a_new_generation_changes_the_spec(tmp_path: Path) -> None:
+    """Another version of the operator may have other defaults: nobody edited anything then."""
+    async with local(tmp_path, nodes=1, count=5) as served:
+        state = served.engine.jobs[UID].state
+        await served.engine.submit(job(1, 9))
+        assert state.spec.rounds.count == 5
+        await served.engine.submit(at_generation(3, job(1, 9)))
+        assert (state.spec.rounds.count, state.generation) == (9, 3)
+        await served.engine.submit(at_generation(2, job(1, 5)))
+        assert (state.spec.rounds.count, state.generation) == (9, 3), "an old watch event"
+
+
+def at_generation(generation: int, changed: FedPipeJob) -> FedPipeJob:
+    """Return the job as the API server shows it after that many edits."""
+    metadata = changed.metadata.model_copy(update={"generation": generation})
+    return changed.model_copy(update={"metadata": metadata})

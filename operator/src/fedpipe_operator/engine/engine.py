@@ -66,7 +66,7 @@ class Engine(Inbox):
     # What the runner of the fleet says: kube/ or local/
 
     async def submit(self, job: FedPipeJob) -> None:
-        """Take a job in by its metadata.uid, or its edited spec if it is known. Idempotent."""
+        """Take a job in by its metadata.uid, or its edited spec if its generation is new. Idempotent."""
         meta = job.metadata
         if meta.uid is None:
             raise ValueError("a job needs a uid")
@@ -79,7 +79,9 @@ class Engine(Inbox):
             await uninterrupted(self._take_in(meta.uid, record))
             return
         async with known.lock:
-            if known.state.spec != job.spec and not known.state.finished:
+            # A spec that differs within its generation was written by nobody: another version of the operator
+            # has other defaults. The job keeps those that it began with.
+            if generation > known.state.generation and not known.state.finished:
                 await self._journal.commit(known, SpecChanged(generation=generation, spec=job.spec))
 
     async def _take_in(self, uid: str, record: Submitted) -> None:

@@ -1,10 +1,8 @@
 """Who may read metrics and adapters: TokenReview and SubjectAccessReview, as in Kubernetes itself."""
 
 import asyncio
-import hashlib
 import json
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +13,12 @@ from fedpipe_api.names import ADAPTER_SUBRESOURCE, GROUP, JOBS, TOKEN_HEADER, VE
 
 from ..engine import Refused
 from .api import Api, ApiError
-from .reviews import Stranger, review
+from .reviews import AT_ONCE, Decisions, Stranger, review
 
 KEEP_SECONDS = 10.0
 """How long a decision is kept, as kube-controller-manager and its like keep theirs."""
 
 CACHE_SIZE = 1000
-AT_ONCE = 10
-"""Reviews under way at a time; the others wait, so that nobody floods the API server through the operator."""
 
 Right = Mapping[str, Any]
 
@@ -57,7 +53,6 @@ def bearer(request: web.Request) -> str:
 class _Decision:
     refused: tuple[int, str, str] | None
     """Status, reason and text of a refusal."""
-    until: float
 
 
 class Access:
@@ -66,7 +61,7 @@ class Access:
     def __init__(self, api: Api, clock: Callable[[], float] = time.monotonic) -> None:
         self._api = api
         self._clock = clock
-        self._cache: OrderedDict[bytes, _Decision] = OrderedDict()
+        self._decisions = Decisions[_Decision](CACHE_SIZE)
         self._turns = asyncio.Semaphore(AT_ONCE)
 
     async def check(self, token: str, audience: str | None, right: Right) -> None:
@@ -76,17 +71,13 @@ class Access:
         """
         if not token:
             raise Refused(401, "Unauthenticated", "no bearer token")
-        # Tokens themselves are kept nowhere.
         text = json.dumps([token, audience, right], sort_keys=True)
-        key = hashlib.sha256(text.encode()).digest()
-        known = self._cache.get(key)
-        if known is None or self._clock() >= known.until:
+        known = self._decisions.get(text, self._clock())
+        if known is None:
             async with self._turns:
-                refused = await self._decide(token, audience, right)
-            known = self._cache[key] = _Decision(refused, self._clock() + KEEP_SECONDS)
-            self._cache.move_to_end(key)
-            if len(self._cache) > CACHE_SIZE:
-                self._cache.popitem(last=False)
+                known = _Decision(await self._decide(token, audience, right))
+            until = self._clock() + KEEP_SECONDS
+            self._decisions.keep(text, known, allowed=known.refused is None, until=until)
         if known.refused is not None:
             raise Refused(*known.refused)
 

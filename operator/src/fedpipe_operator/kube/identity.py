@@ -1,9 +1,8 @@
 """Who an agent is: its Pod's ServiceAccount token, checked by TokenReview and mapped to one (job, node)."""
 
-import hashlib
+import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from ..coordinator import Identity
 from ..engine import Refused
 from .api import Api, ApiError
 from .fields import Unreadable
-from .reviews import Stranger, expiry, review
+from .reviews import AT_ONCE, Decisions, Stranger, expiry, review
 from .views import PodView, pod_view
 
 log = logging.getLogger(__name__)
@@ -47,13 +46,6 @@ class JobName:
     name: str
 
 
-@dataclass(frozen=True)
-class _Reviewed:
-    found: BoundPod | str
-    """The Pod, or why there is none."""
-    until: float
-
-
 class PodIdentities:
     """The coordinator's `Identify` in a cluster.
 
@@ -74,7 +66,9 @@ class PodIdentities:
         self._find = find
         self._job_name = job_name
         self._clock = clock
-        self._cache: OrderedDict[bytes, _Reviewed] = OrderedDict()
+        self._decisions = Decisions[BoundPod | str](CACHE_SIZE)
+        """The Pod of a token, or why there is none."""
+        self._turns = asyncio.Semaphore(AT_ONCE)
         self._logged: dict[str, float] = {}
 
     async def __call__(self, token: str) -> Identity | None:
@@ -110,9 +104,7 @@ class PodIdentities:
 
     async def _pod(self, token: str) -> tuple[PodView, JobName]:
         """Return the living Pod of a token and its job, which agree in all that both say."""
-        # Tokens themselves are kept nowhere.
-        key = hashlib.sha256(token.encode(errors="surrogateescape")).digest()
-        bound = await self._reviewed(key, token)
+        bound = await self._reviewed(token)
         title = f"Pod {bound.namespace}/{bound.name}"
         pod = self._find(bound.namespace, bound.name)
         if pod is None or pod.uid != bound.uid or not pod.bound:
@@ -120,7 +112,7 @@ class PodIdentities:
             pod = await self._fetch(bound)
         if pod is None or pod.uid != bound.uid:
             reason = f"{title} of the token is gone or is no agent"
-            self._keep(key, _Reviewed(reason, self._clock() + REFUSED_SECONDS))
+            self._refuse(token, reason)
             raise Stranger(reason)
         if not pod.running or (pod.until is not None and self._clock() >= pod.until):
             raise Stranger(f"{title} has ended")
@@ -143,27 +135,28 @@ class PodIdentities:
         except Unreadable as error:
             raise Stranger(f"Pod {bound.namespace}/{bound.name} cannot be read: {error}") from None
 
-    async def _reviewed(self, key: bytes, token: str) -> BoundPod:
-        known, now = self._cache.get(key), self._clock()
-        if known is None or now >= known.until:
-            known = await self._look(token, now)
-            self._keep(key, known)
-        if isinstance(known.found, str):
-            raise Stranger(known.found)
-        return known.found
+    async def _reviewed(self, token: str) -> BoundPod:
+        found = self._decisions.get(token, self._clock())
+        if found is None:
+            async with self._turns:
+                found = self._decisions.get(token, self._clock()) or await self._look(token)
+        if isinstance(found, str):
+            raise Stranger(found)
+        return found
 
-    def _keep(self, key: bytes, known: _Reviewed) -> None:
-        self._cache[key] = known
-        self._cache.move_to_end(key)
-        if len(self._cache) > CACHE_SIZE:
-            self._cache.popitem(last=False)
-
-    async def _look(self, token: str, now: float) -> _Reviewed:
+    async def _look(self, token: str) -> BoundPod | str:
+        now = self._clock()
         try:
             found = _bound_pod(await review(self._api, token, AUDIENCE))
         except Stranger as reason:
-            return _Reviewed(str(reason), now + REFUSED_SECONDS)
-        return _Reviewed(found, min(now + CACHE_SECONDS, expiry(token)))
+            return self._refuse(token, str(reason))
+        until = min(now + CACHE_SECONDS, expiry(token))
+        self._decisions.keep(token, found, allowed=True, until=until)
+        return found
+
+    def _refuse(self, token: str, reason: str) -> str:
+        self._decisions.keep(token, reason, allowed=False, until=self._clock() + REFUSED_SECONDS)
+        return reason
 
 
 def _bound_pod(user: Mapping[str, object]) -> BoundPod:

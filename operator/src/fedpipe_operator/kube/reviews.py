@@ -1,15 +1,22 @@
 """What the API server says of a bearer token: TokenReview, for callers of the operator."""
 
 import base64
+import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ..engine import Refused
 from .api import Api, ApiError
 from .fields import one_line
 
+V = TypeVar("V")
+
 TOKEN_BYTES = 16 * 1024
+
+AT_ONCE = 10
+"""Reviews under way at a time; the others wait, so that nobody floods the API server through the operator."""
 
 
 class Stranger(Exception):
@@ -44,3 +51,36 @@ def expiry(token: str) -> float:
         return float(claims["exp"])
     except (IndexError, KeyError, TypeError, ValueError):
         return 0.0
+
+
+class Decisions(Generic[V]):
+    """What was decided of some text with a token in it, each for a while. The text itself is kept nowhere.
+
+    Refusals are kept apart: who makes up tokens pushes out no decision on a caller that is let in.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._kept = {allowed: OrderedDict[bytes, tuple[V, float]]() for allowed in (True, False)}
+
+    def get(self, text: str, now: float) -> V | None:
+        """Return the decision that is in force."""
+        key = _key(text)
+        for kept in self._kept.values():
+            if key in kept and now < kept[key][1]:
+                return kept[key][0]
+        return None
+
+    def keep(self, text: str, value: V, *, allowed: bool, until: float) -> None:
+        """Keep a decision in place of the one before."""
+        key = _key(text)
+        for kept in self._kept.values():
+            kept.pop(key, None)
+        kept = self._kept[allowed]
+        kept[key] = value, until
+        if len(kept) > self._size:
+            kept.popitem(last=False)
+
+
+def _key(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
