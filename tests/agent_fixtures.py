@@ -104,10 +104,10 @@ def save_tiny_model(kind: str, path: Path) -> Path:
 
 def registered(
     task: Task = Task.SEQUENCE_CLASSIFICATION, train: str = "train.jsonl", **data: Any
-) -> wire.Registered:
+) -> wire.AgentConfig:
     """Return job facts for the tiny models."""
     classes = task is Task.SEQUENCE_CLASSIFICATION
-    return wire.Registered(
+    return wire.AgentConfig(
         job="tickets",
         node="edge-1",
         model=ModelSource(
@@ -156,7 +156,7 @@ class Coordinator:
     `faults` maps a path's second part (`blobs`, `rounds`) to functions that may answer in its place.
     """
 
-    job: wire.Registered
+    job: wire.AgentConfig
     assignments: list[wire.Assignment] = field(default_factory=list)
     blobs: dict[str, bytes] = field(default_factory=dict)
     wanted: bool = True

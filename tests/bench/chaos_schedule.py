@@ -231,7 +231,7 @@ class Chaos:
         assert self.witness.spec is not None
         with self.tolerant():
             await self.engine.submit(self.witness.spec)
-            await self.engine.offer(UID, NODES)
+            await self.engine.set_eligible_nodes(UID, NODES)
 
     async def edit(self, **changed: Any) -> None:
         """Change the spec in the API server, and submit it."""
@@ -325,7 +325,7 @@ class Chaos:
                 await self.roll(kind)
             case "lose":
                 with self.tolerant():
-                    await self.engine.lose(UID, node, "gone")
+                    await self.engine.mark_lost(UID, node, "gone")
             case "damage":
                 self.damage()
         await asyncio.sleep(self.chance.choice([0.0, 0.0, 0.001, 0.004]))

@@ -11,7 +11,7 @@ from array import array
 from pathlib import Path
 
 from fedpipe_operator.kube.command import main
-from fedpipe_operator.metrics import Figures
+from fedpipe_operator.metrics import OperatorMetrics
 
 PERIOD = 0.01
 
@@ -35,11 +35,11 @@ async def watch(out: Path) -> None:
 
 if __name__ == "__main__":
     file = Path(sys.argv.pop(1))
-    original = Figures.watch_lag
+    original = OperatorMetrics.watch_lag
 
-    async def both(figures: Figures) -> None:
+    async def both(figures: OperatorMetrics) -> None:
         """Measure for the operator's own metrics too."""
         await asyncio.gather(original(figures), watch(file))
 
-    Figures.watch_lag = both  # type: ignore[method-assign]
+    OperatorMetrics.watch_lag = both  # type: ignore[method-assign]
     sys.exit(main())

@@ -23,7 +23,7 @@ from chart.rendering import (
     template,
     values_of,
 )
-from fedpipe_operator.kube.settings import Settings
+from fedpipe_operator.kube.settings import OperatorSettings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -343,7 +343,7 @@ def test_the_operator_may_write_the_secret_that_it_keeps_its_certificate_in() ->
     documents = template({}, name="edge")
     [operator] = [spec for name, spec in pods(tuple(documents)) if name.endswith("-operator")]
     service = next(a for a in operator["containers"][0]["args"] if a.startswith("--service="))
-    named = Settings(NAMESPACE, service.removeprefix("--service="), Path("/"), "", "").own_tls_secret
+    named = OperatorSettings(NAMESPACE, service.removeprefix("--service="), Path("/"), "", "").own_tls_secret
     rules = [rule for d in documents if d["kind"] == "Role" for rule in d["rules"]]
     kept = [rule for rule in rules if "secrets" in rule["resources"] and "patch" in rule["verbs"]]
     assert [rule["resourceNames"] for rule in kept] == [[named]]

@@ -24,7 +24,7 @@ from fedpipe_operator import serving
 from fedpipe_operator.coordinator import application
 from fedpipe_operator.engine import Engine
 from fedpipe_operator.engine.status import status
-from fedpipe_operator.metrics import Figures
+from fedpipe_operator.metrics import OperatorMetrics
 from nvml import apiserver
 from nvml.running import running
 from nvml.standin import StandIn as Nvml
@@ -48,7 +48,7 @@ async def serve(handlers: web.Application) -> AsyncIterator[str]:
         await site.close()
 
 
-def metrics_of(figures: Figures) -> web.Application:
+def metrics_of(figures: OperatorMetrics) -> web.Application:
     """Return an application that serves /metrics as the operator does."""
 
     async def metrics(_: web.Request) -> web.Response:
@@ -192,7 +192,7 @@ async def run(directory: Path) -> tuple[Prometheus, ExitStack]:
     def age() -> float:
         return 1.0
 
-    figures = Figures(
+    figures = OperatorMetrics(
         engine,
         directory / "store",
         lambda: {("GET", "200"): looks, ("PATCH", "409"): looks // 4},
@@ -209,7 +209,7 @@ async def run(directory: Path) -> tuple[Prometheus, ExitStack]:
             targets = stack.enter_context(probes(directory, nodes))
             watched = stack.enter_context(prometheus(directory, [operator, *targets]))
             await engine.submit(job(NODES, ROUNDS))
-            await engine.offer(UID, nodes)
+            await engine.set_eligible_nodes(UID, nodes)
             agents = [
                 asyncio.create_task(
                     Working(node, f"token-{node}", lambda: f"http://{coordinator}", prometheus=watched).run()

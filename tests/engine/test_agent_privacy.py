@@ -15,7 +15,7 @@ import pytest
 
 from agent_fixtures import save_tiny_model
 from fedpipe_operator.engine.status import status
-from fedpipe_operator.metrics.figures import Figures
+from fedpipe_operator.metrics.operator_metrics import OperatorMetrics
 from standins.local import local
 from standins.server import UID
 
@@ -96,7 +96,7 @@ async def leave(
             out, errors = await agent.communicate()
         engine = served.engine
         shown = status(engine.jobs[UID].state, None, {}).to_json()
-        metrics = await Figures(engine, directory, dict, lambda: 0.0, dict).text()
+        metrics = await OperatorMetrics(engine, directory, dict, lambda: 0.0, dict).text()
     left = {
         "stdout": out,
         "stderr": errors,

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from agent_fixtures import Coordinator, refusal, registered
 from fedpipe_agent import heartbeat, transport
-from fedpipe_agent.errors import Aborted, Failure, Refused
+from fedpipe_agent.errors import Aborted, Failure, RequestRefused
 from fedpipe_agent.heartbeat import Work
 from fedpipe_agent.transport import Transport
 from fedpipe_api import wire
@@ -82,7 +82,7 @@ def test_retry_after_is_honoured(coordinator, link):
 
 def test_a_refusal_is_not_retried(coordinator, link):
     coordinator.faults["job"] = [lambda _: refusal(403, "WrongToken", "token of another job")]
-    with pytest.raises(Refused, match=r"403 WrongToken\): token of another job") as caught:
+    with pytest.raises(RequestRefused, match=r"403 WrongToken\): token of another job") as caught:
         link.job()
     assert (caught.value.status, caught.value.reason) == (403, "WrongToken")
     assert len(coordinator.requests) == 1
@@ -197,7 +197,7 @@ def test_an_update_of_a_closed_round_is_dropped(coordinator, link, tmp_path):
     coordinator.faults["rounds"] = [lambda _: refusal(409, "RoundClosed", "round 3 is closed")]
     assert not link.update(3, path, manifest)
     coordinator.faults["rounds"] = [lambda _: refusal(422, "BadTensor", "lora_A")]
-    with pytest.raises(Refused, match="BadTensor"):
+    with pytest.raises(RequestRefused, match="BadTensor"):
         link.update(4, path, manifest)
 
 
@@ -207,7 +207,7 @@ def test_reports_that_come_too_late_are_dropped(coordinator, link):
     link.profile(wire.ProfileReport(step_seconds=1, peak_bytes=1, micro_batch=1))
     sums = wire.Evaluation(round=1, samples=1, tokens=1, loss_sum=1, precision="fp32")
     link.evaluation(sums)
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         link.evaluation(sums)
 
 

@@ -12,8 +12,8 @@ from safetensors.numpy import load, load_file
 
 from fedpipe_api.wire import LORA_A, LORA_B, MANIFEST_HEADER, Assignment
 from fedpipe_operator.engine import Engine
+from fedpipe_operator.engine.events import JobEvent
 from fedpipe_operator.engine.jobs import Allowance
-from fedpipe_operator.engine.notes import Note
 from fedpipe_operator.engine.status import status
 from standins.agents import StandIn, make_update, manifest_of, model_shape, registration
 from standins.local import Local, local, working
@@ -69,7 +69,7 @@ async def test_what_no_ledger_can_hold_is_refused_and_a_restart_works(
 
 
 async def test_samples_of_10_12_take_neither_the_mean_nor_the_metric(tmp_path: Path) -> None:
-    notes: list[Note] = []
+    notes: list[JobEvent] = []
     async with local(tmp_path, nodes=5, count=1) as served:
         served.engine._journal._notify = lambda uid, note: notes.append(note)
         liar, *honest = (served.agent(node) for node in served.nodes)

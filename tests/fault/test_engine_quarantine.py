@@ -18,7 +18,7 @@ from fedpipe_api.base import UserError
 from fedpipe_api.job import FedPipeJob
 from fedpipe_operator.engine import Engine, Refused
 from fedpipe_operator.engine.state import blobs_in_use
-from fedpipe_operator.metrics import Figures
+from fedpipe_operator.metrics import OperatorMetrics
 from fedpipe_operator.store import Blobs, Entry, Ledger
 from fedpipe_operator.store.ledger import SCHEMA, _checksum
 from standins.agents import model_shape, registration
@@ -42,7 +42,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     async def make() -> None:
         async with local(path, nodes=2, count=2) as served:
             await served.engine.submit(other_job())
-            await served.engine.offer(OTHER, served.nodes)
+            await served.engine.set_eligible_nodes(OTHER, served.nodes)
             await served.engine.register(OTHER, "node-0", registration(model_shape(2)))
             async with working([served.agent(node) for node in served.nodes]):
                 await served.finish()
@@ -190,7 +190,7 @@ async def send(engine: Engine, node: str) -> None:
     """Send as an agent that comes and goes, until the job is gone."""
     with contextlib.suppress(Refused):
         while True:
-            await engine.lose(UID, node, "gone")
+            await engine.mark_lost(UID, node, "gone")
             await engine.register(UID, node, registration(model_shape(2)))
 
 
@@ -280,7 +280,7 @@ async def test_a_scrape_leaves_out_a_job_without_figures(store: Path, tmp_path: 
     directory = tmp_path / "store"
     shutil.copytree(store, directory)
     async with started(directory) as engine:
-        figures = Figures(engine, directory, dict, lambda: 0.0, dict)
+        figures = OperatorMetrics(engine, directory, dict, lambda: 0.0, dict)
         engine.jobs[UID].state.submitted_at = 10**400
         for _ in range(2):
             text = (await figures.text()).decode()

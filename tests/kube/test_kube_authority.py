@@ -13,7 +13,7 @@ from kubernetes.aio import client, config
 from fedpipe_operator.kube.api import Api
 from fedpipe_operator.kube.authority import Authority
 from fedpipe_operator.kube.pods import CA_KEY
-from fedpipe_operator.kube.settings import Settings
+from fedpipe_operator.kube.settings import OperatorSettings
 from kube.controlplane import ControlPlane
 
 
@@ -31,7 +31,9 @@ def read(plane: ControlPlane, namespace: str, kind: str, name: str) -> dict[str,
     return dict(found) if status == 200 else None
 
 
-def load(plane: ControlPlane, settings: Settings, meanwhile: Callable[[], object] = lambda: None) -> None:
+def load(
+    plane: ControlPlane, settings: OperatorSettings, meanwhile: Callable[[], object] = lambda: None
+) -> None:
     """Look twice, with something between."""
 
     async def run() -> None:
@@ -51,8 +53,8 @@ def load(plane: ControlPlane, settings: Settings, meanwhile: Callable[[], object
     asyncio.run(run())
 
 
-def settings(namespace: str, ca_config_map: str | None) -> Settings:
-    return Settings(
+def settings(namespace: str, ca_config_map: str | None) -> OperatorSettings:
+    return OperatorSettings(
         namespace=namespace,
         service="edge",
         store=Path("/store"),

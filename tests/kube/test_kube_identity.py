@@ -77,7 +77,7 @@ async def test_a_long_poll_ends_with_the_pod(tmp_path: Path) -> None:
     await engine.start()
     site = await serve(application(engine, identify), listen("127.0.0.1", 0))
     await engine.submit(job(2, 1))
-    await engine.offer(LOCAL_UID, ["node-0", "node-1"])
+    await engine.set_eligible_nodes(LOCAL_UID, ["node-0", "node-1"])
     url = f"http://127.0.0.1:{site.port}/v1/assignment?wait=1"
     try:
         async with aiohttp.ClientSession(headers={"Authorization": "Bearer token-node-0"}) as session:

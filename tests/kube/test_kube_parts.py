@@ -29,12 +29,12 @@ from fedpipe_operator.engine.state import apply, submitted
 from fedpipe_operator.kube.api import ApiError
 from fedpipe_operator.kube.identity import REFUSED_SECONDS, JobName, PodIdentities
 from fedpipe_operator.kube.inventory import Inventory
-from fedpipe_operator.kube.observed import WriteBudget, invalid_status, observed_status
+from fedpipe_operator.kube.job_status import WriteBudget, invalid_status, job_status
 from fedpipe_operator.kube.resync import Resync
-from fedpipe_operator.kube.settings import Settings
+from fedpipe_operator.kube.settings import OperatorSettings
 from fedpipe_operator.kube.tls import CA_LIFE, OVERLAP, SERVING_LIFE, Material, load_certificate, renew
-from fedpipe_operator.metrics import FAMILIES, Figures, Samples, markdown
-from fedpipe_operator.metrics.totals import Totals
+from fedpipe_operator.metrics import FAMILIES, Exposition, OperatorMetrics, markdown
+from fedpipe_operator.metrics.job_totals import Totals
 from kube.objects import NOW, UID, capacity, job, node, pod
 from kube.test_kube_reconcile import PLAN, SHAPE, state_of
 from standins.agents import make_update, manifest_of
@@ -181,7 +181,7 @@ def test_an_ordinary_round_is_written_at_most_twice_and_news_at_once() -> None:
     options: dict[str, Any] = {
         "pods": [], "choice": None, "refused": None, "output": None, "previous": None, "now": NOW
     }  # fmt: skip
-    first = observed_status(job(), known, **options)
+    first = job_status(job(), known, **options)
     budget, now, writes = WriteBudget(None), NOW, 0
     assert budget.delay(first, now) == 0
     budget.wrote(first, now)
@@ -254,7 +254,9 @@ async def test_everything_there_is_is_known_before_the_watches_begin(tmp_path: P
             "/api/v1/namespaces/two/pods": [pod(names[3])],
         }
     )
-    settings = Settings("fedpipe", "fedpipe", tmp_path, "agent:1", "operator:1", namespaces=("one", "two"))
+    settings = OperatorSettings(
+        "fedpipe", "fedpipe", tmp_path, "agent:1", "operator:1", namespaces=("one", "two")
+    )
     known = Inventory(lambda: None, lambda uid: None)
     controller: Any = SimpleNamespace(inventory=known)
     engine: Any = None
@@ -265,12 +267,12 @@ async def test_everything_there_is_is_known_before_the_watches_begin(tmp_path: P
     assert len(known.pods_of("support", UID)) == 4
 
 
-async def scraped(figures: Figures) -> str:
+async def scraped(figures: OperatorMetrics) -> str:
     return (await figures.text()).decode()
 
 
 def test_labels_are_escaped() -> None:
-    samples = Samples()
+    samples = Exposition()
     labels = ("a\\b", 'say "x"\nand y', "bf16", "memory")
     samples.add("fedpipe_node_plan_info", (labels[0], labels[1], "n", *labels[2:]), 1)
     (family,) = text_string_to_metric_families(samples.text())
@@ -307,8 +309,8 @@ async def test_every_series_is_of_the_table_and_vanishes_with_its_job(tmp_path: 
     await engine.start()
     try:
         await engine.submit(job())
-        await engine.offer(UID, ["edge-1", "edge-2"])
-        figures = Figures(engine, tmp_path, lambda: {("get", "200"): 3}, lambda: 0.5, dict)
+        await engine.set_eligible_nodes(UID, ["edge-1", "edge-2"])
+        figures = OperatorMetrics(engine, tmp_path, lambda: {("get", "200"): 3}, lambda: 0.5, dict)
         found = {family.name: family for family in text_string_to_metric_families(await scraped(figures))}
         # The parser takes the ending off counters, and what a client adds for its histograms is no family of ours.
         named = {name + "_total" * (family.type == "counter") for name, family in found.items()}

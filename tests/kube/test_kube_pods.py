@@ -10,17 +10,17 @@ from fedpipe_api.base import UserError
 from fedpipe_api.names import child_name
 from fedpipe_operator.kube.merge import strategic_merge
 from fedpipe_operator.kube.pods import build_agent_pod, build_writer_pod, template_digest
-from fedpipe_operator.kube.settings import AllowedStore, Settings
+from fedpipe_operator.kube.settings import AllowedStore, OperatorSettings
 from fedpipe_operator.kube.views import capacity_view, node_view, pod_view
 from kube.objects import UID, capacity, job, node
 
-SETTINGS = Settings(
+SETTINGS = OperatorSettings(
     namespace="fedpipe", service="fedpipe", store=Path("/store"), agent_image="agent:1", operator_image="op:1"
 )
 
 
 def build(
-    the_job: Any = None, the_node: Any = None, report: Any = None, settings: Settings = SETTINGS
+    the_job: Any = None, the_node: Any = None, report: Any = None, settings: OperatorSettings = SETTINGS
 ) -> Any:
     body = the_node or node("edge-1")
     name = body["metadata"]["name"]
@@ -92,7 +92,7 @@ def test_a_hub_model_comes_through_the_nodes_cache() -> None:
     assert "o/m@abc" in pod["spec"]["containers"][0]["args"]
     assert volumes(pod)["cache"]["emptyDir"] == {}
     kept = build(
-        job(model=source), settings=Settings(**vars(SETTINGS) | {"model_cache": "/var/cache/fedpipe"})
+        job(model=source), settings=OperatorSettings(**vars(SETTINGS) | {"model_cache": "/var/cache/fedpipe"})
     )
     assert volumes(kept)["cache"]["hostPath"] == {"path": "/var/cache/fedpipe", "type": "Directory"}
 
@@ -114,7 +114,7 @@ def test_the_token_is_bound_to_the_audience_and_expires() -> None:
     ],
 )
 def test_a_gpu_is_asked_for_as_the_node_offers_it(resources: dict[str, str], limit: Any) -> None:
-    settings = Settings(**vars(SETTINGS) | {"runtime_class": "nvidia"})
+    settings = OperatorSettings(**vars(SETTINGS) | {"runtime_class": "nvidia"})
     body = node("edge-1")
     body["status"]["allocatable"] |= {k.replace("_com_", ".com/"): v for k, v in resources.items()}
     pod = build(the_node=body, report=capacity("edge-1", gpus=1), settings=settings)
@@ -197,7 +197,7 @@ STORES = (AllowedStore.parse("s3://adapters,http://minio.storage.svc:9000"), All
 def test_the_writer_mounts_the_secret_and_is_restricted() -> None:
     volume = {"persistentVolumeClaim": {"claimName": "models-{node}", "path": "a"}}
     output = {"url": "s3://adapters/x/", "secretName": "writer", "volume": volume}
-    settings = Settings(**vars(SETTINGS) | {"output_allowed": STORES})
+    settings = OperatorSettings(**vars(SETTINGS) | {"output_allowed": STORES})
     pod = build_writer_pod(job(output=output), "edge-1", settings)
     kubernetes_validate.validate(pod, "1.36", strict=True)
     assert pod["metadata"]["namespace"] == "support"
@@ -229,7 +229,7 @@ def test_the_digest_moves_with_what_needs_a_new_pod_and_with_nothing_else() -> N
     first = template_digest(job(), SETTINGS)
     assert template_digest(job(rounds={"count": 9, "minUpdates": 2}), SETTINGS) == first
     assert template_digest(job(podTemplate={"spec": {"priorityClassName": "low"}}), SETTINGS) != first
-    assert template_digest(job(), Settings(**vars(SETTINGS) | {"agent_image": "agent:2"})) != first
+    assert template_digest(job(), OperatorSettings(**vars(SETTINGS) | {"agent_image": "agent:2"})) != first
 
 
 def test_a_long_node_name_is_kept_whole() -> None:

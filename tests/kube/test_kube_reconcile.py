@@ -18,7 +18,7 @@ from fedpipe_operator.engine.records import (
     Submitted,
 )
 from fedpipe_operator.engine.state import JobState, apply, submitted
-from fedpipe_operator.kube.fleet import Fleet
+from fedpipe_operator.kube.fleet import ClusterNodes
 from fedpipe_operator.kube.reconcile import Actions, reconcile
 from fedpipe_operator.kube.views import capacity_view, node_view, pod_view
 from kube.objects import NOW, UID, capacity, job, node, pod, stamp, waiting
@@ -31,13 +31,15 @@ PLAN = NodePlan(
 )  # fmt: skip
 
 
-def fleet(*names: str, held: dict[str, str] | None = None, bodies: Any = (), reports: Any = ()) -> Fleet:
+def fleet(
+    *names: str, held: dict[str, str] | None = None, bodies: Any = (), reports: Any = ()
+) -> ClusterNodes:
     """A fleet of CPU nodes, with some bodies given."""
     nodes = {name: node_view(node(name)) for name in names}
     nodes |= {view.name: view for view in map(node_view, bodies)}
     capacities = {name: capacity_view(capacity(name)) for name in nodes}
     capacities |= {view.name: view for view in map(capacity_view, reports)}
-    return Fleet(nodes, capacities, held or {})
+    return ClusterNodes(nodes, capacities, held or {})
 
 
 def state_of(
@@ -73,7 +75,7 @@ def state_of(
     return state
 
 
-def look(the_job: Any, the_fleet: Fleet, pods: Any, state: JobState | None, **more: Any) -> Actions:
+def look(the_job: Any, the_fleet: ClusterNodes, pods: Any, state: JobState | None, **more: Any) -> Actions:
     views = [view for body in pods if (view := pod_view(body))]
     options = {"seen": {}, "template": "t1", "now": NOW} | more
     return reconcile(the_job, the_fleet, views, state, **options)
@@ -89,11 +91,11 @@ def test_a_new_or_edited_job_goes_to_the_engine() -> None:
 def test_nodes_are_offered_then_pods_are_created() -> None:
     one = job()
     first = look(one, fleet("a", "b"), [], state_of(one))
-    assert first.offer
-    assert first.offer.nodes == ("a", "b")
+    assert first.eligible
+    assert first.eligible.nodes == ("a", "b")
     assert first.create == ()
     second = look(one, fleet("a", "b"), [], state_of(one, ("a", "b")))
-    assert second.offer is None
+    assert second.eligible is None
     assert second.create == ("a", "b")
     assert look(one, fleet("a", "b"), [pod("a"), pod("b")], state_of(one, ("a", "b"), ("a", "b"))).settled
 
@@ -155,8 +157,8 @@ def test_a_left_out_node_frees_its_place_and_loses_its_pod() -> None:
     one = job()
     state = state_of(one, ("a", "b", "c"), ("a", "b", "c"), plan=("a", "b"), left_out=("c",))
     found = look(one, fleet("a", "b", "c", "d"), [pod("a"), pod("b"), pod("c")], state)
-    assert found.offer
-    assert found.offer.nodes == ("a", "b", "c", "d")
+    assert found.eligible
+    assert found.eligible.nodes == ("a", "b", "c", "d")
     assert [(r.pod.node, r.reason) for r in found.remove] == [("c", "needs 2 GiB")]
 
 
@@ -204,8 +206,8 @@ def test_a_silent_probe_or_a_cordon_takes_nobody_from_work() -> None:
 def test_a_pod_that_cannot_run_is_told_to_the_engine(body: Any, reason: str) -> None:
     one = job()
     found = look(one, fleet("a", "b"), [body, pod("b")], state_of(one, ("a", "b"), ("b",)))
-    assert list(found.lose) == ["a"]
-    assert found.lose["a"].startswith(reason)
+    assert list(found.lost) == ["a"]
+    assert found.lost["a"].startswith(reason)
 
 
 def test_a_sidecar_may_fail_as_it_likes() -> None:
@@ -219,10 +221,10 @@ def test_a_node_that_vanishes_is_lost_and_its_pod_is_removed_by_force() -> None:
     one = job()
     state = state_of(one, ("a", "b"), ("a", "b"), plan=("a", "b"))
     found = look(one, fleet("b"), [pod("a"), pod("b")], state)
-    assert found.lose == {"a": "the Node is gone"}
+    assert found.lost == {"a": "the Node is gone"}
     assert [(r.pod.node, r.force) for r in found.remove] == [("a", True)]
-    assert found.offer
-    assert found.offer.nodes == ("b",)
+    assert found.eligible
+    assert found.eligible.nodes == ("b",)
 
 
 def test_a_missing_pod_is_lost_but_not_before_it_may_have_been_seen() -> None:
@@ -230,9 +232,9 @@ def test_a_missing_pod_is_lost_but_not_before_it_may_have_been_seen() -> None:
     two = ("a", "b")
     late = state_of(one, two, two, plan=two)
     found = look(one, fleet(*two), [pod("b")], late)
-    assert found.lose == {"a": "its Pod is gone"}
+    assert found.lost == {"a": "its Pod is gone"}
     assert found.create == ("a",)
-    assert look(one, fleet(*two), [pod("b")], state_of(one, two, two, plan=two, at=NOW - 5)).lose == {}
+    assert look(one, fleet(*two), [pod("b")], state_of(one, two, two, plan=two, at=NOW - 5)).lost == {}
 
 
 def test_a_pod_that_ended_is_replaced_after_a_pause() -> None:
@@ -324,16 +326,18 @@ def test_from_any_cluster_it_comes_to_rest_with_one_pod_for_each_wanted_node(dat
     for _ in range(30):
         found = look(one, the_fleet, bodies.values(), state, now=now)
         assert not {n for n in found.create if n in bodies}, "a second Pod for a node"
-        for name, reason in found.lose.items():
+        for name, reason in found.lost.items():
             apply(state, AgentLost(sequence=state.sequence + 1, node=name, reason=reason), now)
-        if found.offer:
+        if found.eligible:
             record = Offered(
-                sequence=state.sequence + 1, nodes=found.offer.nodes, excluded=dict(found.offer.excluded)
+                sequence=state.sequence + 1,
+                nodes=found.eligible.nodes,
+                excluded=dict(found.eligible.excluded),
             )
             apply(state, record, now)
         for removal in found.remove:
             del bodies[removal.pod.node]
-        for name in () if found.offer or found.lose else found.create:
+        for name in () if found.eligible or found.lost else found.create:
             bodies[name] = pod(name, created=now)
         if found.settled and found.again is None:
             break

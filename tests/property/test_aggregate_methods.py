@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fedpipe_operator.aggregate.sketches import probes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpipe_api.job import Aggregation, Checks, Method, Robust, ServerOptimizer
 from fedpipe_api.wire import HEAD, LORA_A, LORA_B
-from fedpipe_operator.aggregate import factor_space
-from fedpipe_operator.aggregate.matrix import probes
+from fedpipe_operator.aggregate import low_rank_sum
 from property.aggregate_reference import MATRICES, Node, Round, product_of, rounds, svd_form
 
 NO_CHECKS, MEAN = Checks(mode="none"), Robust(rule="none")
@@ -181,12 +181,12 @@ def test_the_error_of_averaged_factors_is_estimated(method, seed):
 @contextmanager
 def folds(room: int, keep: int) -> Iterator[None]:
     """Fold after so few terms that small rounds do it too."""
-    before = factor_space.FOLD_ROOM, factor_space.FOLD_KEEP
-    factor_space.FOLD_ROOM, factor_space.FOLD_KEEP = room, keep
+    before = low_rank_sum.FOLD_ROOM, low_rank_sum.FOLD_KEEP
+    low_rank_sum.FOLD_ROOM, low_rank_sum.FOLD_KEEP = room, keep
     try:
         yield
     finally:
-        factor_space.FOLD_ROOM, factor_space.FOLD_KEEP = before
+        low_rank_sum.FOLD_ROOM, low_rank_sum.FOLD_KEEP = before
 
 
 @pytest.mark.parametrize("method", SVD_METHODS)

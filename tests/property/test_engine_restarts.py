@@ -34,7 +34,7 @@ async def send(chaos: Any, kind: str, node: str) -> None:
         return await chaos.work(node)
     with chaos.tolerant():
         if kind == "silent":
-            return await engine.lose("job-1", node, "no sign of life")
+            return await engine.mark_lost("job-1", node, "no sign of life")
         state = "failed" if kind == "failed" else "training"
         message = Progress(kind=AssignmentKind.TRAIN, round=1, step=1, state=state)
         await engine.progress("job-1", node, message)

@@ -43,7 +43,7 @@ async def local(
     site = await serve(application(engine, identify), listen("127.0.0.1", 0), shutdown_timeout=1)
     names = [f"node-{i}" for i in range(nodes)]
     await engine.submit(job(nodes, count, method, **spec))
-    await engine.offer(UID, names)
+    await engine.set_eligible_nodes(UID, names)
     try:
         yield Local(engine, f"http://127.0.0.1:{site.port}", names)
     finally:

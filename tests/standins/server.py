@@ -73,7 +73,7 @@ async def main(directory: Path, port: int, nodes: int, count: int, spec: dict[st
     await engine.start()
     site = await serve(application(engine, identify), listen("127.0.0.1", port), shutdown_timeout=1)
     await engine.submit(job(nodes, count, **spec))
-    await engine.offer(UID, [f"node-{i}" for i in range(nodes)])
+    await engine.set_eligible_nodes(UID, [f"node-{i}" for i in range(nodes)])
     lag = asyncio.create_task(watch_lag(directory / "lag"))
     while not engine.jobs[UID].state.finished:
         await engine.moved(UID, 1)

@@ -51,7 +51,7 @@ async def main(directory: Path, port: int, limits: Limits) -> None:
         wanted = job(NODES, 1000)
         metadata = wanted.metadata.model_copy(update={"uid": uid, "name": uid})
         await engine.submit(wanted.model_copy(update={"metadata": metadata}))
-        await engine.offer(uid, [f"node-{i}" for i in range(NODES)])
+        await engine.set_eligible_nodes(uid, [f"node-{i}" for i in range(NODES)])
     site = await serve(application(engine, identify), listen("127.0.0.1", port), certificate(), limits=limits)
     print("ready", flush=True)
     await stop.wait()

@@ -5,7 +5,7 @@ import pytest
 
 from fedpipe_api.job import Aggregation, Checks, Method, Robust
 from fedpipe_api.wire import HEAD
-from fedpipe_operator.aggregate import factor_space
+from fedpipe_operator.aggregate import low_rank_sum
 from property.aggregate_reference import Node, Round, product_of, svd_form
 from unit.test_aggregate_round import M, honest, poisoned, verdicts
 
@@ -98,8 +98,8 @@ def test_entries_of_a_head_are_their_median_or_trimmed_mean(tmp_path, head):
 
 
 def test_many_folded_nodes_are_judged_by_sketches(tmp_path, monkeypatch):
-    monkeypatch.setattr(factor_space, "FOLD_ROOM", 64)
-    monkeypatch.setattr(factor_space, "FOLD_KEEP", 24)
+    monkeypatch.setattr(low_rank_sum, "FOLD_ROOM", 64)
+    monkeypatch.setattr(low_rank_sum, "FOLD_KEEP", 24)
     given = honest(30, rows=300, columns=200)
     for index in range(9):
         poisoned(given, index, -1)

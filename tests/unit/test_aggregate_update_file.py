@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 from safetensors.torch import save as torch_save
 
-from fedpipe_operator.aggregate import Refused, check_update_file
+from fedpipe_operator.aggregate import InvalidUpdateFile, check_update_file
 from fedpipe_operator.aggregate.files import TensorFile
 
 SHAPES = {"m.lora_B": (4, 2), "m.lora_A": (2, 3), "head.bias": (5,)}
@@ -37,10 +37,10 @@ def entry(shape: list, start: int, end: int, dtype: str = "F32") -> dict:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-def refusal(tmp_path, body: bytes, shapes=None, limit: int = LIMIT) -> Refused:
+def refusal(tmp_path, body: bytes, shapes=None, limit: int = LIMIT) -> InvalidUpdateFile:
     path = tmp_path / "update"
     path.write_bytes(body)
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidUpdateFile) as caught:
         check_update_file(path, SHAPES if shapes is None else shapes, limit)
     assert "\n" not in caught.value.message
     assert caught.value.message == str(caught.value)
@@ -170,7 +170,7 @@ def test_too_large_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "update"
     with path.open("wb") as file:
         file.truncate(LIMIT + 1)
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidUpdateFile) as caught:
         check_update_file(path, SHAPES, LIMIT)
     assert caught.value.reason == "TooLarge"
 
@@ -181,7 +181,7 @@ def test_a_header_that_claims_gigabytes_is_not_read(tmp_path):
     with path.open("wb") as file:
         file.write(body)
         file.truncate(2**31 + 100)
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidUpdateFile) as caught:
         check_update_file(path, SHAPES, 2**32)
     assert caught.value.reason == "Malformed"
 

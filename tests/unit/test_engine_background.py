@@ -48,7 +48,7 @@ async def test_cancelled_calls_leave_memory_as_the_ledger_is(tmp_path: Path) -> 
     await cancelled(engine.submit(job(2, 2)))
     await engine.submit(job(2, 2))
     assert engine.jobs[UID].task is not None, "somebody drives it"
-    await engine.offer(UID, ["node-0", "node-1"])
+    await engine.set_eligible_nodes(UID, ["node-0", "node-1"])
     await cancelled(engine.register(UID, "node-0", registration(model_shape(2))))
     await engine.register(UID, "node-0", registration(model_shape(2)))
     await engine.register(UID, "node-1", registration(model_shape(2)))

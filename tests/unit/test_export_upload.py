@@ -14,7 +14,7 @@ from fedpipe_api.base import UserError
 from fedpipe_api.object_url import ObjectURL
 from fedpipe_operator.export.upload import open_store, own_credentials, upload
 from fedpipe_operator.kube.deliver import read_credentials
-from fedpipe_operator.local.conclude import check_output, deliver
+from fedpipe_operator.local.results import check_output, deliver
 from kube.objects import job
 from standins.object_store import KEY, SECRET, ObjectStore
 

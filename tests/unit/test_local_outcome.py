@@ -17,7 +17,7 @@ from fedpipe_operator.engine.records import (
     UpdateAccepted,
 )
 from fedpipe_operator.engine.state import apply, submitted
-from fedpipe_operator.local.run import End, Outcome, outcome_of
+from fedpipe_operator.local.run import End, RunOutcome, outcome_of
 
 SPEC = FedPipeJob.model_validate(
     {
@@ -110,7 +110,7 @@ def test_a_session_ends_only_when_nobody_can_help_it(case):
 
 def test_a_mistake_ends_the_session_before_the_first_round_only():
     mistakes = {"b": "train.jsonl:3: no field text"}
-    assert outcome_of(job(PLANNED, Reason.PROFILING, 9.0), mistakes, mistakes) == Outcome(
+    assert outcome_of(job(PLANNED, Reason.PROFILING, 9.0), mistakes, mistakes) == RunOutcome(
         End.MISTAKE, "b: train.jsonl:3: no field text"
     )
     assert outcome_of(job(OPEN, Reason.ROUND_OPEN, 9.0), mistakes, mistakes) is None
@@ -118,4 +118,4 @@ def test_a_mistake_ends_the_session_before_the_first_round_only():
 
 def test_the_end_of_the_job_is_the_end_of_the_session():
     done = Finished(phase=Phase.FAILED, reason="Invalid", message="x")
-    assert outcome_of(job([*OPEN, done], Reason.QUORUM_LOST), {}, {}) == Outcome(End.FINISHED)
+    assert outcome_of(job([*OPEN, done], Reason.QUORUM_LOST), {}, {}) == RunOutcome(End.FINISHED)

@@ -23,7 +23,7 @@ from fedpipe_operator.engine.records import (
     AgentRegistered,
     Evaluated,
     Finished,
-    MatrixReport,
+    MatrixRecord,
     NodeCheck,
     Offered,
     PlanMade,
@@ -34,8 +34,8 @@ from fedpipe_operator.engine.records import (
     Submitted,
     UpdateAccepted,
 )
-from fedpipe_operator.local.conclude import conclude
 from fedpipe_operator.local.directory import RunDirectory, RunRecord
+from fedpipe_operator.local.results import write_all_results
 from fedpipe_operator.store import Blobs, Entry, Ledger
 
 NODES = {
@@ -64,7 +64,7 @@ JOB = FedPipeJob.model_validate(
         },
     }
 )
-ONE_MATRIX = MatrixReport(relative_error=0, discarded_energy=0, effective_rank=3, rank=8)
+ONE_MATRIX = MatrixRecord(relative_error=0, discarded_energy=0, effective_rank=3, rank=8)
 UID = "8d4f0f6c-0000-4000-8000-000000000000"
 
 
@@ -187,7 +187,7 @@ class Page(HTMLParser):
 
 def test_a_finished_run_leaves_adapter_metrics_and_a_report_that_needs_nothing_else(tmp_path, capsys):
     directory = make_run(tmp_path / "run")
-    assert conclude(directory) == 0
+    assert write_all_results(directory) == 0
     shown = capsys.readouterr().out
     assert "done in 2m50s · accuracy 0.850 (untrained 0.030) · 25.0 MB up, 22.0 MB down" in shown
     assert f'PeftModel.from_pretrained(base, "{directory.adapter}")' in shown
@@ -208,7 +208,7 @@ def test_a_finished_run_leaves_adapter_metrics_and_a_report_that_needs_nothing_e
 
 def test_metrics_have_one_object_for_each_round_with_everything_measured(tmp_path):
     directory = make_run(tmp_path / "run")
-    conclude(directory)
+    write_all_results(directory)
     rows = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
     assert [row["round"] for row in rows] == list(range(13))
     third = rows[3]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedpipe_api.base import UserError
 from fedpipe_api.object_url import OBJECT_URL_PATTERN, ObjectURL
-from fedpipe_operator.kube.settings import AllowedStore, Settings
+from fedpipe_operator.kube.settings import AllowedStore, OperatorSettings
 
 BUCKETS = st.sampled_from(["adapters", "adapters-other", "adapters.other", "a-b"])
 SEGMENTS = st.lists(st.sampled_from(["a", "ab", "a.b", "a=1", "_", "a-"]), max_size=4)
@@ -95,7 +95,9 @@ def test_a_prefix_that_is_none_ends_the_start(text: str) -> None:
         AllowedStore.parse(text)
 
 
-def settings_with(stores: tuple[AllowedStore, ...]) -> Settings:
+def settings_with(stores: tuple[AllowedStore, ...]) -> OperatorSettings:
     from pathlib import Path
 
-    return Settings("fedpipe", "fedpipe", Path("/store"), "agent:1", "operator:1", output_allowed=stores)
+    return OperatorSettings(
+        "fedpipe", "fedpipe", Path("/store"), "agent:1", "operator:1", output_allowed=stores
+    )

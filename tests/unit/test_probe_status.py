@@ -20,8 +20,8 @@ from fedpipe_api.node import (
     READY,
     Capacity,
     Cpu,
-    Device,
     FedPipeNodeStatus,
+    GpuDevice,
     MigInstance,
     NodeReason,
     PrecisionSupport,
@@ -32,9 +32,9 @@ GIB = 2**30
 HOST = Host(cpu=Cpu(cores=4, total_memory=16 * GIB, free_memory=12 * GIB))
 
 
-def device(capability: str | None = "8.6", free: int | None = 20 * GIB, **facts: object) -> Device:
+def device(capability: str | None = "8.6", free: int | None = 20 * GIB, **facts: object) -> GpuDevice:
     known = {"uuid": "GPU-1", "name": "GPU", "total_memory": 24 * GIB, "free_memory": free}
-    return Device(**known | {"compute_capability": capability} | facts)
+    return GpuDevice(**known | {"compute_capability": capability} | facts)
 
 
 def build(reading: Reading | None = None, host: Host = HOST, **facts: object) -> FedPipeNodeStatus:
@@ -91,7 +91,7 @@ def test_verified_precisions_replace_derived_ones() -> None:
 
 
 def test_jetson_without_nvml_takes_the_memory_of_the_system() -> None:
-    orin = Device(uuid="tegra-35", name="Jetson Orin", compute_capability="8.7", unified_memory=True)
+    orin = GpuDevice(uuid="tegra-35", name="Jetson Orin", compute_capability="8.7", unified_memory=True)
     fault = Fault(reason=NodeReason.DRIVER_MISSING, message="libnvidia-ml.so.1 is not found")
     built = build(Reading(fault=fault), Host(cpu=HOST.cpu, tegra=orin))
     assert built.source == "tegra"

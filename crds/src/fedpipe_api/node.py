@@ -111,7 +111,7 @@ class MigInstance(Model):
     free_memory: int | None = Field(default=None, ge=0, description="Bytes.")
 
 
-class Device(Model):
+class GpuDevice(Model):
     """One GPU, as NVML reports it; null where NVML says the board does not support the question."""
 
     uuid: str = Field(max_length=128, description="As NVML gives it.")
@@ -164,7 +164,7 @@ class FedPipeNodeStatus(Model):
     )
     driver_version: str | None = Field(default=None, max_length=64, description="Of the NVIDIA driver.")
     cuda_version: str | None = Field(default=None, max_length=64, description="That the driver supports.")
-    devices: tuple[Device, ...] = Field(
+    devices: tuple[GpuDevice, ...] = Field(
         default=(), max_length=64, json_schema_extra=keyed("uuid"), description="GPUs; none is a CPU node."
     )
     cpu: Cpu | None = None

@@ -1,7 +1,7 @@
 """What agents and the coordinator say to each other: JSON control messages and tensor names.
 
 Protocol (HTTP; every call is idempotent):
-`GET /v1/job` Registered · `POST /v1/agents` Registration -> Registered ·
+`GET /v1/job` AgentConfig · `POST /v1/agents` Registration -> AgentConfig ·
 `GET /v1/assignment?wait=S` -> Assignment or 204 ·
 `POST /v1/profile` ProfileReport · `GET /v1/blobs/{sha256}` (Range) ·
 `POST /v1/rounds/{n}/evaluation` Evaluation · `POST /v1/progress` Progress -> Answer ·
@@ -206,7 +206,7 @@ class Registration(Model):
     evaluation_samples: Count
 
 
-class Registered(Model):
+class AgentConfig(Model):
     """The part of the job an agent works by; it does not change while the agent lives."""
 
     job: Name

@@ -10,7 +10,7 @@ from fedpipe_api.logs import LineFormatter
 from fedpipe_api.version import version
 
 from . import console
-from .errors import Failure, Refused, Stopped, describe, trace
+from .errors import Failure, RequestRefused, Stopped, describe, trace
 
 USAGE = """usage: fedpipe-agent train|probe|describe [options]
 
@@ -62,7 +62,7 @@ def _run(arguments: list[str]) -> int:
         return 0 if isinstance(error, Stopped) else _complain("interrupted", 130)
     except SystemExit:  # of argparse, which has said why
         raise
-    except (UserError, Failure, Refused) as error:
+    except (UserError, Failure, RequestRefused) as error:
         return _complain(describe(error), 2 if isinstance(error, UserError) else 1)
     except BaseException as error:  # a panic of a library's Rust is no Exception
         sys.stderr.write(trace(error))

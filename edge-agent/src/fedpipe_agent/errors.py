@@ -23,7 +23,7 @@ class Aborted(Exception):
     """The coordinator no longer wants the present work: its round is closed."""
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """The coordinator answered 4xx."""
 
     def __init__(self, status: int, reason: str, error: str):
@@ -41,7 +41,7 @@ def describe(error: BaseException) -> str:
 
     Of an operating system's error its number is added in words: `OSError (No space left on device) at …`.
     """
-    if isinstance(error, UserError | Failure | Refused):
+    if isinstance(error, UserError | Failure | RequestRefused):
         return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     what = type(error).__name__
     if isinstance(error, OSError) and isinstance(error.errno, int):

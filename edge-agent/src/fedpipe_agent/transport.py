@@ -19,7 +19,7 @@ from urllib3.exceptions import HTTPError
 from fedpipe_api import wire
 from fedpipe_api.base import Model, UserError, explain
 
-from .errors import Aborted, Failure, Refused
+from .errors import Aborted, Failure, RequestRefused
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -104,13 +104,13 @@ class Transport:
             maxsize=4, retries=False, ca_certs=str(ca_file) if ca_file else None, cert_reqs="CERT_REQUIRED"
         )
 
-    def job(self) -> wire.Registered:
+    def job(self) -> wire.AgentConfig:
         """Return the part of the job the agent works by."""
-        return self._told("GET", "/v1/job", wire.Registered)
+        return self._told("GET", "/v1/job", wire.AgentConfig)
 
-    def register(self, registration: wire.Registration) -> wire.Registered:
+    def register(self, registration: wire.Registration) -> wire.AgentConfig:
         """Present the agent; again after the coordinator asks for it."""
-        return self._told("POST", "/v1/agents", wire.Registered, registration)
+        return self._told("POST", "/v1/agents", wire.AgentConfig, registration)
 
     def assignment(self, wait: float = 30) -> wire.Assignment | None:
         """Return the next piece of work, or None when there was none for `wait` seconds."""
@@ -134,7 +134,7 @@ class Transport:
         try:
             _, body = self._exchange("POST", "/v1/progress", body=progress.to_json().encode(), timeout=5)
             return wire.Answer.model_validate_json(body)
-        except (HTTPError, ConnectionError, Refused, _Again, ValidationError) as error:
+        except (HTTPError, ConnectionError, RequestRefused, _Again, ValidationError) as error:
             log.debug("progress: %s", error)
             return None
 
@@ -158,7 +158,7 @@ class Transport:
 
         try:
             return self._retry(attempt, "update")
-        except Refused as refusal:
+        except RequestRefused as refusal:
             if refusal.status != 409:
                 raise
             log.info("round %d: update dropped: %s", round_number, refusal)
@@ -177,7 +177,7 @@ class Transport:
                     other.unlink()
             try:
                 self._retry(lambda: self._download(blob, target), "blob")
-            except Refused as refusal:
+            except RequestRefused as refusal:
                 if refusal.status != 404:
                     raise
                 raise Aborted from refusal
@@ -235,7 +235,7 @@ class Transport:
         """Send a message whose answer says nothing more; 409 says that it came too late."""
         try:
             self._retry(lambda: self._exchange("POST", path, body=message.to_json().encode()), path)
-        except Refused as refusal:
+        except RequestRefused as refusal:
             if refusal.status != 409:
                 raise
             log.info("%s dropped: %s", path, refusal)
@@ -249,7 +249,7 @@ class Transport:
         headers: dict[str, str] | None = None,
         timeout: float = 30,
     ) -> tuple[int, bytes]:
-        """One attempt: return status and body, or raise Refused or _Again."""
+        """One attempt: return status and body, or raise RequestRefused or _Again."""
         response = self._open(method, path, body=body, headers=headers, timeout=timeout)
         data = response.read(RESPONSE_LIMIT + 1)
         if len(data) > RESPONSE_LIMIT:
@@ -298,7 +298,7 @@ class Transport:
             refusal = wire.Refusal.model_validate_json(data)
         except ValidationError:
             refusal = wire.Refusal(reason="Unexpected", error=f"{method} {path} answered {status}")
-        raise Refused(status, refusal.reason, refusal.error)
+        raise RequestRefused(status, refusal.reason, refusal.error)
 
     def _retry(self, attempt: Callable[[], T], what: str) -> T:
         begin = None

@@ -86,7 +86,7 @@ def export(
     ] = False,
 ) -> int:
     """Write a run's latest adapter as a PEFT directory, or merged into its base model."""
-    from .local.conclude import export_run
+    from .local.results import export_run
 
     export_run(run_dir, out, merge)
     return _say(str(out))
@@ -95,7 +95,7 @@ def export(
 @app.command()
 def report(run_dir: RunDir) -> int:
     """Write a run's report, plots and metrics anew and print its summary."""
-    from .local.conclude import report_run
+    from .local.results import report_run
 
     report_run(run_dir)
     return 0

@@ -10,8 +10,8 @@ from fedpipe_api.node import (
     MEMORY_PRESSURE,
     NODE_ADVICE,
     READY,
-    Device,
     FedPipeNodeStatus,
+    GpuDevice,
     NodeReason,
 )
 
@@ -29,7 +29,7 @@ PRESSURE_CLEARED_ABOVE = 0.15
 
 def judge(
     reading: Reading,
-    devices: tuple[Device, ...],
+    devices: tuple[GpuDevice, ...],
     *,
     declared: bool,
     boards: int,
@@ -55,7 +55,7 @@ def judge(
     return conditions
 
 
-def usable_devices(devices: Iterable[Device]) -> tuple[Device, ...]:
+def usable_devices(devices: Iterable[GpuDevice]) -> tuple[GpuDevice, ...]:
     """Return the devices a process can compute on: their memory is known and, with MIG, has instances."""
     return tuple(
         device
@@ -71,14 +71,14 @@ def silent(reading: Reading) -> bool:
     return bool(reading.lost) and not reading.devices
 
 
-def _without_instances(device: Device) -> bool:
+def _without_instances(device: GpuDevice) -> bool:
     return bool(device.mig_enabled) and not device.mig_instances
 
 
 _State = tuple[bool, NodeReason, str]
 
 
-def _ready(reading: Reading, devices: tuple[Device, ...], declared: bool) -> _State:
+def _ready(reading: Reading, devices: tuple[GpuDevice, ...], declared: bool) -> _State:
     if declared:
         return True, NodeReason.DECLARED, "the capacity is declared in a file"
     if reading.fault is not None and silent(reading):
@@ -96,7 +96,7 @@ def _ready(reading: Reading, devices: tuple[Device, ...], declared: bool) -> _St
     return True, NodeReason.GPU_READY, f"{len(devices)} of {len(devices) + len(reading.lost)} GPUs answer"
 
 
-def _driver_fault(reading: Reading, devices: tuple[Device, ...], boards: int) -> _State:
+def _driver_fault(reading: Reading, devices: tuple[GpuDevice, ...], boards: int) -> _State:
     fault = reading.fault
     if fault is None:
         if reading.devices or reading.lost:
@@ -124,7 +124,7 @@ def _device_lost(reading: Reading) -> _State:
 
 
 def _memory_pressure(
-    devices: tuple[Device, ...], processes: tuple[int | None, ...], before: tuple[Condition, ...]
+    devices: tuple[GpuDevice, ...], processes: tuple[int | None, ...], before: tuple[Condition, ...]
 ) -> _State:
     already = any(known.type == MEMORY_PRESSURE and known.status == "True" for known in before)
     limit = PRESSURE_CLEARED_ABOVE if already else PRESSURE_BELOW

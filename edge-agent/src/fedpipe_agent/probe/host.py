@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpipe_api import memory
-from fedpipe_api.node import Cpu, Device
+from fedpipe_api.node import Cpu, GpuDevice
 
 TEGRA_CAPABILITY = {"33": "5.3", "24": "6.2", "25": "7.2", "35": "8.7", "38": "11.0"}
 """CUDA compute capability by /sys/devices/soc0/soc_id: T210, T186, T194, T234 (Orin), T264 (Thor)."""
@@ -18,7 +18,7 @@ class Host:
     """One look at the system; `tegra` is a Jetson's GPU, `boards` the count of NVIDIA GPUs on PCI."""
 
     cpu: Cpu
-    tegra: Device | None = None
+    tegra: GpuDevice | None = None
     boards: int = 0
 
 
@@ -52,11 +52,11 @@ def _core_limit(group: Path) -> int | None:
     return max(1, round(int(quota) / int(period)))
 
 
-def _tegra(root: Path) -> Device | None:
+def _tegra(root: Path) -> GpuDevice | None:
     soc = root / "sys/devices/soc0"
     if _text(soc / "family") != "Tegra":
         return None
-    return Device(
+    return GpuDevice(
         uuid=f"tegra-{_text(soc / 'serial_number') or _text(soc / 'soc_id')}"[:128],
         name=(_text(soc / "machine") or "NVIDIA Jetson")[:128],
         compute_capability=TEGRA_CAPABILITY.get(_text(soc / "soc_id")),

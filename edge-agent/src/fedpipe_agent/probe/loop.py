@@ -159,7 +159,7 @@ def run(
 ) -> None:
     """Make passes every `interval` seconds until SIGTERM; report at least about every `heartbeat` seconds."""
     schedule = Schedule(interval, heartbeat)
-    journal = Journal()
+    journal = StateLog()
     try:
         with waiter.interruptible():
             before = _last_status(publisher)
@@ -195,7 +195,7 @@ def run(
         return
 
 
-class Journal:
+class StateLog:
     """Logs each state once, when it changes."""
 
     def __init__(self) -> None:

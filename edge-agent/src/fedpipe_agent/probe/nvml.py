@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from fedpipe_api.base import Model
-from fedpipe_api.node import Device, MigInstance, NodeReason
+from fedpipe_api.node import GpuDevice, MigInstance, NodeReason
 
 from .child import Child, Died, Stuck, Wait
 
@@ -43,7 +43,7 @@ class Reading(Model):
 
     driver_version: str | None = None
     cuda_version: str | None = None
-    devices: tuple[Device, ...] = Field(default=(), max_length=MAX_DEVICES)
+    devices: tuple[GpuDevice, ...] = Field(default=(), max_length=MAX_DEVICES)
     processes: tuple[int | None, ...] = Field(
         default=(), max_length=MAX_DEVICES, description="Compute processes on each device."
     )
@@ -102,7 +102,7 @@ def collect() -> Reading:
 
 
 def _collect(nvml: Any) -> Reading:
-    devices: list[Device] = []
+    devices: list[GpuDevice] = []
     processes: list[int | None] = []
     lost: list[Lost] = []
     cuda = _ask(nvml, nvml.nvmlSystemGetCudaDriverVersion_v2)
@@ -129,7 +129,7 @@ def _collect(nvml: Any) -> Reading:
     )
 
 
-def _device(nvml: Any, handle: Any, uuid: str) -> Device:
+def _device(nvml: Any, handle: Any, uuid: str) -> GpuDevice:
     capability = _ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, handle)
     utilization = _ask(nvml, nvml.nvmlDeviceGetUtilizationRates, handle)
     power = _ask(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
@@ -138,7 +138,7 @@ def _device(nvml: Any, handle: Any, uuid: str) -> Device:
     instances = _instances(nvml, handle) if mig and mig[0] else ()
     memory, unsupported = _memory(nvml, handle)
     total, free = (memory.total, memory.free) if memory else _sum(instances)
-    return Device(
+    return GpuDevice(
         uuid=uuid[:128],
         name=(_ask(nvml, nvml.nvmlDeviceGetName, handle) or "NVIDIA GPU")[:128],
         compute_capability=f"{capability[0]}.{capability[1]}" if capability else None,

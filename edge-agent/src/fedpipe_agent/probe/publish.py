@@ -44,7 +44,7 @@ class PublishError(Exception):
 
 
 @dataclass(frozen=True)
-class Identity:
+class NodeIdentity:
     """The Node that a bound ServiceAccount token names."""
 
     node: str
@@ -86,7 +86,7 @@ class Cluster:
         except OSError as error:
             raise PublishError("NoToken", f"{self.token}: {error.strerror}; mount the token") from None
 
-    def identity(self) -> Identity:
+    def identity(self) -> NodeIdentity:
         """Return the Node that the token is bound to; the admission policy lets the probe write no other.
 
         The token is this process's own: it is decoded, not verified. Raises PublishError without the claim.
@@ -95,7 +95,7 @@ class Cluster:
             payload = self.read_token().split(".")[1]
             claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
             node = claims["kubernetes.io"]["node"]
-            return Identity(node=str(node["name"]), uid=str(node["uid"]))
+            return NodeIdentity(node=str(node["name"]), uid=str(node["uid"]))
         except (IndexError, KeyError, TypeError, ValueError):
             raise PublishError(
                 "NoNodeClaim", f"{self.token}: the token names no Node; Kubernetes 1.30 or later is needed"
@@ -201,11 +201,11 @@ class Publisher:
             ) from None
 
 
-def _path(identity: Identity) -> str:
+def _path(identity: NodeIdentity) -> str:
     return f"/apis/{GROUP}/{VERSION}/{NODES}/{identity.node}"
 
 
-def _object(identity: Identity, metadata: dict[str, Any]) -> dict[str, Any]:
+def _object(identity: NodeIdentity, metadata: dict[str, Any]) -> dict[str, Any]:
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "FedPipeNode",
@@ -213,7 +213,7 @@ def _object(identity: Identity, metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _owned_object(identity: Identity) -> dict[str, Any]:
+def _owned_object(identity: NodeIdentity) -> dict[str, Any]:
     """Return the object with its Node as owner, so that Kubernetes collects it with the Node."""
     owner = {"apiVersion": "v1", "kind": "Node", "name": identity.node, "uid": identity.uid}
     return _object(identity, {"ownerReferences": [owner]})

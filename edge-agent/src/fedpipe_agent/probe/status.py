@@ -8,8 +8,8 @@ from fedpipe_api.base import Precision
 from fedpipe_api.node import (
     Capacity,
     Cpu,
-    Device,
     FedPipeNodeStatus,
+    GpuDevice,
     PrecisionSupport,
 )
 
@@ -101,11 +101,11 @@ def moved(written: FedPipeNodeStatus, current: FedPipeNodeStatus) -> str | None:
     return None
 
 
-def _declared_devices(capacity: Capacity) -> tuple[Device, ...]:
+def _declared_devices(capacity: Capacity) -> tuple[GpuDevice, ...]:
     if capacity.device == "cpu":
         return ()
     return (
-        Device(
+        GpuDevice(
             uuid="declared",
             name=capacity.device,
             total_memory=capacity.memory,
@@ -123,7 +123,7 @@ def _declared_cpu(capacity: Capacity, cpu: Cpu) -> Cpu:
     return cpu.model_copy(update=changes)
 
 
-def _with_shared_memory(device: Device, cpu: Cpu) -> Device:
+def _with_shared_memory(device: GpuDevice, cpu: Cpu) -> GpuDevice:
     """Fill in the system's memory where the board has none of its own."""
     if not device.unified_memory or device.total_memory is not None:
         return device
@@ -132,7 +132,7 @@ def _with_shared_memory(device: Device, cpu: Cpu) -> Device:
     )
 
 
-def _derived_precisions(devices: tuple[Device, ...]) -> list[PrecisionSupport]:
+def _derived_precisions(devices: tuple[GpuDevice, ...]) -> list[PrecisionSupport]:
     if not devices:
         return [PrecisionSupport(precision=precision) for precision in Precision]
     usable = usable_devices(devices)
@@ -141,7 +141,7 @@ def _derived_precisions(devices: tuple[Device, ...]) -> list[PrecisionSupport]:
     return [_derived(precision, usable) for precision in Precision]
 
 
-def _derived(precision: Precision, devices: tuple[Device, ...]) -> PrecisionSupport:
+def _derived(precision: Precision, devices: tuple[GpuDevice, ...]) -> PrecisionSupport:
     """Return whether every device has the precision: an agent may land on any of them."""
     needed = CAPABILITY_NEEDED.get(precision)
     if needed is None:
@@ -173,7 +173,7 @@ def _merge(
     return tuple(known[precision] for precision in Precision if precision in known)
 
 
-def _source(capacity: Capacity | None, reading: Reading, devices: tuple[Device, ...]) -> Source:
+def _source(capacity: Capacity | None, reading: Reading, devices: tuple[GpuDevice, ...]) -> Source:
     if capacity is not None:
         return "declared"
     if reading.devices or silent(reading):

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from fedpipe_api.node import Capacity, Cpu, Device
+from fedpipe_api.node import Capacity, Cpu, GpuDevice
 
 NOTHING = "–"
 
 
-def devices(devices: tuple[Device, ...], capacity: Capacity | None) -> str:
+def devices(devices: tuple[GpuDevice, ...], capacity: Capacity | None) -> str:
     """Return the devices' names, equal ones counted."""
     if not devices:
         return capacity.device if capacity else "cpu"
@@ -23,7 +23,7 @@ def devices(devices: tuple[Device, ...], capacity: Capacity | None) -> str:
     return ", ".join(parts)[:128]
 
 
-def _sizes(devices: tuple[Device, ...]) -> list[tuple[int, int]]:
+def _sizes(devices: tuple[GpuDevice, ...]) -> list[tuple[int, int]]:
     """Return (total, free) bytes of every device that can be given to a process and reports its memory."""
     sizes = []
     for device in devices:
@@ -32,14 +32,14 @@ def _sizes(devices: tuple[Device, ...]) -> list[tuple[int, int]]:
     return sizes
 
 
-def memory(devices: tuple[Device, ...]) -> str:
+def memory(devices: tuple[GpuDevice, ...]) -> str:
     """Return the distinct sizes a process can be given, largest first."""
     totals = sorted({total for total, _ in _sizes(devices)}, reverse=True)
     texts = dict.fromkeys(_quantity(total, round) for total in totals)
     return ",".join(texts)[:32] or NOTHING
 
 
-def free(devices: tuple[Device, ...], cpu: Cpu) -> str:
+def free(devices: tuple[GpuDevice, ...], cpu: Cpu) -> str:
     """Return the most that one process could get."""
     free = [free for _, free in _sizes(devices)] if devices else [cpu.free_memory]
     return _quantity(max(free), int) if free else NOTHING

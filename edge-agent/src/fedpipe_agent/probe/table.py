@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fedpipe_api.node import Capacity, Device, FedPipeNode, FedPipeNodeStatus
+from fedpipe_api.node import Capacity, FedPipeNode, FedPipeNodeStatus, GpuDevice
 
 from .summary import gib
 
@@ -47,7 +47,7 @@ def _rows(status: FedPipeNodeStatus, link_from: str) -> Iterator[tuple[str, str]
         yield condition.type, f"{condition.status} · {reason}"
 
 
-def _facts(device: Device) -> Iterator[str]:
+def _facts(device: GpuDevice) -> Iterator[str]:
     if device.compute_capability:
         yield f"compute capability {device.compute_capability}"
     yield _free_of(device.free_memory, device.total_memory) + (" (unified)" if device.unified_memory else "")

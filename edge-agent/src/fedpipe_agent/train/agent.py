@@ -46,7 +46,7 @@ class Agent:
     """The trainer of one node: one base model, loaded once per precision."""
 
     def __init__(
-        self, job: wire.Registered, source: base.Source, transport: Transport, device: Device, work: Path
+        self, job: wire.AgentConfig, source: base.Source, transport: Transport, device: Device, work: Path
     ):
         """Keep what does not change; nothing heavy is done yet."""
         self._job = job

@@ -3,15 +3,15 @@
 from .messages import AggregationReport, AggregationRequest, MatrixReport, NodeReport, NodeUpdate, StoredFile
 from .run import aggregate_round
 from .sent import make_again
-from .validation import Refused, check_update_file
+from .validation import InvalidUpdateFile, check_update_file
 
 __all__ = [
     "AggregationReport",
     "AggregationRequest",
+    "InvalidUpdateFile",
     "MatrixReport",
     "NodeReport",
     "NodeUpdate",
-    "Refused",
     "StoredFile",
     "aggregate_round",
     "check_update_file",

@@ -42,7 +42,7 @@ class MalformedFileError(ValueError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file; `start` counts bytes from the beginning of the file."""
 
     dtype: str
@@ -66,7 +66,7 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**62
 
 
-def _entry(name: str, fields: object, base: int) -> Entry:
+def _entry(name: str, fields: object, base: int) -> TensorEntry:
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise MalformedFileError(f"tensor {name!r:.80} has not exactly dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
@@ -79,12 +79,12 @@ def _entry(name: str, fields: object, base: int) -> Entry:
     size = offsets[1] - offsets[0]
     if size != math.prod(shape) * _DTYPES[dtype]:
         raise MalformedFileError(f"tensor {name!r:.80} has offsets that do not fit its shape")
-    return Entry(dtype, tuple(shape), base + offsets[0], size)
+    return TensorEntry(dtype, tuple(shape), base + offsets[0], size)
 
 
 # Nodes with the same plan send the same header; they share one parsed copy.
 @functools.lru_cache(maxsize=64)
-def _parse(header: bytes) -> Mapping[str, Entry]:
+def _parse(header: bytes) -> Mapping[str, TensorEntry]:
     try:
         document = json.loads(header.decode(), object_pairs_hook=_unique)
     except MalformedFileError:
@@ -98,7 +98,7 @@ def _parse(header: bytes) -> Mapping[str, Entry]:
     return {name: _entry(name, fields, base) for name, fields in document.items()}
 
 
-def read_header(descriptor: int) -> Mapping[str, Entry]:
+def read_header(descriptor: int) -> Mapping[str, TensorEntry]:
     """Return the tensors of an open file by name; its length and layout are checked, its values are not.
 
     Raises:

@@ -8,17 +8,17 @@ import numpy as np
 from fedpipe_api.job import Robust, ServerOptimizer
 
 from .comparison import NotFiniteError
-from .elementwise import Averaged, Source, Statistic, average
 from .factors import Float64
 from .files import Float32
 from .robust import FEWEST, far_norms
+from .tensor_averaging import Averaged, Statistic, TensorSource, average
 
 _BLOCK = 512 * 1024
 """Entries of all sources that are looked at together."""
 
 
 def aggregate_head(
-    sources: Sequence[Source],
+    sources: Sequence[TensorSource],
     *,
     previous: Float32 | None,
     robust: Robust,
@@ -56,7 +56,9 @@ def aggregate_head(
     return replace(found, state=found.state if previous is not None else state), clipped
 
 
-def _bounded(sources: Sequence[Source], previous: Float32 | None) -> tuple[Float32, list[Source], list[int]]:
+def _bounded(
+    sources: Sequence[TensorSource], previous: Float32 | None
+) -> tuple[Float32, list[TensorSource], list[int]]:
     """Return where changes count from (size, 1), and the sources and nodes clipped where they are far off."""
     size = sources[0].rows
     start = np.empty((size, 1), np.float32) if previous is None else previous

@@ -1,6 +1,6 @@
 """How much memory an aggregation takes, predicted from shapes, ranks and settings (METHOD §4).
 
-What is counted are the arrays of `factor_space`, `entry_by_entry` and `heads` that exist at once; what the
+What is counted are the arrays of `low_rank_sum`, `factor_averaging` and `heads` that exist at once; what the
 interpreter and its libraries hold beside them is `FIXED`. The tests measure it.
 """
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from fedpipe_api.job import Aggregation, Method
 from fedpipe_api.wire import sent_as_int8
 
-from . import server as optimizer
-from .factor_space import FOLD_KEEP, FOLD_ROOM
-from .matrix import SKETCH
+from . import server_optimizer as optimizer
+from .low_rank_sum import FOLD_KEEP, FOLD_ROOM
+from .sketches import SKETCH
 
 FIXED = 10 * 2**20
 """Bytes of headers, threads and buffers of any aggregation; BLAS keeps more on some processors."""

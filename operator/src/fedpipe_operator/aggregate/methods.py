@@ -13,33 +13,31 @@ import numpy as np
 from fedpipe_api.base import UserError
 from fedpipe_api.job import Method
 
-from .entry_by_entry import entry_by_entry
-from .factor_space import in_factor_space
-from .matrix import Aggregated, Matrix
+from .contribution import Aggregated, Matrix
+from .factor_averaging import average_factors
+from .low_rank_sum import sum_products
 
 Rule = Callable[[Matrix], Aggregated]
 
 
 def exact(matrix: Matrix) -> Aggregated:
     """G ← G + Σ w D; a node starts from the best rank-r_k part of G as sent, the remainder stays frozen."""
-    return in_factor_space(matrix, True, lambda weights, clips, started: -(weights * clips) @ started)
+    return sum_products(matrix, True, lambda weights, clips, started: -(weights * clips) @ started)
 
 
 def truncate(matrix: Matrix) -> Aggregated:
     """G ← Σ w s B A (FlexLoRA); a node starts from the best rank-r_k part of G, without the rest."""
-    return in_factor_space(
-        matrix, True, lambda weights, clips, started: (weights * (1 - clips)) @ started - 1
-    )
+    return sum_products(matrix, True, lambda weights, clips, started: (weights * (1 - clips)) @ started - 1)
 
 
 def stack(matrix: Matrix) -> Aggregated:
     """G ← G + Σ w s B A (FLoRA); a node starts from a fresh adapter beside the frozen G."""
-    return in_factor_space(matrix, False, lambda weights, clips, started: np.zeros(started.shape[1]))
+    return sum_products(matrix, False, lambda weights, clips, started: np.zeros(started.shape[1]))
 
 
 def zero_pad(matrix: Matrix) -> Aggregated:
     """Average the factors, padded with zeros to the largest rank (HetLoRA)."""
-    return entry_by_entry(matrix)
+    return average_factors(matrix)
 
 
 def average(matrix: Matrix) -> Aggregated:
@@ -54,7 +52,7 @@ def average(matrix: Matrix) -> Aggregated:
             f"spec.aggregation.method: average needs equal ranks, but {matrix.name} has ranks {ranks[0]} to "
             f"{ranks[-1]}. Make spec.adapter.ranks.min and max equal, or choose another method."
         )
-    return entry_by_entry(matrix)
+    return average_factors(matrix)
 
 
 RULES: Mapping[Method, Rule] = {

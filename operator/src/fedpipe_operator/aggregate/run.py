@@ -15,16 +15,16 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from fedpipe_api.base import UserError
 from fedpipe_api.wire import HEAD, LORA_A, LORA_B, SCALE, scale, sent_as_int8
 
-from . import server as optimizer
+from . import server_optimizer as optimizer
 from .comparison import Comparison, NotFiniteError, Products
-from .elementwise import Source
+from .contribution import Contribution, Figures, Matrix, saved
 from .files import Float32, MalformedFileError, TensorFile, TensorWriter
 from .heads import aggregate_head
-from .matrix import Contribution, Figures, Matrix, saved
 from .messages import AggregationReport, AggregationRequest, StoredFile
 from .methods import RULES
 from .screening import Findings, screen
 from .sent import quantize
+from .tensor_averaging import TensorSource
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class _Round:
         total = weights[senders].sum()
         clips = self._findings.clips
         sources = [
-            Source(
+            TensorSource(
                 index,
                 self._files[index],
                 name,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import READABLE, Entry, MalformedFileError, read_header
+from .files import READABLE, MalformedFileError, TensorEntry, read_header
 
 BF16_EXPONENT = np.uint16(0x7F80)
 """All ones: NaN or infinity."""
@@ -14,7 +14,7 @@ BF16_EXPONENT = np.uint16(0x7F80)
 _BLOCK = 1024 * 1024
 
 
-class Refused(Exception):
+class InvalidUpdateFile(Exception):
     """A received file that is no usable update: a CamelCase reason, and one line that says what is wrong."""
 
     def __init__(self, reason: str, message: str) -> None:
@@ -32,36 +32,40 @@ def check_update_file(path: Path, expected_shapes: Mapping[str, tuple[int, ...]]
         max_bytes: its largest length.
 
     Raises:
-        Refused: TooLarge, Malformed, WrongTensors, WrongType, WrongShape or NotFinite.
+        InvalidUpdateFile: TooLarge, Malformed, WrongTensors, WrongType, WrongShape or NotFinite.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(descriptor).st_size
         if size > max_bytes:
-            raise Refused("TooLarge", f"the file has {size} bytes, at most {max_bytes} are allowed")
+            raise InvalidUpdateFile("TooLarge", f"the file has {size} bytes, at most {max_bytes} are allowed")
         try:
             entries = read_header(descriptor)
         except MalformedFileError as error:
-            raise Refused("Malformed", f"not a safetensors file: {error}") from None
+            raise InvalidUpdateFile("Malformed", f"not a safetensors file: {error}") from None
         _check_layout(entries, expected_shapes)
         _check_finite(descriptor, entries)
     finally:
         os.close(descriptor)
 
 
-def _check_layout(entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_layout(entries: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]]) -> None:
     if missing := sorted(expected.keys() - entries.keys()):
-        raise Refused("WrongTensors", f"tensor {missing[0]} is missing ({len(missing)} in all)")
+        raise InvalidUpdateFile("WrongTensors", f"tensor {missing[0]} is missing ({len(missing)} in all)")
     if surplus := sorted(entries.keys() - expected.keys()):
-        raise Refused("WrongTensors", f"tensor {surplus[0]!r:.80} is not asked for ({len(surplus)} in all)")
+        raise InvalidUpdateFile(
+            "WrongTensors", f"tensor {surplus[0]!r:.80} is not asked for ({len(surplus)} in all)"
+        )
     for name, entry in entries.items():
         if entry.dtype not in READABLE:
-            raise Refused("WrongType", f"tensor {name} is {entry.dtype}, F32 or BF16 is wanted")
+            raise InvalidUpdateFile("WrongType", f"tensor {name} is {entry.dtype}, F32 or BF16 is wanted")
         if entry.shape != tuple(expected[name]):
-            raise Refused("WrongShape", f"tensor {name} is {list(entry.shape)}, not {list(expected[name])}")
+            raise InvalidUpdateFile(
+                "WrongShape", f"tensor {name} is {list(entry.shape)}, not {list(expected[name])}"
+            )
 
 
-def _check_finite(descriptor: int, entries: Mapping[str, Entry]) -> None:
+def _check_finite(descriptor: int, entries: Mapping[str, TensorEntry]) -> None:
     buffer = bytearray(_BLOCK)
     single, half = np.frombuffer(buffer, np.float32), np.frombuffer(buffer, np.uint16)
     for name, entry in entries.items():
@@ -69,11 +73,11 @@ def _check_finite(descriptor: int, entries: Mapping[str, Entry]) -> None:
         while position < end:
             count = min(_BLOCK, end - position)
             if os.preadv(descriptor, [memoryview(buffer)[:count]], position) != count:
-                raise Refused("Malformed", f"tensor {name} is cut short")
+                raise InvalidUpdateFile("Malformed", f"tensor {name} is cut short")
             if entry.dtype == "BF16":
                 finite = (half[: count // 2] & BF16_EXPONENT) != BF16_EXPONENT
             else:
                 finite = np.isfinite(single[: count // 4])
             if not finite.all():
-                raise Refused("NotFinite", f"tensor {name} holds NaN or infinity")
+                raise InvalidUpdateFile("NotFinite", f"tensor {name} holds NaN or infinity")
             position += count

@@ -27,8 +27,7 @@ from fedpipe_api.wire import (
     read_message,
 )
 
-from ..aggregate import Refused as BadUpdate
-from ..aggregate import check_update_file
+from ..aggregate import InvalidUpdateFile, check_update_file
 from ..engine import Engine, Refused, accept
 from ..engine.accept import Verdict
 from ..engine.quota import SAFETENSORS_HEADER
@@ -231,7 +230,7 @@ class _Routes:
                 await self._still(request)
                 try:
                     await asyncio.to_thread(check_update_file, incoming.path, shapes, limit)
-                except BadUpdate as error:
+                except InvalidUpdateFile as error:
                     raise Refused(422, error.reason, f"update of {who.node}: {error}") from None
                 await self._engine.update(who.job, who.node, number, manifest, incoming)
             finally:

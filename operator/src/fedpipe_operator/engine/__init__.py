@@ -2,6 +2,6 @@
 
 from .accept import Refused
 from .engine import Engine
-from .notes import Note
+from .events import JobEvent
 
-__all__ = ["Engine", "Note", "Refused"]
+__all__ = ["Engine", "JobEvent", "Refused"]

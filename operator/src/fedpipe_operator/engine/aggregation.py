@@ -8,7 +8,7 @@ from fedpipe_api.wire import Blob
 from ..aggregate import AggregationRequest, NodeReport, NodeUpdate, StoredFile, aggregate_round
 from ..store import Blobs
 from .planning import REASON
-from .records import MatrixReport, NodeCheck, RoundAggregated
+from .records import MatrixRecord, NodeCheck, RoundAggregated
 from .room import available, fitting
 from .state import JobState
 from .weights import CAP, capped
@@ -37,7 +37,7 @@ async def aggregate(
         adapter=_blob(report.adapter),
         sent=_blob(report.sent) if report.sent else None,
         server_state=_blob(report.server_state) if report.server_state else None,
-        matrices={name: MatrixReport(**vars(found)) for name, found in report.matrices.items()},
+        matrices={name: MatrixRecord(**vars(found)) for name, found in report.matrices.items()},
         checks={node: _check(state, node, found, counted[node]) for node, found in report.nodes.items()},
         relative_error=report.relative_error,
         discarded_energy=report.discarded_energy,

@@ -13,7 +13,7 @@ from .decide import Action, Aggregate, CloseRound, Finish, MakePlan, OpenRound, 
 from .integrity import Integrity
 from .jobs import Job, until
 from .journal import Journal
-from .planning import Infeasible, make_plan
+from .planning import PlanInfeasible, make_plan
 from .records import Finished, Record, RoundClosed, RoundOpened, UpdateDropped
 from .state import blobs_in_use
 from .worker import Worker
@@ -43,20 +43,20 @@ class Driver:
             try:
                 await self._perform_or_end(job, committed)
                 failures = 0
-            except Infeasible as error:
+            except PlanInfeasible as error:
                 await self._stand(job, Wait(Reason.PLAN_INFEASIBLE, str(error)), committed)
             except Exception as error:
                 pause = RETRY_SECONDS
                 if is_full(error):
                     log.warning("job %s: the store has no room; trying again", job.state.name)
-                    job.stand_full("what comes next")
+                    job.set_store_full("what comes next")
                 else:
                     # Longer each time: other jobs wait for the worker behind one that takes it and fails.
                     pause *= 2 ** min(failures, LONGEST_DOUBLING)
                     failures += 1
                     log.exception("job %s: will be tried again in %.0f s", job.state.name, pause)
                     text = f"{type(error).__name__}: {error}"[:900]
-                    job.stand(Wait(Reason.INTERNAL_ERROR, f"{text}; trying again"))
+                    job.set_waiting(Wait(Reason.INTERNAL_ERROR, f"{text}; trying again"))
                 await asyncio.sleep(pause)
 
     async def _perform_or_end(self, job: Job, committed: asyncio.Event) -> None:
@@ -72,7 +72,7 @@ class Driver:
             wait = Wait(Reason.STORE_FULL, job.full, wait.until)
         elif job.damage:
             wait = Wait(Reason.STORE_DAMAGED, job.damage, wait.until)
-        job.stand(wait)
+        job.set_waiting(wait)
         await until(committed, None if wait.until is None else max(0.0, wait.until - self._journal.clock()))
 
     async def _perform(self, job: Job, action: Action, committed: asyncio.Event) -> None:
@@ -122,7 +122,7 @@ class Driver:
             return await self._stand(job, Wait(Reason.STORE_DAMAGED, job.damage or "", again), committed)
         if await self._drop_damaged(job):
             return None
-        job.stand(Wait(Reason.AGGREGATING, f"round {round_number} is aggregated"))
+        job.set_waiting(Wait(Reason.AGGREGATING, f"round {round_number} is aggregated"))
         record, files = await aggregate(self._worker, self._journal.blobs, job.state)
         async with job.lock, self._journal.store_lock:
             before = blobs_in_use(job.state)

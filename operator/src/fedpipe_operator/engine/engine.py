@@ -11,11 +11,11 @@ from fedpipe_api.job import FedPipeJob, FedPipeJobSpec
 from .background import Background, cancel, uninterrupted
 from .backup import serve_backups
 from .driver import Driver
+from .events import JobEvent
 from .inbox import Inbox
 from .integrity import Integrity
 from .jobs import Job, Live, until
 from .journal import Journal
-from .notes import Note
 from .records import Offered, SpecChanged, Submitted
 from .silence import watch_silence, watch_store
 from .worker import Worker
@@ -29,7 +29,7 @@ class Engine(Inbox):
         directory: Path,
         *,
         clock: Callable[[], float] = time.time,
-        notify: Callable[[str, Note], None] = lambda uid, note: None,
+        notify: Callable[[str, JobEvent], None] = lambda uid, event: None,
     ) -> None:
         self._directory = directory
         self._worker = Worker()
@@ -96,7 +96,9 @@ class Engine(Inbox):
             if job.state.spec != spec:
                 await self._journal.commit(job, SpecChanged(generation=job.state.generation + 1, spec=spec))
 
-    async def offer(self, uid: str, nodes: Iterable[str], excluded: dict[str, str] | None = None) -> None:
+    async def set_eligible_nodes(
+        self, uid: str, nodes: Iterable[str], excluded: dict[str, str] | None = None
+    ) -> None:
         """Say which nodes may take part, and why others may not. Idempotent."""
         job, names = self.job(uid), tuple(sorted(nodes))
         async with job.lock:
@@ -114,7 +116,7 @@ class Engine(Inbox):
         if job is None:
             return
         await cancel([job.task])
-        job.turned.fire()
+        job.work_available.fire()
         job.shown.fire()
 
     async def moved(self, uid: str, seconds: float) -> None:

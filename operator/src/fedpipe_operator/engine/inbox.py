@@ -8,11 +8,11 @@ from pathlib import Path
 
 from fedpipe_api.conditions import Reason
 from fedpipe_api.wire import (
+    AgentConfig,
     Assignment,
     Evaluation,
     ProfileReport,
     Progress,
-    Registered,
     Registration,
     UpdateManifest,
 )
@@ -61,15 +61,15 @@ class Inbox:
             raise Refused(403, "JobQuarantined", text)
         raise gone()
 
-    def facts(self, uid: str, node: str) -> Registered:
+    def facts(self, uid: str, node: str) -> AgentConfig:
         """Return what an agent needs to load its model and data."""
         spec = self.job(uid).state.spec
-        return Registered(
+        return AgentConfig(
             job=self.job(uid).state.name, node=node, model=spec.model, data=spec.data,
             optimizer=spec.optimizer, adapter=spec.adapter, seed=spec.seed,
         )  # fmt: skip
 
-    async def register(self, uid: str, node: str, message: Registration) -> Registered:
+    async def register(self, uid: str, node: str, message: Registration) -> AgentConfig:
         """Take an agent in."""
         job = self.job(uid)
         async with job.lock:
@@ -98,12 +98,12 @@ class Inbox:
         await self._heard(self.job(uid), node)
         while True:
             job = self.job(uid)
-            turned = job.turned.next
+            available = job.work_available.next
             work = assignment(job.state, node, self.clock())
             left = end - time.monotonic()
             if work is not None or left <= 0:
                 return work
-            await until(turned, left)
+            await until(available, left)
 
     async def profile(self, uid: str, node: str, report: ProfileReport) -> None:
         """Take a node's measurements."""
@@ -145,7 +145,9 @@ class Inbox:
         taken = held(job.state) + sum(job.uploads.values())
         if taken + size > limit:
             text = f"job {job.state.name} may hold {limit} bytes in the store and has {taken}"
-            job.stand(Wait(Reason.STORE_FULL, f"an update of {node} is refused: {text}; enlarge the volume"))
+            job.set_waiting(
+                Wait(Reason.STORE_FULL, f"an update of {node} is refused: {text}; enlarge the volume")
+            )
             raise Refused(507, "QuotaExceeded", text, retry_after=ROOM_SECONDS)
         job.uploads[node] = size
         try:
@@ -157,7 +159,7 @@ class Inbox:
         """Note a sign of life; return whether the work is still wanted."""
         job = self.job(uid)
         if message.state == "failed":
-            await self.lose(uid, node, message.message or "the agent failed", failed=True)
+            await self.mark_lost(uid, node, message.message or "the agent failed", failed=True)
             return False
         await self._heard(job, node)
         if node in job.live:
@@ -178,7 +180,7 @@ class Inbox:
     def full(self, uid: str, what: str) -> None:
         """Show that there was no room for what an agent sent; it sends it again."""
         if uid in self.jobs:
-            self.jobs[uid].stand_full(what)
+            self.jobs[uid].set_store_full(what)
 
     def sent(self, uid: str, size: int) -> None:
         """Count bytes that went down to an agent of the job."""
@@ -195,7 +197,7 @@ class Inbox:
                     job, known.model_copy(update={"sequence": sequence, "model": None})
                 )
 
-    async def lose(self, uid: str, node: str, reason: str, *, failed: bool = False) -> None:
+    async def mark_lost(self, uid: str, node: str, reason: str, *, failed: bool = False) -> None:
         """Say that a node's agent is gone, or `failed` with an error; rounds stop waiting for it."""
         job = self.job(uid)
         async with job.lock:

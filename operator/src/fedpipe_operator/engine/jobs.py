@@ -62,7 +62,7 @@ class Job:
     state: JobState
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     committed: Signal = field(default_factory=Signal)  # the state changed: the driver looks again
-    turned: Signal = field(default_factory=Signal)  # agents may have new work
+    work_available: Signal = field(default_factory=Signal)  # agents may have new work
     shown: Signal = field(default_factory=Signal)  # there is something new to show
     live: dict[str, Live] = field(default_factory=dict)
     wait: Wait | None = None
@@ -74,16 +74,16 @@ class Job:
     returns: Allowance = field(default_factory=Allowance)
     task: asyncio.Task[None] | None = None
 
-    def stand(self, wait: Wait) -> None:
+    def set_waiting(self, wait: Wait) -> None:
         """Show why nothing happens."""
         if self.wait != wait:
             self.wait = wait
             self.shown.fire()
 
-    def stand_full(self, what: str) -> None:
+    def set_store_full(self, what: str) -> None:
         """Show that the store has no room; the job goes on by itself once it has."""
         self.full = f"the operator's store has no room for {what}; it is tried again"
-        self.stand(Wait(Reason.STORE_FULL, self.full))
+        self.set_waiting(Wait(Reason.STORE_FULL, self.full))
 
 
 async def until(event: asyncio.Event, seconds: float | None) -> None:

@@ -15,8 +15,8 @@ from ..store import Blobs, Entry, Ledger, is_full
 from ..store.backup import snapshot
 from .accept import Refused
 from .background import uninterrupted
+from .events import Before, JobEvent, event_of
 from .jobs import Job
-from .notes import Before, Note, note_of
 from .order import check
 from .quarantine import Quarantine, UnreadableError, check_usable, digests_named, fold, names_in, parse
 from .records import Record, Submitted
@@ -37,7 +37,7 @@ class Journal:
         directory: Path,
         *,
         clock: Callable[[], float] = time.time,
-        notify: Callable[[str, Note], None] = lambda uid, note: None,
+        notify: Callable[[str, JobEvent], None] = lambda uid, event: None,
     ) -> None:
         self.jobs: dict[str, Job] = {}
         self.quarantined: dict[str, Quarantine] = {}
@@ -124,7 +124,7 @@ class Journal:
             await self._in_ledger(partial(self._ledger.append, entry))
         except (OSError, sqlite3.Error) as error:
             if is_full(error):
-                job.stand_full("a record")
+                job.set_store_full("a record")
             raise
         self._apply(job, record, entry.at)
 
@@ -140,13 +140,13 @@ class Journal:
         before = Before.of(job.state)
         apply(job.state, record, at)
         job.wait = job.full = None
-        note = note_of(job.state, record, before)
-        if note:
-            self._notify(job.state.uid, note)
+        event = event_of(job.state, record, before)
+        if event:
+            self._notify(job.state.uid, event)
         job.committed.fire()
         job.shown.fire()
         if record.kind in _TURNS:
-            job.turned.fire()
+            job.work_available.fire()
 
     async def forget(self, uid: str) -> Job | None:
         """Remove a job, its records, and the blobs that no other job uses; return it if it ran.

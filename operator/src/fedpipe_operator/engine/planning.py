@@ -16,14 +16,14 @@ REASON = 1024
 """Characters that a record keeps of a reason."""
 
 
-class Infeasible(Exception):
+class PlanInfeasible(Exception):
     """Too few nodes fit the job; the message says why."""
 
 
 async def make_plan(worker: Worker, state: JobState, reason: str) -> PlanMade:
     """Return the record of the next plan.
 
-    Raises Infeasible when fewer nodes fit than spec.nodes.min, UserError when the spec cannot be planned.
+    Raises PlanInfeasible when fewer nodes fit than spec.nodes.min, UserError when the spec cannot be planned.
     """
     # What is registered while the planner works is for the next plan.
     request, shape, considered, odd = request_of(state), state.shape, state.live, _other_models(state)
@@ -31,7 +31,7 @@ async def make_plan(worker: Worker, state: JobState, reason: str) -> PlanMade:
     left_out = odd | {node: why[:REASON] for node, why in made.left_out.items()}
     if len(made.nodes) < state.spec.nodes.min:
         why = "; ".join(f"{node}: {text}" for node, text in sorted(left_out.items())[:3])
-        raise Infeasible(f"{len(made.nodes)} nodes fit, spec.nodes.min is {state.spec.nodes.min}. {why}")
+        raise PlanInfeasible(f"{len(made.nodes)} nodes fit, spec.nodes.min is {state.spec.nodes.min}. {why}")
     return PlanMade(
         version=state.plan.version + 1 if state.plan else 1,
         reason=reason,

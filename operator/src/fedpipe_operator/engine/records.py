@@ -242,7 +242,7 @@ class NodeCheck(Model):
     capped: Positive | None = None
 
 
-class MatrixReport(Model):
+class MatrixRecord(Model):
     """What aggregation reports of one matrix."""
 
     relative_error: Figure
@@ -260,7 +260,7 @@ class RoundAggregated(Model):
     adapter: Blob
     sent: Blob | None = None
     server_state: Blob | None = None
-    matrices: dict[ModuleName, MatrixReport] = Field(max_length=MATRICES)
+    matrices: dict[ModuleName, MatrixRecord] = Field(max_length=MATRICES)
     checks: dict[Name, NodeCheck] = Field(max_length=NODES)
     relative_error: Figure
     discarded_energy: Figure

@@ -34,7 +34,7 @@ async def _lose_silent(inbox: Inbox, uid: str, job: Job) -> None:
     late = inbox.clock() - SILENCE_SECONDS
     for node in job.state.live:
         if not job.state.finished and job.live.setdefault(node, Live(inbox.clock())).seen < late:
-            await inbox.lose(uid, node, f"no sign of life for {SILENCE_SECONDS:.0f} s")
+            await inbox.mark_lost(uid, node, f"no sign of life for {SILENCE_SECONDS:.0f} s")
 
 
 async def watch_store(inbox: Inbox) -> None:

@@ -11,7 +11,7 @@ from fedpipe_api.names import CA_CONFIGMAP, OPERATOR_KEY
 
 from .api import Api, ApiError
 from .pods import CA_KEY
-from .settings import Settings
+from .settings import OperatorSettings
 from .tls import Material, load_certificate, now_utc, renew
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ CHECK_SECONDS = 300.0
 class Authority:
     """The coordinator's TLS. Call `load` before `context` is used, and keep `watch` running."""
 
-    def __init__(self, api: Api, settings: Settings) -> None:
+    def __init__(self, api: Api, settings: OperatorSettings) -> None:
         self._api = api
         self._settings = settings
         self._material: Material | None = None

@@ -17,7 +17,7 @@ from fedpipe_api.object_url import ObjectURL
 
 from ..version_option import add_version
 from .api import own_namespace
-from .settings import AllowedStore, Settings
+from .settings import AllowedStore, OperatorSettings
 
 app = typer.Typer(
     name="fedpipe-operator",
@@ -104,7 +104,7 @@ def run(
     own = namespace or own_namespace()
     if own is None:
         raise UserError("--namespace: required outside a cluster")
-    settings = Settings(
+    settings = OperatorSettings(
         namespace=own,
         service=service,
         store=store,

@@ -16,18 +16,18 @@ from fedpipe_api.job import FedPipeJob
 from fedpipe_api.names import child_name
 from fedpipe_api.status import FedPipeJobStatus, Phase
 
-from ..engine import Engine, Note
+from ..engine import Engine, JobEvent
 from ..engine.background import cancel
 from ..engine.state import JobState
 from .api import Api, ApiError
-from .events import Events
-from .fleet import Choice
+from .events import EventRecorder
+from .fleet import NodeSelection
 from .inventory import Inventory
-from .observed import Output, WriteBudget, invalid_status, observed_status, quarantined_status
+from .job_status import OutputResult, WriteBudget, invalid_status, job_status, quarantined_status
 from .pods import build_agent_pod, owner_reference, template_digest
-from .proofs import Proofs
 from .reconcile import Actions, reconcile
-from .settings import Settings
+from .settings import OperatorSettings
+from .verified_precisions import VerifiedPrecisions
 from .views import Body
 
 log = logging.getLogger(__name__)
@@ -58,10 +58,10 @@ class Tended:
     budget: WriteBudget
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
-    choice: Choice | None = None
+    choice: NodeSelection | None = None
     refused: str | None = None
     refused_until: float = 0.0
-    output: Output | None = None
+    output: OutputResult | None = None
     output_task: asyncio.Task[None] | None = None
     expected: dict[str, float] = field(default_factory=dict)
     failures: int = 0
@@ -84,8 +84,8 @@ class Controller:
         self,
         engine: Engine,
         api: Api,
-        settings: Settings,
-        events: Events,
+        settings: OperatorSettings,
+        events: EventRecorder,
         *,
         publish_ca: Callable[[str, list[dict[str, Any]]], Awaitable[None]],
         write_output: Callable[[FedPipeJob, JobState], Awaitable[str]],
@@ -103,7 +103,7 @@ class Controller:
         self._write_output = write_output
         self._observe = observe
         self._clock = clock
-        self._proofs = Proofs()
+        self._proofs = VerifiedPrecisions()
         self._turn = asyncio.Lock()
 
     # What kopf's handlers say
@@ -170,11 +170,11 @@ class Controller:
         for known in self.jobs.values():
             known.changed.set()
 
-    def note(self, uid: str, note: Note) -> None:
-        """Make an engine's note an Event."""
+    def record_event(self, uid: str, event: JobEvent) -> None:
+        """Post an event of the engine as an Event."""
         if uid in self.jobs:
             known = self.jobs[uid]
-            self._events.tell(known.namespace, known.name, uid, note)
+            self._events.record(known.namespace, known.name, uid, event)
 
     async def stop(self) -> None:
         """Stop looking."""
@@ -234,7 +234,7 @@ class Controller:
             log.info("job %s is deleted: ttlSecondsAfterFinished has passed", known.title)
             await self._api.delete_job(known.namespace, known.name, known.uid)
         self._deliver(known, job)
-        return _soonest(actions.again, again, await self._write_observed(known, job))
+        return _soonest(actions.again, again, await self._write_status(known, job))
 
     async def _quarantine(self, known: Tended, job: FedPipeJob) -> float | None:
         """Say that the job stands still, and end its agents: they have no work, and hold memory and GPUs."""
@@ -242,7 +242,9 @@ class Controller:
         if not known.quarantined:
             known.quarantined = True
             text = f"record {found.key}: {found.reason}"
-            self._events.tell(known.namespace, known.name, known.uid, Note(True, Reason.QUARANTINED, text))
+            self._events.record(
+                known.namespace, known.name, known.uid, JobEvent(True, Reason.QUARANTINED, text)
+            )
         for pod in self.inventory.agents_of(known.namespace, known.uid):
             if not pod.deleting:
                 await self._api.delete_pod(pod.namespace, pod.name, pod.uid, force=False)
@@ -272,11 +274,13 @@ class Controller:
         """Return whether the engine's state changed, so that everything must be decided anew."""
         if actions.submit:
             await self.engine.submit(job)
-        for node, reason in actions.lose.items():
-            await self.engine.lose(known.uid, node, reason)
-        if actions.offer is not None:
-            await self.engine.offer(known.uid, actions.offer.nodes, dict(actions.offer.excluded))
-        return bool(actions.submit or actions.lose or actions.offer)
+        for node, reason in actions.lost.items():
+            await self.engine.mark_lost(known.uid, node, reason)
+        if actions.eligible is not None:
+            await self.engine.set_eligible_nodes(
+                known.uid, actions.eligible.nodes, dict(actions.eligible.excluded)
+            )
+        return bool(actions.submit or actions.lost or actions.eligible)
 
     async def _create(self, known: Tended, job: FedPipeJob, nodes: tuple[str, ...]) -> float | None:
         now = self._clock()
@@ -328,7 +332,7 @@ class Controller:
 
     def _refuse(self, known: Tended, text: str) -> None:
         known.refused, known.refused_until = text, self._clock() + REFUSED_SECONDS
-        self._events.tell(known.namespace, known.name, known.uid, Note(True, Reason.INVALID, text))
+        self._events.record(known.namespace, known.name, known.uid, JobEvent(True, Reason.INVALID, text))
 
     async def _prove(self, known: Tended) -> None:
         """Record the kernels that ran on each node in its FedPipeNode, for people and for its probe."""
@@ -364,10 +368,10 @@ class Controller:
             try:
                 where = await self._write_output(job, state)
             except (UserError, ApiError) as error:
-                known.output = Output(False, str(error)[:1024])
+                known.output = OutputResult(False, str(error)[:1024])
                 self._tell_output(known, Reason.OUTPUT_FAILED)
             else:
-                known.output = Output(True, where)
+                known.output = OutputResult(True, where)
                 self._tell_output(known, Reason.OUTPUT_WRITTEN)
                 return
             await asyncio.sleep(pause)
@@ -375,15 +379,15 @@ class Controller:
 
     def _tell_output(self, known: Tended, reason: Reason) -> None:
         assert known.output is not None
-        note = Note(reason is Reason.OUTPUT_FAILED, reason, known.output.message)
-        self._events.tell(known.namespace, known.name, known.uid, note)
+        event = JobEvent(reason is Reason.OUTPUT_FAILED, reason, known.output.message)
+        self._events.record(known.namespace, known.name, known.uid, event)
         known.changed.set()
 
-    async def _write_observed(self, known: Tended, job: FedPipeJob) -> float | None:
+    async def _write_status(self, known: Tended, job: FedPipeJob) -> float | None:
         engine_job = self.engine.jobs.get(known.uid)
         if engine_job is None:
             return None
-        status = observed_status(
+        status = job_status(
             job,
             engine_job,
             pods=self.inventory.agents_of(known.namespace, known.uid),
@@ -417,9 +421,9 @@ def _read_status(document: Mapping[str, Any] | None) -> FedPipeJobStatus | None:
         return None  # of another version; it is written anew
 
 
-def _read_output(status: FedPipeJobStatus | None) -> Output | None:
+def _read_output(status: FedPipeJobStatus | None) -> OutputResult | None:
     found = next((c for c in (status.conditions if status else ()) if c.type == "Output"), None)
-    return Output(found.status == "True", found.message) if found else None
+    return OutputResult(found.status == "True", found.message) if found else None
 
 
 def _soonest(*delays: float | None) -> float | None:

@@ -9,7 +9,7 @@ from secrets import token_hex
 
 from fedpipe_api.names import GROUP, VERSION
 
-from ..engine import Note
+from ..engine import JobEvent
 from .api import Api, ApiError, Document
 
 log = logging.getLogger(__name__)
@@ -23,31 +23,31 @@ AGAIN_SECONDS = 600.0
 RETRY_SECONDS = 5.0
 
 
-class Events:
-    """Posts notes as Events."""
+class EventRecorder:
+    """Posts the events of jobs as Events of Kubernetes."""
 
     def __init__(self, api: Api, component: str) -> None:
         self._api = api
         self._component = component
         self._queue: asyncio.Queue[tuple[str, Document]] = asyncio.Queue(QUEUE)
-        self._told: OrderedDict[tuple[str, str, str], float] = OrderedDict()
+        self._recent: OrderedDict[tuple[str, str, str], float] = OrderedDict()
 
-    def tell(self, namespace: str, name: str, uid: str, note: Note) -> None:
+    def record(self, namespace: str, name: str, uid: str, event: JobEvent) -> None:
         """Queue an Event on a job."""
         now = time.monotonic()
-        key = (uid, note.reason, note.message)
-        if now - self._told.get(key, -AGAIN_SECONDS) < AGAIN_SECONDS:
+        key = (uid, event.reason, event.message)
+        if now - self._recent.get(key, -AGAIN_SECONDS) < AGAIN_SECONDS:
             return
-        self._told[key] = now
-        self._told.move_to_end(key)
-        if len(self._told) > QUEUE:
-            self._told.popitem(last=False)
+        self._recent[key] = now
+        self._recent.move_to_end(key)
+        if len(self._recent) > QUEUE:
+            self._recent.popitem(last=False)
         try:
-            self._queue.put_nowait((namespace, self._event(namespace, name, uid, note)))
+            self._queue.put_nowait((namespace, self._event(namespace, name, uid, event)))
         except asyncio.QueueFull:
-            log.warning("an Event of job %s/%s was dropped: %s", namespace, name, note.message)
+            log.warning("an Event of job %s/%s was dropped: %s", namespace, name, event.message)
 
-    def _event(self, namespace: str, name: str, uid: str, note: Note) -> Document:
+    def _event(self, namespace: str, name: str, uid: str, event: JobEvent) -> Document:
         at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         return {
             "apiVersion": "v1",
@@ -60,9 +60,9 @@ class Events:
                 "name": name,
                 "uid": uid,
             },
-            "type": "Warning" if note.warning else "Normal",
-            "reason": str(note.reason),
-            "message": note.message[:1024],
+            "type": "Warning" if event.warning else "Normal",
+            "reason": str(event.reason),
+            "message": event.message[:1024],
             "firstTimestamp": at,
             "lastTimestamp": at,
             "count": 1,

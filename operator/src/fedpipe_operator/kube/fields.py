@@ -12,7 +12,7 @@ class Unreadable(ValueError):
     """A field is not as its kind has it. The text names the field, never its value."""
 
 
-class Fields:
+class FieldReader:
     """One JSON object. Null stands for a field that is not there, as in Kubernetes; faults are Unreadable."""
 
     def __init__(self, found: Mapping[str, Any], path: str = "") -> None:
@@ -27,23 +27,23 @@ class Fields:
         """Return the error for a field that is not what is wanted."""
         return Unreadable(f"{self._path}{key}: must be {wanted}")
 
-    def object(self, key: str) -> "Fields":
+    def object(self, key: str) -> "FieldReader":
         """Return an object, empty if it is not there."""
         found = self._found.get(key)
         if found is None:
             found = {}
         if not isinstance(found, Mapping):
             raise self.fault(key, "an object")
-        return Fields(found, f"{self._path}{key}.")
+        return FieldReader(found, f"{self._path}{key}.")
 
-    def objects(self, key: str) -> list["Fields"]:
+    def objects(self, key: str) -> list["FieldReader"]:
         """Return a list of objects, empty if it is not there."""
         found = self._found.get(key)
         if found is None:
             return []
         if not isinstance(found, Sequence) or not all(isinstance(item, Mapping) for item in found):
             raise self.fault(key, "a list of objects")
-        return [Fields(item, f"{self._path}{key}[{number}].") for number, item in enumerate(found)]
+        return [FieldReader(item, f"{self._path}{key}[{number}].") for number, item in enumerate(found)]
 
     def text(self, key: str, *, longest: int = MOST) -> str:
         """Return a text, empty if it is not there."""

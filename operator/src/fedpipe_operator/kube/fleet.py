@@ -14,7 +14,7 @@ OTHER_LABELS = "labels do not match spec.nodes.selector"
 
 
 @dataclass(frozen=True)
-class Fleet:
+class ClusterNodes:
     """All nodes by name, and which GPU nodes other jobs hold (node to namespace/name of the job)."""
 
     nodes: Mapping[str, NodeView]
@@ -23,7 +23,7 @@ class Fleet:
 
 
 @dataclass(frozen=True)
-class Choice:
+class NodeSelection:
     """The nodes offered to a job and why others are not."""
 
     nodes: tuple[str, ...]
@@ -48,8 +48,8 @@ class Choice:
 
 
 def choose(
-    spec: FedPipeJobSpec, state: JobState | None, pods: Mapping[str, PodView], fleet: Fleet, now: float
-) -> Choice:
+    spec: FedPipeJobSpec, state: JobState | None, pods: Mapping[str, PodView], fleet: ClusterNodes, now: float
+) -> NodeSelection:
     """Return the nodes that the job may use, at most spec.nodes.max of them.
 
     A node at work keeps its place: a silent probe, a cordon or a Node that is briefly not ready costs nobody
@@ -84,7 +84,7 @@ def choose(
             chosen.append(name)
         else:
             reasons[f"spec.nodes.max is {spec.nodes.max}"] += 1
-    return Choice(tuple(sorted(chosen)), excluded, reasons)
+    return NodeSelection(tuple(sorted(chosen)), excluded, reasons)
 
 
 def _settled(name: str, state: JobState | None, pods: Mapping[str, PodView]) -> bool:

@@ -17,7 +17,7 @@ from ..engine import Engine, Refused
 from ..engine.jobs import Job
 from ..engine.state import JobState
 from ..export import write_adapter
-from ..metrics import Figures
+from ..metrics import OperatorMetrics
 from .access import METRICS, Access, adapter_right, bearer
 
 OWN_ADAPTER_PATH = "/v1/adapter"
@@ -44,7 +44,7 @@ def health_application(unready: Callable[[], str | None]) -> web.Application:
     return app
 
 
-def metrics_application(figures: Figures, access: Access) -> web.Application:
+def metrics_application(figures: OperatorMetrics, access: Access) -> web.Application:
     """Return what Prometheus asks, over TLS, for callers that may `get` the path /metrics."""
 
     async def metrics(request: web.Request) -> web.Response:

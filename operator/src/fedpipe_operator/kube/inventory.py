@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from .fields import Fields, Unreadable
-from .fleet import Fleet
+from .fields import FieldReader, Unreadable
+from .fleet import ClusterNodes
 from .views import CapacityView, NodeView, PodView, capacity_view, node_view, pod_view
 
 Body = Mapping[str, Any]
@@ -145,16 +145,16 @@ class Inventory:
             self._holders.setdefault(node, uid)
         return bool(freed)
 
-    def fleet_for(self, uid: str, names: Mapping[str, str]) -> Fleet:
+    def fleet_for(self, uid: str, names: Mapping[str, str]) -> ClusterNodes:
         """Return the fleet as a job sees it; `names` gives other jobs' names by uid."""
         held = {node: names[who] for node, who in self._holders.items() if who != uid and who in names}
-        return Fleet(self.nodes, self.capacities, held)
+        return ClusterNodes(self.nodes, self.capacities, held)
 
 
 def _key(body: Body) -> tuple[str, str]:
     """Return namespace and name, empty where they cannot be read."""
     try:
-        meta = Fields(body).object("metadata")
+        meta = FieldReader(body).object("metadata")
         return meta.text("namespace", longest=63), meta.text("name", longest=253)
     except Unreadable:
         return "", ""

@@ -10,7 +10,7 @@ from ..engine.state import JobState
 from .api import Api
 from .inventory import Inventory
 from .pods import build_writer_pod, output_place
-from .settings import Settings
+from .settings import OperatorSettings
 from .views import PodView
 
 POLL_SECONDS = 1.0
@@ -21,7 +21,7 @@ WRITE_SECONDS = 600.0
 class OutputWriter:
     """Writes adapters where jobs want them. `inventory` is set once there is a controller."""
 
-    def __init__(self, api: Api, settings: Settings) -> None:
+    def __init__(self, api: Api, settings: OperatorSettings) -> None:
         self._api = api
         self._settings = settings
         self.inventory: Inventory | None = None

@@ -21,7 +21,7 @@ from fedpipe_api.object_url import ObjectURL
 from fedpipe_api.objects import Claim, HostPath, Volume
 
 from .merge import strategic_merge
-from .settings import Settings
+from .settings import OperatorSettings
 from .views import AGENT, TEMPLATE_ANNOTATION, WRITER, CapacityView, NodeView
 
 CA_KEY = "ca.crt"
@@ -49,7 +49,7 @@ def owner_reference(job: FedPipeJob) -> Document:
     }
 
 
-def template_digest(job: FedPipeJob, settings: Settings) -> str:
+def template_digest(job: FedPipeJob, settings: OperatorSettings) -> str:
     """Return a digest of what agent Pods are built from besides their node; a new one means a new Pod."""
     spec = job.spec
     parts = [spec.pod_template, spec.model.to_dict(), spec.data.to_dict()]
@@ -58,7 +58,9 @@ def template_digest(job: FedPipeJob, settings: Settings) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def build_agent_pod(job: FedPipeJob, node: NodeView, capacity: CapacityView, settings: Settings) -> Document:
+def build_agent_pod(
+    job: FedPipeJob, node: NodeView, capacity: CapacityView, settings: OperatorSettings
+) -> Document:
     """Return the manifest of the Pod; UserError names the field of podTemplate that does not fit."""
     base = {
         "metadata": _metadata(job, node.name, AGENT, settings),
@@ -75,7 +77,7 @@ def build_agent_pod(job: FedPipeJob, node: NodeView, capacity: CapacityView, set
     return {"apiVersion": "v1", "kind": "Pod"} | pod
 
 
-def build_writer_pod(job: FedPipeJob, node: str, settings: Settings) -> Document:
+def build_writer_pod(job: FedPipeJob, node: str, settings: OperatorSettings) -> Document:
     """Return the manifest of the Pod that writes the adapter to spec.output.
 
     A hostPath is one of `node`; a claim decides by itself where the Pod may run. UserError for an object
@@ -147,7 +149,7 @@ def _output_volume(volume: Volume, name: str, node: str) -> tuple[Document, str]
     return kind, f"{OUTPUT_DIRECTORY}/{name}"
 
 
-def _metadata(job: FedPipeJob, node: str, component: str, settings: Settings) -> Document:
+def _metadata(job: FedPipeJob, node: str, component: str, settings: OperatorSettings) -> Document:
     name, namespace = job.metadata.name, job.metadata.namespace
     return {
         "name": child_name(name, node),
@@ -165,7 +167,7 @@ def _metadata(job: FedPipeJob, node: str, component: str, settings: Settings) ->
     }
 
 
-def _spec(job: FedPipeJob, node: NodeView, capacity: CapacityView, settings: Settings) -> Document:
+def _spec(job: FedPipeJob, node: NodeView, capacity: CapacityView, settings: OperatorSettings) -> Document:
     model, model_volumes, model_mounts, environment = _model(job, node.name, settings)
     data = job.spec.data.volume
     data_volume, data_mount = _source(
@@ -258,7 +260,7 @@ def _source(name: str, path: str, source: Claim | HostPath | None, node: str) ->
 
 
 def _model(
-    job: FedPipeJob, node: str, settings: Settings
+    job: FedPipeJob, node: str, settings: OperatorSettings
 ) -> tuple[str, list[Document], list[Document], list[Document]]:
     """Return the model's argument, volumes, mounts and environment."""
     source, environment = job.spec.model, [{"name": "HOME", "value": "/tmp"}]  # noqa: S108 - in the Pod

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fedpipe_api.job import FedPipeJob
 
 from ..engine.state import JobState
-from .fleet import Choice, Fleet, choose
+from .fleet import ClusterNodes, NodeSelection, choose
 from .views import PodView
 
 REPLACE_SECONDS = 10.0
@@ -46,10 +46,10 @@ class Actions:
     """What to do now. Empty when all is as it should be."""
 
     submit: bool = False
-    lose: Mapping[str, str] = field(default_factory=dict)
-    choice: Choice | None = None
+    lost: Mapping[str, str] = field(default_factory=dict)
+    choice: NodeSelection | None = None
     """Who may take part; None when that is not asked now."""
-    offer: Choice | None = None
+    eligible: NodeSelection | None = None
     """The choice, when the engine has another one."""
     hold: frozenset[str] | None = None
     """GPU nodes that the job holds from now on; None leaves it as it is."""
@@ -62,12 +62,14 @@ class Actions:
     @property
     def settled(self) -> bool:
         """Whether nothing is left to do."""
-        return not (self.submit or self.lose or self.offer or self.create or self.remove or self.delete_job)
+        return not (
+            self.submit or self.lost or self.eligible or self.create or self.remove or self.delete_job
+        )
 
 
 def reconcile(
     job: FedPipeJob,
-    fleet: Fleet,
+    fleet: ClusterNodes,
     pods: Sequence[PodView],
     state: JobState | None,
     *,
@@ -97,15 +99,15 @@ def reconcile(
     choice = choose(job.spec, state, by_node, fleet, now)
     enough = len(choice.nodes) >= job.spec.nodes.min or state.plan is not None
     gpus = frozenset(n for n in choice.nodes if fleet.capacities[n].devices and n not in _left_out(state))
-    lose = _losses(state, by_node, fleet, choice, now)
+    lost = _losses(state, by_node, fleet, choice, now)
     offered = (state.offered, state.excluded)
     fresh = (choice.nodes, choice.excluded) != offered
     wanted = frozenset(choice.nodes) & frozenset(state.desired) if enough else frozenset()
     remove, again = _removals(state, pods, wanted=wanted, fleet=fleet, seen=seen, template=template, now=now)
     return Actions(
-        lose=lose,
+        lost=lost,
         choice=choice,
-        offer=choice if fresh else None,
+        eligible=choice if fresh else None,
         # A job that cannot start yet keeps no GPU from those that can.
         hold=gpus if enough else frozenset(),
         create=tuple(sorted(wanted - by_node.keys())),
@@ -119,28 +121,28 @@ def _left_out(state: JobState) -> Mapping[str, str]:
 
 
 def _losses(
-    state: JobState, pods: Mapping[str, PodView], fleet: Fleet, choice: Choice, now: float
+    state: JobState, pods: Mapping[str, PodView], fleet: ClusterNodes, choice: NodeSelection, now: float
 ) -> dict[str, str]:
     """Return the offered nodes whose agent is certainly not at work, and why."""
-    lose = {}
+    lost = {}
     for name in state.offered:
         if name in state.lost:
             continue
         pod, registered = pods.get(name), state.registered_at.get(name)
         if name not in fleet.capacities or name not in fleet.nodes:
-            lose[name] = "the Node is gone"
+            lost[name] = "the Node is gone"
         elif name not in choice.nodes:
-            lose[name] = choice.excluded.get(name, "not chosen any more")
+            lost[name] = choice.excluded.get(name, "not chosen any more")
         elif pod is None:
             if name in state.agents and registered is not None and now - registered > REGISTERED_SECONDS:
-                lose[name] = "its Pod is gone"
+                lost[name] = "its Pod is gone"
         elif pod.trouble:
-            lose[name] = pod.trouble
+            lost[name] = pod.trouble
         elif name not in state.agents and pod.phase == "Pending" and now - pod.created > STARTING_SECONDS:
-            lose[name] = (
+            lost[name] = (
                 f"its Pod has not started after {STARTING_SECONDS:.0f} s; see kubectl describe pod {pod.name}"
             )
-    return lose
+    return lost
 
 
 def _removals(
@@ -148,7 +150,7 @@ def _removals(
     pods: Sequence[PodView],
     *,
     wanted: frozenset[str],
-    fleet: Fleet,
+    fleet: ClusterNodes,
     seen: Mapping[str, float],
     template: str,
     now: float,

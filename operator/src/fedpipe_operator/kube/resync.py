@@ -10,7 +10,7 @@ from fedpipe_api.names import GROUP, JOB_LABEL, JOBS, NODES, VERSION
 from ..engine import Engine
 from .api import Api, ApiError
 from .controller import Controller
-from .settings import Settings
+from .settings import OperatorSettings
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ _CUSTOM = f"/apis/{GROUP}/{VERSION}"
 class Resync:
     """Compares what is known with what there is; but for `fill` by metadata alone."""
 
-    def __init__(self, api: Api, engine: Engine, controller: Controller, settings: Settings) -> None:
+    def __init__(self, api: Api, engine: Engine, controller: Controller, settings: OperatorSettings) -> None:
         self._api = api
         self._engine = engine
         self._controller = controller

@@ -12,15 +12,15 @@ import kopf
 from aiohttp import web
 
 from ..coordinator import application
-from ..engine import Engine, Note
-from ..metrics import Figures
+from ..engine import Engine, JobEvent
+from ..metrics import OperatorMetrics
 from ..serving import Limits, listen
 from ..serving import serve as serve_http
 from .access import Access
 from .api import Api, ApiError, connect
 from .authority import Authority
 from .controller import Controller
-from .events import Events
+from .events import EventRecorder
 from .handlers import kopf_settings, register
 from .http import (
     ADAPTER_PATH,
@@ -33,7 +33,7 @@ from .http import (
 from .identity import JobName, PodIdentities
 from .output import OutputWriter
 from .resync import Resync
-from .settings import Settings
+from .settings import OperatorSettings
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +55,13 @@ START_SECONDS = 5.0
 class Operator:
     """All parts, wired."""
 
-    def __init__(self, settings: Settings, api: Api) -> None:
+    def __init__(self, settings: OperatorSettings, api: Api) -> None:
         self.settings = settings
         self.api = api
-        self.engine = Engine(settings.store, notify=self._note)
+        self.engine = Engine(settings.store, notify=self._record_event)
         self.authority = Authority(api, settings)
-        self.events = Events(api, "fedpipe-operator")
-        self.figures = Figures(
+        self.events = EventRecorder(api, "fedpipe-operator")
+        self.figures = OperatorMetrics(
             self.engine, settings.store, lambda: api.requests, self._age, self._count_unreadable
         )
         output = OutputWriter(api, settings)
@@ -79,8 +79,8 @@ class Operator:
         self._watching = asyncio.Event()
         self._serving = False
 
-    def _note(self, uid: str, note: Note) -> None:
-        self.controller.note(uid, note)
+    def _record_event(self, uid: str, event: JobEvent) -> None:
+        self.controller.record_event(uid, event)
 
     def _age(self) -> float:
         # Every job is looked at every few seconds; without jobs there is nothing to be late for.
@@ -195,7 +195,7 @@ async def _collect_garbage() -> None:
         gc.set_threshold(young, middle, old)
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: OperatorSettings) -> None:
     """Run the operator until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -31,7 +31,7 @@ class AllowedStore:
 
 
 @dataclass(frozen=True)
-class Settings:
+class OperatorSettings:
     """What the chart decides. `namespaces` empty stands for the whole cluster."""
 
     namespace: str

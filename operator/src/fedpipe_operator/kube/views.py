@@ -7,7 +7,7 @@ from typing import Any
 from fedpipe_api.names import COMPONENT_LABEL, GROUP, NODE_LABEL
 from fedpipe_api.node import READY, STALE_SECONDS
 
-from .fields import Fields, one_line
+from .fields import FieldReader, one_line
 
 Body = Mapping[str, Any]
 
@@ -108,7 +108,7 @@ class PodView:
 
 def node_view(body: Body) -> NodeView:
     """Return the view of a Node; Unreadable names a field that is not as Kubernetes has it."""
-    top = Fields(body)
+    top = FieldReader(body)
     meta, spec, status = top.object("metadata"), top.object("spec"), top.object("status")
     conditions = status.objects("conditions")
     offered = sorted(
@@ -137,7 +137,7 @@ def capacity_view(body: Body) -> CapacityView:
 
     Unreadable names a field that is not as Kubernetes has it: its probe's token may be in anybody's hands.
     """
-    top = Fields(body)
+    top = FieldReader(body)
     status = top.object("status")
     ready = next((c for c in status.objects("conditions") if c.text("type") == READY), None)
     fault = "its probe has not reported yet"
@@ -163,7 +163,7 @@ def pod_view(body: Body) -> PodView | None:
 
     Unreadable names a field that is not as Kubernetes has it, or not as the operator wrote it.
     """
-    top = Fields(body)
+    top = FieldReader(body)
     meta, status = top.object("metadata"), top.object("status")
     owner = next((o for o in meta.objects("ownerReferences") if o.flag("controller")), None)
     annotations = meta.texts("annotations")
@@ -196,7 +196,7 @@ def pod_view(body: Body) -> PodView | None:
     )
 
 
-def _trouble(status: Fields, containers: Iterable[Fields]) -> str | None:
+def _trouble(status: FieldReader, containers: Iterable[FieldReader]) -> str | None:
     for container in containers:
         waiting = container.object("state").object("waiting")
         reason = waiting.text("reason")
@@ -204,7 +204,7 @@ def _trouble(status: Fields, containers: Iterable[Fields]) -> str | None:
             last = container.object("lastState").object("terminated").text("message")
             return f"{_STUCK[reason]}: {one_line(last or waiting.text('message') or reason)}"
     if status.text("phase") == "Failed":
-        ended = next(iter(_terminated(containers)), Fields({}))
+        ended = next(iter(_terminated(containers)), FieldReader({}))
         detail = status.text("message") or ended.text("message") or ended.text("reason") or "no reason given"
         reason = one_line(status.text("reason"), 63) or "Error"
         return f"its Pod failed ({reason}): {one_line(detail)}"
@@ -214,12 +214,12 @@ def _trouble(status: Fields, containers: Iterable[Fields]) -> str | None:
     return None
 
 
-def _terminated(containers: Iterable[Fields]) -> list[Fields]:
+def _terminated(containers: Iterable[FieldReader]) -> list[FieldReader]:
     states = [container.object("state") for container in containers]
     return [state.object("terminated") for state in states if "terminated" in state]
 
 
-def _ended(status: Fields, containers: Iterable[Fields]) -> float | None:
+def _ended(status: FieldReader, containers: Iterable[FieldReader]) -> float | None:
     if status.text("phase") not in ("Succeeded", "Failed"):
         return None
     times = [ended.time("finishedAt") for ended in _terminated(containers)]

@@ -104,7 +104,7 @@ class Agents:
                 await self._until_desired(node)
                 continue
             # A negative status is a signal's: somebody ended it, it did not fail.
-            await self._engine.lose(self._uid, node, message, failed=status > 0)
+            await self._engine.mark_lost(self._uid, node, message, failed=status > 0)
             failures = 1 if self._counted(node) > counted else failures + 1
             if status == USER_MISTAKE:
                 self.mistakes[node] = message

@@ -6,27 +6,27 @@ from typing import Any
 from fedpipe_api.base import format_duration
 from fedpipe_api.job import Phase
 
-from ..engine.notes import megabytes
+from ..engine.events import megabytes
 from ..engine.state import JobState, Round, evaluation_of
 from ..engine.status import metric_name
 from .directory import History
 
-Row = dict[str, Any]
+RoundRow = dict[str, Any]
 
 
-def rounds(history: History) -> list[Row]:
+def rounds(history: History) -> list[RoundRow]:
     """Return one object for each round, with seconds and bytes; round 0 is the untrained start."""
     state = history.state
     first = [{"round": 0} | _evaluation(state, 0)] if evaluation_of(state, 0) else []
     return first + [_round(history, known) for _, known in sorted(state.rounds.items()) if known.result]
 
 
-def to_jsonl(rows: list[Row]) -> str:
+def to_jsonl(rows: list[RoundRow]) -> str:
     """Return the rows as JSON lines."""
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
-def _evaluation(state: JobState, number: int) -> Row:
+def _evaluation(state: JobState, number: int) -> RoundRow:
     found = evaluation_of(state, number)
     if found is None:
         return {"loss": None, "accuracy": None, "perplexity": None}
@@ -39,7 +39,7 @@ def _evaluation(state: JobState, number: int) -> Row:
     }
 
 
-def _round(history: History, known: Round) -> Row:
+def _round(history: History, known: Round) -> RoundRow:
     state, number = history.state, known.opened.round
     assert known.result is not None
     assert known.closed is not None
@@ -72,13 +72,13 @@ def _round(history: History, known: Round) -> Row:
     )
 
 
-def _node(history: History, known: Round, name: str) -> Row:
+def _node(history: History, known: Round, name: str) -> RoundRow:
     plan = history.state.plans[known.opened.plan].nodes[name]
     manifest = known.updates.get(name)
     check = known.result.checks.get(name) if known.result else None
     evaluation = history.state.evaluations.get(known.opened.round, {}).get(name)
     ranks = list(plan.ranks.values())
-    row: Row = {
+    row: RoundRow = {
         "precision": str(plan.precision),
         "microBatch": plan.micro_batch,
         "accumulation": plan.accumulation,
@@ -113,7 +113,7 @@ def _node(history: History, known: Round, name: str) -> Row:
     return row
 
 
-def outcome(history: History, rows: list[Row]) -> str:
+def outcome(history: History, rows: list[RoundRow]) -> str:
     """Return the one line that sums the run up."""
     state = history.state
     spent = format_duration(round((state.finished_at or history.last_at) - state.submitted_at))

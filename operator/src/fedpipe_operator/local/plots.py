@@ -15,8 +15,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from matplotlib.typing import RcKeyType
 
-Row = dict[str, Any]
-Value = Callable[[Row], float | None]
+RoundRow = dict[str, Any]
+Value = Callable[[RoundRow], float | None]
 
 NODES_SHOWN = 8
 """Nodes with a line or bar of their own; of more, the first in order of name are drawn."""
@@ -62,7 +62,7 @@ class Plot:
 
 
 def draw(
-    rows: list[Row], metric: str, scores: dict[str, float], chosen: set[str], directory: Path
+    rows: list[RoundRow], metric: str, scores: dict[str, float], chosen: set[str], directory: Path
 ) -> list[Plot]:
     """Draw every plot that there are measurements for, from `measures.rounds` with a round above 0."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def draw(
     return plots
 
 
-def _lines(axes: Axes, rows: list[Row], nodes: list[str], value: Value) -> None:
+def _lines(axes: Axes, rows: list[RoundRow], nodes: list[str], value: Value) -> None:
     """Draw one line for each node through the rounds in which it has a value."""
     for i, node in enumerate(nodes):
         points = [(row["round"], value(row["nodes"].get(node, {}))) for row in rows]
@@ -129,7 +129,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
 
 
-def _metric(figure: Figure, rows: list[Row], metric: str, nodes: list[str]) -> None:
+def _metric(figure: Figure, rows: list[RoundRow], metric: str, nodes: list[str]) -> None:
     left, right = figure.subplots(1, 2)
     shown = "perplexity" if metric == "loss" else metric
     for axes, key in ((left, shown), (right, "loss")):
@@ -147,7 +147,7 @@ def _metric(figure: Figure, rows: list[Row], metric: str, nodes: list[str]) -> N
     _legend(figure, right)
 
 
-def _bytes(figure: Figure, rows: list[Row], nodes: list[str]) -> None:
+def _bytes(figure: Figure, rows: list[RoundRow], nodes: list[str]) -> None:
     left, right = figure.subplots(1, 2)
     x = np.array([row["round"] for row in rows])
     left.bar(x - 0.2, [row["bytesDown"] / 1e6 for row in rows], 0.4, label="down", color=_COLOURS[5])
@@ -161,7 +161,7 @@ def _bytes(figure: Figure, rows: list[Row], nodes: list[str]) -> None:
     right.legend(ncols=2, loc="best")
 
 
-def _nodes(figure: Figure, rows: list[Row], nodes: list[str]) -> None:
+def _nodes(figure: Figure, rows: list[RoundRow], nodes: list[str]) -> None:
     latest = {node: row["nodes"][node] for row in rows for node in nodes if node in row["nodes"]}
     ranks, batch, memory = figure.subplots(1, 3, sharey=True, width_ratios=(1, 0.8, 1.2))
     y = np.arange(len(nodes))
@@ -189,7 +189,7 @@ def _nodes(figure: Figure, rows: list[Row], nodes: list[str]) -> None:
         axes.grid(visible=False, axis="y")
 
 
-def _phases(figure: Figure, rows: list[Row], nodes: list[str]) -> None:
+def _phases(figure: Figure, rows: list[RoundRow], nodes: list[str]) -> None:
     axes = figure.subplots()
     start = np.zeros(len(nodes))
     for key, name, colour in _PHASES:
@@ -202,7 +202,7 @@ def _phases(figure: Figure, rows: list[Row], nodes: list[str]) -> None:
     _legend(figure, axes)
 
 
-def _mean_seconds(rows: list[Row], node: str, key: str) -> float:
+def _mean_seconds(rows: list[RoundRow], node: str, key: str) -> float:
     spent = []
     for row in rows:
         facts = row["nodes"].get(node, {})
@@ -218,7 +218,7 @@ def _mean_seconds(rows: list[Row], node: str, key: str) -> float:
     return float(np.mean(spent)) if spent else 0.0
 
 
-def _updates(figure: Figure, rows: list[Row], nodes: list[str]) -> None:
+def _updates(figure: Figure, rows: list[RoundRow], nodes: list[str]) -> None:
     norms, cosines = figure.subplots(1, 2)
     _lines(norms, rows, nodes, _get("updateNorm"))
     _by_round(norms, "norm of the update")
@@ -229,7 +229,7 @@ def _updates(figure: Figure, rows: list[Row], nodes: list[str]) -> None:
     _legend(figure, norms)
 
 
-def _aggregation(figure: Figure, rows: list[Row]) -> None:
+def _aggregation(figure: Figure, rows: list[RoundRow]) -> None:
     rank, error = figure.subplots(1, 2)
     x = [row["round"] for row in rows]
     rank.plot(x, [row["effectiveRank"] for row in rows], color=_COLOURS[0], marker="o")

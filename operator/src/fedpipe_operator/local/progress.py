@@ -18,8 +18,8 @@ from fedpipe_api.status import NodeStatus
 from fedpipe_api.wire import Progress
 
 from ..engine.decide import awaited_evaluations, metric_value
+from ..engine.events import JobEvent, megabytes
 from ..engine.jobs import Job
-from ..engine.notes import Note, megabytes
 from ..engine.state import JobState, evaluation_of
 from ..engine.status import eta_seconds, metric_name, phase_of, status
 
@@ -43,7 +43,7 @@ class View(Protocol):
         """End."""
         ...
 
-    def note(self, note: Note) -> None:
+    def event(self, event: JobEvent) -> None:
         """Tell an event."""
         ...
 
@@ -95,7 +95,7 @@ class PlainView:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._told: int | None = None
+        self._printed: int | None = None
         self._plan: list[str] = []
 
     def __enter__(self) -> Self:
@@ -107,25 +107,25 @@ class PlainView:
     ) -> None:
         """Nothing to end."""
 
-    def note(self, note: Note) -> None:
+    def event(self, event: JobEvent) -> None:
         """Print an event; rounds are told with their evaluation by `show`."""
-        if note.reason is not Reason.ROUND_DONE:
-            self._print(f"{note.reason}: {note.message}")
+        if event.reason is not Reason.ROUND_DONE:
+            self._print(f"{event.reason}: {event.message}")
 
     def show(self, job: Job) -> None:
         """Print what a plan gives the nodes when that changes, and each round as soon as it is evaluated."""
         state = job.state
-        if self._told is None:
+        if self._printed is None:
             # A resumed run told its earlier rounds when they were done.
-            self._told = _known_round(state) if state.rounds else -1
+            self._printed = _known_round(state) if state.rounds else -1
         plan = _plan_lines(state)
         if plan != self._plan:
             self._plan = plan
             for line in plan:
                 self._print(line)
-        while self._told < _known_round(state):
-            self._told += 1
-            self._print(_round_line(state, self._told))
+        while self._printed < _known_round(state):
+            self._printed += 1
+            self._print(_round_line(state, self._printed))
 
     def _print(self, text: str) -> None:
         self._console.print(f"{time.strftime('%H:%M:%S')}  {text}", soft_wrap=True, markup=False)
@@ -179,11 +179,11 @@ class LiveView:
         self._live.refresh()
         self._live.stop()
 
-    def note(self, note: Note) -> None:
+    def event(self, event: JobEvent) -> None:
         """Print an event above the picture; finished rounds are in the picture already."""
-        if note.reason is not Reason.ROUND_DONE:
-            style = "yellow" if note.warning else "dim"
-            self._console.print(Text(f"{note.reason}: {note.message}", style=style))
+        if event.reason is not Reason.ROUND_DONE:
+            style = "yellow" if event.warning else "dim"
+            self._console.print(Text(f"{event.reason}: {event.message}", style=style))
 
     def show(self, job: Job) -> None:
         """Draw the job, unless it was drawn a moment ago."""

@@ -8,7 +8,7 @@ import yaml
 
 from fedpipe_api.status import NodeStatus
 
-from ..engine.notes import megabytes
+from ..engine.events import megabytes
 from ..engine.state import JobState
 from ..engine.status import metric_name, status
 from . import measures
@@ -39,7 +39,7 @@ details { margin-top: 2rem; } pre { overflow-x: auto; }
 """
 
 
-def write_report(directory: RunDirectory, history: History, rows: list[measures.Row]) -> None:
+def write_report(directory: RunDirectory, history: History, rows: list[measures.RoundRow]) -> None:
     """Draw the plots and write the report from `measures.rounds`."""
     state = history.state
     plots: list[Plot] = []
@@ -51,7 +51,7 @@ def write_report(directory: RunDirectory, history: History, rows: list[measures.
     write_atomically(directory.report, _page(history, rows, plots))
 
 
-def _page(history: History, rows: list[measures.Row], plots: "list[Plot]") -> str:
+def _page(history: History, rows: list[measures.RoundRow], plots: "list[Plot]") -> str:
     state = history.state
     found = status(state, None, {})
     result = escape(measures.outcome(history, rows))
@@ -109,7 +109,7 @@ def _table(caption: str, header: list[str], body: list[list[str]]) -> str:
     )
 
 
-def _node_table(nodes: tuple[NodeStatus, ...], rows: list[measures.Row]) -> str:
+def _node_table(nodes: tuple[NodeStatus, ...], rows: list[measures.RoundRow]) -> str:
     body = []
     for node in nodes:
         parts = [row["nodes"][node.name] for row in rows if node.name in row.get("nodes", {})]
@@ -130,7 +130,7 @@ def _node_table(nodes: tuple[NodeStatus, ...], rows: list[measures.Row]) -> str:
     return _table("As planned last, and as measured in the last round it took part in", header, body)
 
 
-def _round_table(rows: list[measures.Row]) -> str:
+def _round_table(rows: list[measures.RoundRow]) -> str:
     body = []
     for row in rows:
         trained = row["round"] > 0

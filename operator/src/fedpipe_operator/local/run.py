@@ -19,16 +19,16 @@ from fedpipe_api.logs import LINE_FORMAT, LineFormatter
 
 from ..coordinator import Tokens, application
 from ..engine import Engine
+from ..engine.events import JobEvent
 from ..engine.jobs import Job
-from ..engine.notes import Note
 from ..engine.state import JobState
 from ..serving import serve
 from . import manifest
 from .agents import Agents, agent_command
-from .conclude import check_output, conclude
 from .directory import RunDirectory, RunRecord
 from .manifest import LocalJob
 from .progress import View, view
+from .results import check_output, write_all_results
 
 SUSPENDED = 130
 """Exit status after Ctrl-C, as shells know it."""
@@ -56,7 +56,7 @@ class End(Enum):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """How a session ended, and why."""
 
     end: End
@@ -71,14 +71,14 @@ def run(local: LocalJob, out: Path | None, resume: bool, port: int) -> int:
     found = _look(directory, local, resume)
     if found.finished:
         sys.stdout.write(f"{directory.root}: holds this run, finished; nothing is trained anew\n")
-        return conclude(directory)
+        return write_all_results(directory)
     record = RunRecord(uid=found.uid, job=local.job, fleet=local.fleet, model=local.model)
     with _listen(port) as listener:
         created = directory.create(record)
         outcome = asyncio.run(_session(directory, record, local, listener, found.last_at))
     match outcome.end:
         case End.FINISHED:
-            return conclude(directory)
+            return write_all_results(directory)
         case End.SUSPENDED:
             again = f"fedpipe run {local.job_file} --fleet {local.fleet_file}" + (
                 f" --out {out}" if out else ""
@@ -175,7 +175,7 @@ async def _session(
     local: LocalJob,
     listener: socket.socket,
     last_at: float | None,
-) -> Outcome:
+) -> RunOutcome:
     """Run the engine and the agents until the job ends, is interrupted, or cannot go on."""
     # Written only if there is something to tell.
     to_file = logging.FileHandler(directory.log, delay=True)
@@ -186,12 +186,12 @@ async def _session(
         asyncio.get_running_loop().add_signal_handler(sign, interrupted.set)
     seen = view(local.job)
 
-    def tell(uid: str, note: Note) -> None:
+    def notify(uid: str, event: JobEvent) -> None:
         # A mistake that an agent finds before the first round ends the run, and is reported there, once.
-        if note.reason not in (Reason.AGENT_LOST, Reason.AGENT_FAILED) or engine.jobs[uid].state.rounds:
-            seen.note(note)
+        if event.reason not in (Reason.AGENT_LOST, Reason.AGENT_FAILED) or engine.jobs[uid].state.rounds:
+            seen.event(event)
 
-    engine = Engine(directory.store, clock=_clock(last_at), notify=tell)
+    engine = Engine(directory.store, clock=_clock(last_at), notify=notify)
     await engine.start()
     tokens = Tokens()
     coordinator = await serve(application(engine, tokens), listener, shutdown_timeout=1.0)
@@ -200,7 +200,9 @@ async def _session(
     else:
         meta = local.job.metadata.model_copy(update={"uid": record.uid})
         await engine.submit(local.job.model_copy(update={"metadata": meta}))
-    await engine.offer(record.uid, [member.node.name for member in local.members], local.excluded)
+    await engine.set_eligible_nodes(
+        record.uid, [member.node.name for member in local.members], local.excluded
+    )
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     agents = Agents(
         engine,
@@ -211,7 +213,7 @@ async def _session(
         tokens=tokens,
         url=url,
     )
-    outcome = Outcome(End.SUSPENDED)
+    outcome = RunOutcome(End.SUSPENDED)
     try:
         with seen:
             outcome = await _watch(engine.jobs[record.uid], engine, agents, seen, interrupted)
@@ -222,14 +224,16 @@ async def _session(
     return outcome
 
 
-async def _watch(job: Job, engine: Engine, agents: Agents, seen: View, interrupted: asyncio.Event) -> Outcome:
+async def _watch(
+    job: Job, engine: Engine, agents: Agents, seen: View, interrupted: asyncio.Event
+) -> RunOutcome:
     """Show the job as it moves until there is nothing more to wait for."""
     stop = asyncio.create_task(interrupted.wait())
     try:
         while True:
             seen.show(job)
             outcome = (
-                Outcome(End.SUSPENDED)
+                RunOutcome(End.SUSPENDED)
                 if interrupted.is_set()
                 else outcome_of(job, agents.failed, agents.mistakes)
             )
@@ -242,25 +246,25 @@ async def _watch(job: Job, engine: Engine, agents: Agents, seen: View, interrupt
         stop.cancel()
 
 
-def outcome_of(job: Job, failed: Mapping[str, str], mistakes: Mapping[str, str]) -> Outcome | None:
+def outcome_of(job: Job, failed: Mapping[str, str], mistakes: Mapping[str, str]) -> RunOutcome | None:
     """Return how the session ends, or None while it goes on.
 
     `failed` are the agents that will not be started again, and why; `mistakes` those a person has to help.
     """
     state = job.state
     if state.finished:
-        return Outcome(End.FINISHED)
+        return RunOutcome(End.FINISHED)
     if not state.rounds and mistakes:
         # Nothing is trained yet: better to have the mistake mended than to train on part of the fleet.
         node, message = min(mistakes.items())
-        return Outcome(End.MISTAKE, f"{node}: {message}")
+        return RunOutcome(End.MISTAKE, f"{node}: {message}")
     wait = job.wait
     if wait is None or wait.until is not None or wait.reason not in _ONLY_AGENTS_END:
         return None
     if _expected(state, failed):
         return None
     message = wait.message + "".join(f"; {node}: {why}" for node, why in sorted(failed.items()))
-    return Outcome(End.STUCK if state.rounds else End.MISTAKE, message)
+    return RunOutcome(End.STUCK if state.rounds else End.MISTAKE, message)
 
 
 def _expected(state: JobState, failed: Mapping[str, str]) -> bool:

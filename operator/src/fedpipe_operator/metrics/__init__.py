@@ -1,7 +1,7 @@
 """Prometheus metrics: jobs are read at scrape time, so their series vanish with them."""
 
-from .figures import Figures
-from .samples import Samples
-from .table import FAMILIES, Family, markdown
+from .definitions import FAMILIES, Family, markdown
+from .exposition import Exposition
+from .operator_metrics import OperatorMetrics
 
-__all__ = ["FAMILIES", "Family", "Figures", "Samples", "markdown"]
+__all__ = ["FAMILIES", "Exposition", "Family", "OperatorMetrics", "markdown"]

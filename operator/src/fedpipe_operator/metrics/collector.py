@@ -10,13 +10,13 @@ from ..engine import Engine
 from ..engine.jobs import Job
 from ..engine.state import JobState, evaluation_of
 from ..engine.status import eta_seconds, metric_of, phase_of
-from .samples import Samples
-from .totals import Totals
+from .exposition import Exposition
+from .job_totals import Totals
 
 IMPORTANCE_SERIES = 100
 
 
-def add_all_jobs(samples: Samples, engine: Engine) -> None:
+def add_all_jobs(samples: Exposition, engine: Engine) -> None:
     """Add how many jobs are in each phase, and how many are quarantined."""
     samples.add("fedpipe_operator_quarantined_jobs", (), len(engine.quarantined))
     counts = Counter(phase_of(job.state) for job in engine.jobs.values())
@@ -24,7 +24,7 @@ def add_all_jobs(samples: Samples, engine: Engine) -> None:
         samples.add("fedpipe_operator_jobs", (phase.value,), counts[phase])
 
 
-def add_job(samples: Samples, job: Job, totals: Totals, now: float) -> None:
+def add_job(samples: Exposition, job: Job, totals: Totals, now: float) -> None:
     """Add a job, its latest round and its nodes; `totals` are the job's and follow it."""
     state = job.state
     key = (state.namespace, state.name)
@@ -50,7 +50,7 @@ def _latest_updates(state: JobState) -> dict[str, tuple[int, UpdateManifest]]:
     return found
 
 
-def _add_job(samples: Samples, state: JobState, key: tuple[str, str]) -> None:
+def _add_job(samples: Exposition, state: JobState, key: tuple[str, str]) -> None:
     phase = phase_of(state)
     for known in Phase:
         samples.add("fedpipe_job_phase", (*key, known.value), known is phase)
@@ -87,7 +87,7 @@ def _add_job(samples: Samples, state: JobState, key: tuple[str, str]) -> None:
             samples.add("fedpipe_job_importance", (*key, matrix, selected), score)
 
 
-def _add_totals(samples: Samples, state: JobState, totals: Totals, key: tuple[str, str]) -> None:
+def _add_totals(samples: Exposition, state: JobState, totals: Totals, key: tuple[str, str]) -> None:
     samples.add("fedpipe_job_updates_total", key, totals.updates)
     for verdict in ("clipped", "flagged", "rejected"):
         samples.add("fedpipe_job_suspicious_updates_total", (*key, verdict), totals.verdicts[verdict])
@@ -98,7 +98,7 @@ def _add_totals(samples: Samples, state: JobState, totals: Totals, key: tuple[st
     samples.add("fedpipe_job_under_training_ratio", key, totals.under_training)
 
 
-def _add_round(samples: Samples, state: JobState, key: tuple[str, str], now: float) -> None:
+def _add_round(samples: Exposition, state: JobState, key: tuple[str, str], now: float) -> None:
     current = state.current
     is_open = current is not None and current.closed is None and not state.finished
     samples.add("fedpipe_round_open", key, current.opened.round if current and is_open else 0)
@@ -122,7 +122,7 @@ def _add_round(samples: Samples, state: JobState, key: tuple[str, str], now: flo
 
 
 def _add_node(
-    samples: Samples,
+    samples: Exposition,
     job: Job,
     key: tuple[str, str, str],
     *,

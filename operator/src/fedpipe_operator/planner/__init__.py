@@ -5,14 +5,14 @@ from .replan import needs_replan
 from .request import NodeFacts, Plan, PlanRequest
 from .selection import select_matrices
 from .solve import asked_steps, calibrate, plan
-from .table import Row, rows, summary_line
+from .table import PlanRow, rows, summary_line
 
 __all__ = [
     "Calibration",
     "NodeFacts",
     "Plan",
     "PlanRequest",
-    "Row",
+    "PlanRow",
     "asked_steps",
     "calibrate",
     "needs_replan",

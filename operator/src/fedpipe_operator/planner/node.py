@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision
 
-from . import memory, speed, words
+from . import format, memory, speed
 from .programme import Floats, Known, Programme
 from .workload import Configuration, Workload
 
@@ -195,7 +195,7 @@ class Problem:
     def solve(self) -> Choice | Infeasible:
         """Return the best choice and what limits it, or why there is none."""
         if not self._options:
-            return Infeasible(words.no_precision(self.case.device, PRECISIONS[self._spec.quantization]))
+            return Infeasible(format.no_precision(self.case.device, PRECISIONS[self._spec.quantization]))
         partial = not any(option.bytes(self._ranks[:, 0]) <= self.case.room for option in self._options)
         smallest = self._smallest() if partial else self._ranks[:, 0]
         roomy = [option for option in self._options if option.bytes(smallest) <= self.case.room]
@@ -282,7 +282,7 @@ class Problem:
             return _because(
                 found,
                 "time",
-                words.fewer_steps(case.steps, found.steps, self._spec.rounds.deadline),
+                format.fewer_steps(case.steps, found.steps, self._spec.rounds.deadline),
             )
         for limited_by, room, seconds in (
             ("memory", math.inf, case.seconds),
@@ -301,13 +301,13 @@ class Problem:
         option = next(option for option in self._options if option.configuration == freed.configuration)
         ranks = np.array([freed.ranks.get(name, 0) for name in self._names])
         if limited_by == "memory":
-            takes = words.size(self._peak(option, ranks)) + f"; it may use {words.size(self.case.budget)}"
+            takes = format.size(self._peak(option, ranks)) + f"; it may use {format.size(self.case.budget)}"
         else:
             one = option.step_seconds + (option.step_seconds_per_rank * ranks).sum()
             other = option.other_seconds + (option.other_seconds_per_rank * ranks).sum()
-            takes = words.duration(freed.steps * one + other)
-            takes += f"; it may take {words.duration(self.case.seconds)}"
-        text = f"{words.configuration(freed.configuration, self._work.batch)}, {words.ranks(freed.ranks)}"
+            takes = format.duration(freed.steps * one + other)
+            takes += f"; it may take {format.duration(self.case.seconds)}"
+        text = f"{format.configuration(freed.configuration, self._work.batch)}, {format.ranks(freed.ranks)}"
         text += f" would take {takes}"
         untrained = len(self._names) - trained
         return text + (f"; {untrained} selected weights are not trained here" if untrained else "")
@@ -323,7 +323,7 @@ class Problem:
 
     def _no_room(self, smallest: NDArray[np.int64]) -> str:
         least = min(self._options, key=lambda option: option.bytes(smallest))
-        return words.no_room(
+        return format.no_room(
             self._peak(least, smallest), least.configuration, int(smallest.max()), self.case.budget
         )
 
@@ -335,7 +335,7 @@ class Problem:
 
         least = min(roomy, key=step)
         other = least.other_seconds + float((least.other_seconds_per_rank * lowest).sum())
-        return words.no_time(
+        return format.no_time(
             step(least),
             other,
             least.configuration,

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
+from .format import batch, duration, ranks, size, transfer
 from .request import Plan
-from .words import batch, duration, ranks, size, transfer
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """One node of a plan."""
 
     node: str
@@ -20,7 +20,7 @@ class Row:
     reason: str
 
 
-def rows(plan: Plan) -> list[Row]:
+def rows(plan: Plan) -> list[PlanRow]:
     """Return a row per node, planned ones first; a node left out says why in the last column."""
     found = []
     for name, node in plan.nodes.items():
@@ -28,7 +28,7 @@ def rows(plan: Plan) -> list[Row]:
         if low.split()[1] == high.split()[1]:
             low = low.split()[0]
         found.append(
-            Row(
+            PlanRow(
                 node=name,
                 precision=node.precision,
                 batch=batch(node.micro_batch, node.accumulation) + (" ckpt" if node.checkpointing else ""),
@@ -40,7 +40,7 @@ def rows(plan: Plan) -> list[Row]:
             )
         )
     for name, reason in plan.left_out.items():
-        found.append(Row(name, "–", "–", "–", "–", "–", f"does not fit: {reason}", reason))
+        found.append(PlanRow(name, "–", "–", "–", "–", "–", f"does not fit: {reason}", reason))
     return found
 
 

@@ -12,9 +12,9 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from ..engine import Engine
 from ..engine.jobs import Job
 from .collector import add_all_jobs, add_job
-from .samples import Samples
-from .table import NAMES
-from .totals import Totals
+from .definitions import NAMES
+from .exposition import Exposition
+from .job_totals import Totals
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ TURN_SECONDS = 0.005
 """A scrape gives the event loop back after so long."""
 
 
-class Figures:
+class OperatorMetrics:
     """The operator's own metrics; `requests`, `age` and `unreadable` are read at scrape time."""
 
     def __init__(
@@ -77,9 +77,9 @@ class Figures:
     def _measure_store(self) -> tuple[int, int]:
         return self._engine.blobs.size(), shutil.disk_usage(self._store).free
 
-    def _add_job(self, samples: Samples, uid: str, job: Job, now: float) -> None:
+    def _add_job(self, samples: Exposition, uid: str, job: Job, now: float) -> None:
         """Add a job's samples, all or none; one whose figures cannot be computed must not end the scrape."""
-        own = Samples()
+        own = Exposition()
         try:
             add_job(own, job, self._totals.setdefault(uid, Totals()), now)
         except Exception as error:
@@ -92,7 +92,7 @@ class Figures:
 
     async def text(self) -> bytes:
         """Return a scrape."""
-        samples, now = Samples(), self._engine.clock()
+        samples, now = Exposition(), self._engine.clock()
         self._totals = {uid: self._totals.get(uid, Totals()) for uid in self._engine.jobs}
         self._unmeasured &= self._totals.keys()
         due = time.perf_counter() + TURN_SECONDS

@@ -31,7 +31,7 @@ Moment = TypeVar("Moment", float, Float64)
 
 
 @dataclass(frozen=True)
-class Step(Generic[Moment]):
+class OptimizerStep(Generic[Moment]):
     """M ← keep·M + new·S, then x ← x + gain·M; `second_moment` is the state's v after the step."""
 
     keep: float
@@ -55,7 +55,9 @@ def has_second_moment(server: ServerOptimizer) -> bool:
     return server.name == "fedadam"
 
 
-def advance(server: ServerOptimizer, steps: int, second_moment: Moment, square: Moment) -> Step[Moment]:
+def advance(
+    server: ServerOptimizer, steps: int, second_moment: Moment, square: Moment
+) -> OptimizerStep[Moment]:
     """Return one step.
 
     Args:
@@ -67,8 +69,8 @@ def advance(server: ServerOptimizer, steps: int, second_moment: Moment, square: 
     rate = _RATES[server.name] if server.learning_rate is None else server.learning_rate
     if server.name != "fedadam":
         keep = server.momentum if has_momentum(server) else 0.0
-        return Step(keep, 1.0, rate, second_moment)
+        return OptimizerStep(keep, 1.0, rate, second_moment)
     beta = server.momentum
     moment = _SECOND_DECAY * second_moment + (1 - _SECOND_DECAY) * square
     root = np.sqrt(moment / (1 - _SECOND_DECAY ** (steps + 1)))
-    return Step(beta, 1 - beta, rate / (1 - beta ** (steps + 1)) / (root + _TAU), moment)
+    return OptimizerStep(beta, 1 - beta, rate / (1 - beta ** (steps + 1)) / (root + _TAU), moment)

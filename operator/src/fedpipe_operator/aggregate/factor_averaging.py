@@ -4,14 +4,15 @@ import numpy as np
 
 from fedpipe_api.wire import LORA_A, LORA_B
 
-from . import server as optimizer
-from .elementwise import Averaged, Source, average
+from . import server_optimizer as optimizer
+from .contribution import Aggregated, Matrix, figures, saved
 from .factors import singular_values
 from .files import Float32
-from .matrix import Aggregated, Matrix, figures, probed, probed_sum, saved
+from .sketches import probed, probed_sum
+from .tensor_averaging import Averaged, TensorSource, average
 
 
-def entry_by_entry(matrix: Matrix) -> Aggregated:
+def average_factors(matrix: Matrix) -> Aggregated:
     """Average the factors of a matrix, padded with zeros to the largest rank; s is folded into B.
 
     Raises:
@@ -48,7 +49,7 @@ def _average(matrix: Matrix, suffix: str, shape: tuple[int, int], previous: dict
     # The first ranks of A are a prefix of its entries: A is one column, padded below; B is padded rightward.
     height, width = (shape[0] * shape[1], 1) if suffix == LORA_A else shape
     sources = [
-        Source(
+        TensorSource(
             part.node,
             part.file,
             matrix.name + suffix,

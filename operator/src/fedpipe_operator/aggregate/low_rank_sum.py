@@ -6,12 +6,20 @@ import numpy as np
 
 from fedpipe_api.wire import LORA_A, LORA_B, sent_as_int8
 
-from . import server as optimizer
+from . import server_optimizer as optimizer
 from .comparison import NotFiniteError, Products
+from .contribution import (
+    Aggregated,
+    Contribution,
+    Matrix,
+    factors,
+    figures,
+    saved,
+)
 from .factors import Factorization, Float64, Geometry, Stack, rounding_error
 from .files import Float32
-from .matrix import Aggregated, Contribution, Matrix, factors, figures, probed, probed_sum, saved, sketched
 from .sent import received
+from .sketches import probed, probed_sum, sketched
 
 FOLD_ROOM, FOLD_KEEP = 768, 128
 """Terms of nodes stacked at a time, and what they fold into beyond that; more of both for large ranks."""
@@ -72,7 +80,7 @@ def _append(stack: Stack, matrix: Matrix, part: Contribution) -> None:
     stack.append(left.T, right, part.scale)
 
 
-def in_factor_space(matrix: Matrix, starts_from_best: bool, untrained: Untrained) -> Aggregated:
+def sum_products(matrix: Matrix, starts_from_best: bool, untrained: Untrained) -> Aggregated:
     """Aggregate a matrix in SVD form.
 
     Args:
@@ -135,7 +143,7 @@ def in_factor_space(matrix: Matrix, starts_from_best: bool, untrained: Untrained
 
 def _step(
     matrix: Matrix, state: Mapping[str, Float32], square: float
-) -> tuple[optimizer.Step[float], dict[str, Float32]]:
+) -> tuple[optimizer.OptimizerStep[float], dict[str, Float32]]:
     """Return the server optimizer's step for ‖S‖_F² and the numbers that its state keeps."""
     server = matrix.aggregation.server
     steps = int(state[optimizer.STEPS][0]) if state else 0

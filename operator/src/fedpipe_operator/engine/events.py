@@ -20,7 +20,7 @@ from .state import JobState, evaluation_of
 
 
 @dataclass(frozen=True)
-class Note:
+class JobEvent:
     """One Event."""
 
     warning: bool
@@ -46,48 +46,50 @@ class Before:
         return Before(state.spec.suspend, frozenset(state.lost))
 
 
-def note_of(state: JobState, record: Record, before: Before) -> Note | None:
+def event_of(state: JobState, record: Record, before: Before) -> JobEvent | None:
     """Return the Event for a record that was just applied to the state, or None."""
     match record:
         case AgentRegistered() if record.node in before.lost:
-            return Note(False, Reason.AGENT_RETURNED, f"{record.node} is back")
+            return JobEvent(False, Reason.AGENT_RETURNED, f"{record.node} is back")
         case PlanMade():
             return _planned(state, record)
         case AgentLost():
             reason = Reason.AGENT_FAILED if record.failed else Reason.AGENT_LOST
-            return Note(True, reason, f"{record.node}: {record.reason}")
+            return JobEvent(True, reason, f"{record.node}: {record.reason}")
         case UpdateDropped():
             text = f"round {record.round}: the update of {record.node} was damaged and is sent again"
-            return Note(True, Reason.STORE_DAMAGED, text)
+            return JobEvent(True, Reason.STORE_DAMAGED, text)
         case RoundClosed() if record.stragglers:
             node, steps = min(record.stragglers.items())
             more = f" and {len(record.stragglers) - 1} more" if len(record.stragglers) > 1 else ""
             text = f"{node}{more} missed round {record.round} (last heard of at step {steps})"
-            return Note(True, Reason.STRAGGLER, text)
+            return JobEvent(True, Reason.STRAGGLER, text)
         case RoundAggregated():
             return _round_done(state, record)
         case SpecChanged():
             return _changed(record, before)
         case Finished():
-            return Note(record.phase is Phase.FAILED, Reason(record.reason), record.message)
+            return JobEvent(record.phase is Phase.FAILED, Reason(record.reason), record.message)
         case _:
             return None
 
 
-def _changed(record: SpecChanged, before: Before) -> Note:
+def _changed(record: SpecChanged, before: Before) -> JobEvent:
     if record.spec.suspend != before.suspended:
         suspended = record.spec.suspend
         reason = Reason.SUSPENDED if suspended else Reason.RESUMED
-        return Note(False, reason, "suspended" if suspended else "resumed")
-    return Note(False, Reason.ACCEPTED, f"spec changed to generation {record.generation}")
+        return JobEvent(False, reason, "suspended" if suspended else "resumed")
+    return JobEvent(False, Reason.ACCEPTED, f"spec changed to generation {record.generation}")
 
 
-def _round_done(state: JobState, record: RoundAggregated) -> Note:
+def _round_done(state: JobState, record: RoundAggregated) -> JobEvent:
     bad = {node: check for node, check in record.checks.items() if check.verdict in ("flagged", "rejected")}
     if bad:
         node, check = min(bad.items())
         reason = Reason.UPDATE_REJECTED if check.verdict == "rejected" else Reason.UPDATE_FLAGGED
-        return Note(True, reason, f"round {record.round}: update of {node} {check.verdict}: {check.reason}")
+        return JobEvent(
+            True, reason, f"round {record.round}: update of {node} {check.verdict}: {check.reason}"
+        )
     known = state.rounds[record.round]
     up = sum(manifest.size for manifest in known.updates.values())
     took = (known.result_at or 0) - known.opened_at
@@ -100,15 +102,15 @@ def _round_done(state: JobState, record: RoundAggregated) -> Note:
         text += f"; before it loss {before.loss:.4f}"
         if before.accuracy is not None:
             text += f", accuracy {before.accuracy:.3f}"
-    return Note(False, Reason.ROUND_DONE, text)
+    return JobEvent(False, Reason.ROUND_DONE, text)
 
 
-def _planned(state: JobState, record: PlanMade) -> Note | None:
+def _planned(state: JobState, record: PlanMade) -> JobEvent | None:
     before = state.plans.get(record.version - 1)
     if before and before.left_out == record.left_out and _work(before) == _work(record):
         return None  # only its predictions moved
     if len(record.scores) > 1 and len(set(record.scores.values())) == 1:
-        return Note(
+        return JobEvent(
             True, Reason.IMPORTANCE_INVALID, "all matrices score the same, so the selection is arbitrary"
         )
     text = f"{len(record.nodes)} of {len(record.considered)} nodes fit"
@@ -116,7 +118,7 @@ def _planned(state: JobState, record: PlanMade) -> Note | None:
         node, why = min(record.left_out.items())
         text += f"; {node} left out: {why}"
     reason = Reason.PLANNED if record.version == 1 else Reason.REPLANNED
-    return Note(False, reason, f"{text} ({record.reason})")
+    return JobEvent(False, reason, f"{text} ({record.reason})")
 
 
 def _work(plan: PlanMade) -> dict[str, tuple[object, ...]]:

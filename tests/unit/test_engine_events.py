@@ -3,16 +3,16 @@
 import pytest
 
 from fedpipe_api.conditions import Reason
-from fedpipe_operator.engine.notes import Before, Note, note_of
+from fedpipe_operator.engine.events import Before, JobEvent, event_of
 from fedpipe_operator.engine.records import AgentLost, PlanMade, Record, SpecChanged
 from fedpipe_operator.engine.state import apply
 from standins.world import PLAN, World
 
 
-def noted(world: World, record: Record) -> Note | None:
+def noted(world: World, record: Record) -> JobEvent | None:
     before = Before.of(world.state)
     apply(world.state, record, world.now)
-    return note_of(world.state, record, before)
+    return event_of(world.state, record, before)
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def world() -> World:
 @pytest.mark.parametrize(("failed", "reason"), [(True, Reason.AGENT_FAILED), (False, Reason.AGENT_LOST)])
 def test_an_error_of_an_agent_is_not_its_silence(world: World, failed: bool, reason: Reason) -> None:
     record = AgentLost(sequence=world.state.sequence + 1, node="node-1", reason="why", failed=failed)
-    assert noted(world, record) == Note(True, reason, "node-1: why")
+    assert noted(world, record) == JobEvent(True, reason, "node-1: why")
 
 
 def test_a_lost_agent_that_registers_again_has_returned(world: World) -> None:
@@ -34,7 +34,7 @@ def test_a_lost_agent_that_registers_again_has_returned(world: World) -> None:
     assert noted(world, again.model_copy(update={"sequence": world.state.sequence + 1})) is None
     noted(world, AgentLost(sequence=world.state.sequence + 1, node="node-1", reason="why"))
     found = noted(world, again.model_copy(update={"sequence": world.state.sequence + 1}))
-    assert found == Note(False, Reason.AGENT_RETURNED, "node-1 is back")
+    assert found == JobEvent(False, Reason.AGENT_RETURNED, "node-1 is back")
 
 
 def test_more_rounds_are_no_resumption(world: World) -> None:

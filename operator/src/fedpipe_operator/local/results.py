@@ -24,7 +24,7 @@ from .progress import facts
 from .report import write_report
 
 
-def conclude(directory: RunDirectory) -> int:
+def write_all_results(directory: RunDirectory) -> int:
     """Write whatever of the finished run's results is missing, print the summary, return the exit status."""
     history = read(directory)
     state = history.state
@@ -147,7 +147,7 @@ def print_summary(directory: RunDirectory, history: History) -> None:
         console.print(Text(f"report   {directory.report}"), soft_wrap=True)
 
 
-def _node_table(state: JobState, rows: list[measures.Row]) -> Table:
+def _node_table(state: JobState, rows: list[measures.RoundRow]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("node", "precision", "ranks", "batch", "weights", "memory", "planned", "loss", "rounds"):
         table.add_column(

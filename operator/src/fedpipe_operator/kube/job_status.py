@@ -13,7 +13,7 @@ from ..engine.jobs import Job
 from ..engine.quarantine import Quarantine
 from ..engine.status import NODE_ROWS
 from ..engine.status import status as engine_status
-from .fleet import Choice
+from .fleet import NodeSelection
 from .views import PodView
 
 ACCEPTED = "Accepted"
@@ -37,21 +37,21 @@ _NO_NODES = (Reason.NO_MATCHING_NODES, Reason.NOT_ENOUGH_NODES)
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputResult:
     """What became of spec.output."""
 
     written: bool
     message: str
 
 
-def observed_status(
+def job_status(
     job: FedPipeJob,
     known: Job,
     *,
     pods: Sequence[PodView],
-    choice: Choice | None,
+    choice: NodeSelection | None,
     refused: str | None,
-    output: Output | None,
+    output: OutputResult | None,
     previous: FedPipeJobStatus | None,
     now: float,
 ) -> FedPipeJobStatus:
@@ -153,7 +153,7 @@ def _time(seconds: float) -> datetime:
 
 
 def _rows(
-    table: tuple[NodeStatus, ...], pods: Sequence[PodView], choice: Choice | None
+    table: tuple[NodeStatus, ...], pods: Sequence[PodView], choice: NodeSelection | None
 ) -> tuple[NodeStatus, ...]:
     """Add the Pods' troubles, and the nodes that the selector matches but that cannot be used."""
     troubles = {pod.node: pod.trouble for pod in pods if pod.trouble}

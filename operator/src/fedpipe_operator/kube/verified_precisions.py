@@ -10,7 +10,7 @@ from ..engine.state import JobState
 
 
 @dataclass(frozen=True)
-class Proof:
+class Verification:
     """The kernels that an agent ran on a node before it registered, at Unix time `at`."""
 
     node: str
@@ -31,22 +31,22 @@ class Proof:
         ]
 
 
-class Proofs:
+class VerifiedPrecisions:
     """What was recorded already. Ended jobs are looked at again and again too: no old result may return."""
 
     def __init__(self) -> None:
         """Start with nothing recorded, as after a restart."""
         self._recorded: dict[str, float] = {}
 
-    def due(self, state: JobState, states: Collection[JobState]) -> Iterator[Proof]:
+    def due(self, state: JobState, states: Collection[JobState]) -> Iterator[Verification]:
         """Yield what a job's agents proved and is not recorded, unless another job's registered later."""
         for node, agent in list(state.agents.items()):
             at, kernels = state.registered_at[node], agent.device.kernels
             if not kernels or at <= self._recorded.get(node, 0.0):
                 continue
             if all(other.registered_at.get(node, 0.0) <= at for other in states):
-                yield Proof(node, at, kernels)
+                yield Verification(node, at, kernels)
 
-    def recorded(self, proof: Proof) -> None:
+    def recorded(self, proof: Verification) -> None:
         """Take note that a FedPipeNode shows the proof."""
         self._recorded[proof.node] = proof.at

@@ -4,7 +4,7 @@ from fedpipe_api.job import Precision
 from fedpipe_api.wire import KernelResult
 from fedpipe_operator.engine.records import AgentRegistered
 from fedpipe_operator.engine.state import JobState, apply
-from fedpipe_operator.kube.proofs import Proofs
+from fedpipe_operator.kube.verified_precisions import VerifiedPrecisions
 from kube.objects import job
 from kube.test_kube_reconcile import SHAPE, state_of
 from standins.agents import registration
@@ -20,7 +20,7 @@ def registered(at: float, *, usable: bool, node: str = "edge-1") -> JobState:
     return state
 
 
-def due(proofs: Proofs, *states: JobState) -> list[tuple[float, bool]]:
+def due(proofs: VerifiedPrecisions, *states: JobState) -> list[tuple[float, bool]]:
     """Look at every job once and record what is due: its time, and what it says of nf4."""
     found = []
     for state in states:
@@ -33,13 +33,13 @@ def due(proofs: Proofs, *states: JobState) -> list[tuple[float, bool]]:
 def test_the_newest_registration_on_a_node_is_recorded_once() -> None:
     older, newer = registered(100, usable=True), registered(200, usable=False)
     for states in ((older, newer), (newer, older)):
-        proofs = Proofs()  # as after a restart: all jobs are looked at, in any order
+        proofs = VerifiedPrecisions()  # as after a restart: all jobs are looked at, in any order
         assert due(proofs, *states) == [(200, False)]
         assert due(proofs, *states) == []
 
 
 def test_a_later_registration_of_any_job_is_recorded_anew() -> None:
-    proofs, first = Proofs(), registered(100, usable=True)
+    proofs, first = VerifiedPrecisions(), registered(100, usable=True)
     assert due(proofs, first) == [(100, True)]
     second = registered(200, usable=False)
     assert due(proofs, first, second) == [(200, False)]
@@ -53,14 +53,14 @@ def test_nodes_are_apart_and_an_agent_without_a_check_proves_nothing() -> None:
     none = registered(300, usable=True)
     device = none.agents["edge-1"].device.model_copy(update={"kernels": ()})
     none.agents["edge-1"] = none.agents["edge-1"].model_copy(update={"device": device})
-    proofs = Proofs()
+    proofs = VerifiedPrecisions()
     assert due(proofs, one, two) == [(100, True), (50, False)]
     assert due(proofs, none) == []
 
 
 def test_a_failure_without_words_gets_some() -> None:
     state = registered(100, usable=False)
-    (proof,) = Proofs().due(state, [state])
+    (proof,) = VerifiedPrecisions().due(state, [state])
     assert proof.precisions() == [
         {"precision": "nf4", "usable": False, "verified": True, "message": "its kernel failed"}
     ]

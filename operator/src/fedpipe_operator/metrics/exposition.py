@@ -3,12 +3,12 @@
 prometheus_client's families take several times as long to build and print; 2,000 agents have 60,000 samples.
 """
 
-from .table import NAMES
+from .definitions import NAMES
 
 _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
-class Samples:
+class Exposition:
     """The families of the table, in the text format 0.0.4, as they are given values."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Samples:
         else:
             lines.append(f"{name} {float(value)!r}")
 
-    def extend(self, other: "Samples") -> None:
+    def extend(self, other: "Exposition") -> None:
         """Add all that was added to another."""
         for name, lines in other._families.items():
             self._families.setdefault(name, []).extend(lines)

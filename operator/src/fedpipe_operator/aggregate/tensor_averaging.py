@@ -7,7 +7,7 @@ import numpy as np
 
 from fedpipe_api.job import ServerOptimizer
 
-from . import server as optimizer
+from . import server_optimizer as optimizer
 from .comparison import NotFiniteError, Products
 from .factors import Float64
 from .files import Float32, TensorFile
@@ -21,7 +21,7 @@ Statistic = Callable[[Float64], Float64]
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """One node's tensor, the upper left `rows` × `width` of the average; its values count times `scale`."""
 
     node: int
@@ -48,7 +48,7 @@ class Averaged:
 
 
 def average(
-    sources: Sequence[Source],
+    sources: Sequence[TensorSource],
     *,
     previous: Float32 | None,
     shape: tuple[int, int],
@@ -102,7 +102,7 @@ def average(
 
 
 def _changes(
-    sources: Sequence[Source],
+    sources: Sequence[TensorSource],
     previous: Float32 | None,
     shape: tuple[int, int],
     gram: Float64,
@@ -138,7 +138,9 @@ def _changes(
         yield rows, change
 
 
-def _load(source: Source, first: int, block: Float64, previous: Float32 | None, scratch: Float32) -> None:
+def _load(
+    source: TensorSource, first: int, block: Float64, previous: Float32 | None, scratch: Float32
+) -> None:
     """Fill a block (rows, width) with the node's change, zero where it has no entries."""
     count = max(0, min(len(block), source.rows - first))
     if count < len(block) or source.width < block.shape[1]:
@@ -151,7 +153,7 @@ def _load(source: Source, first: int, block: Float64, previous: Float32 | None, 
         inner -= previous[first : first + count, : source.width]
 
 
-def _uncovered(sources: Sequence[Source], weights: Float64, rows: slice, width: int) -> Float64:
+def _uncovered(sources: Sequence[TensorSource], weights: Float64, rows: slice, width: int) -> Float64:
     """Return the share of weight, entry by entry (or row by row), whose nodes do not hold that entry."""
     tall = np.array([source.rows for source in sources])
     wide = np.array([source.width for source in sources])
