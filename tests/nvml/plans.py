@@ -10,10 +10,10 @@ from transformers import LlamaConfig
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fedpipe_agent.train.model import read_shape
-from fedpipe_api import wire
+from fedpipe_api import units, wire
 from fedpipe_api.job import FedPipeJobSpec, Task
 from fedpipe_api.node import READY, FedPipeNode
-from fedpipe_operator.planner import NodeFacts, Plan, PlanRequest, format, plan, rows
+from fedpipe_operator.planner import NodeFacts, Plan, PlanRequest, plan, rows
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.json"))
@@ -87,7 +87,7 @@ def table() -> list[str]:
         if row.node in found.nodes:
             chosen = found.nodes[row.node]
             cells += [
-                format.duration(chosen.predicted_step_seconds),
+                units.duration(chosen.predicted_step_seconds),
                 row.round,
                 f"{row.limited_by}: {row.reason}",
             ]

@@ -126,7 +126,7 @@ def test_rank_zero_only_where_the_lowest_ranks_do_not_fit():
         node = found.nodes["n"]
         if len(node.ranks) < len(NAMES):
             assert node.limited_by == "memory"
-            assert f"{len(NAMES) - len(node.ranks)} selected weights are not trained here" in node.reason
+            assert f"{len(NAMES) - len(node.ranks)} selected matrices are not trained here" in node.reason
             # What is trained is what matters most.
             assert sorted(node.ranks) == sorted(NAMES[-len(node.ranks) :])
             break
@@ -260,7 +260,7 @@ def test_before_profiling_the_largest_matrices_stand_for_those_to_come():
     assert found.provisional
     assert wide.name in found.selected
     assert len(found.selected) == 24
-    assert "weights are chosen after profiling" in summary_line(found)
+    assert "matrices are chosen after profiling" in summary_line(found)
     assert not planned(facts("n", 8)).provisional
 
 
@@ -299,7 +299,7 @@ def test_the_table_shows_what_people_compare():
         "edge-1",
         "fp32",
         "16",
-        "24 weights, r 16",
+        "24 matrices, r 16",
         "ranks",
     )
     assert first.memory.endswith(" of 7.2 GiB")

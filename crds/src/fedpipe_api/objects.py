@@ -1,5 +1,6 @@
 """What FedPipe's kinds borrow from Kubernetes: metadata, label selectors, volumes."""
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
@@ -73,6 +74,19 @@ class LabelSelectorRequirement(Model):
         ),
     )
 
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Return whether the labels meet the expression."""
+        value = labels.get(self.key)
+        match self.operator:
+            case "In":
+                return value in self.values
+            case "NotIn":
+                return value not in self.values
+            case "Exists":
+                return value is not None
+            case "DoesNotExist":
+                return value is None
+
 
 class LabelSelector(Model):
     """A Kubernetes label selector; empty selects every node."""
@@ -92,3 +106,9 @@ class LabelSelector(Model):
             holds=lambda model: all(len(key) <= 317 for key in model.match_labels),
         ),
     )
+
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Return whether an object with these labels is selected."""
+        if not self.match_labels.items() <= labels.items():
+            return False
+        return all(expression.matches(labels) for expression in self.match_expressions)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from datetime import datetime
 
+from fedpipe_api import units
 from fedpipe_api.conditions import Condition, set_condition
 from fedpipe_api.node import (
     DEVICE_LOST,
@@ -16,7 +17,6 @@ from fedpipe_api.node import (
 )
 
 from .nvml import Reading
-from .summary import gib
 
 ABSENT = (NodeReason.DRIVER_MISSING, NodeReason.DRIVER_NOT_LOADED)
 """Faults that leave a node without a GPU but otherwise well."""
@@ -133,7 +133,7 @@ def _memory_pressure(
         if not total or free is None or free >= limit * total:
             continue
         count = (processes[index] if index < len(processes) else None) or 0
-        message = f"{device.name} ({device.uuid}): {gib(free)} of {gib(total)} free"
+        message = f"{device.name} ({device.uuid}): {units.memory(free)} of {units.memory(total)} free"
         if count > 1:
             return True, NodeReason.MEMORY_SHARED, f"{message}; {count} processes compute on it"
         return True, NodeReason.MEMORY_IN_USE, message

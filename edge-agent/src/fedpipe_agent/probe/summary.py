@@ -50,8 +50,3 @@ def _quantity(size: int, whole: Callable[[float], int]) -> str:
         if size >= unit:
             return f"{whole(size / unit)}{name}"
     return f"{size}"
-
-
-def gib(size: int) -> str:
-    """Return bytes as GiB with one decimal."""
-    return f"{size / 2**30:.1f} GiB"

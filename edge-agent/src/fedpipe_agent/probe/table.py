@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 
+from fedpipe_api import units
 from fedpipe_api.node import Capacity, FedPipeNode, FedPipeNodeStatus, GpuDevice
-
-from .summary import gib
 
 
 def table(node: FedPipeNode, capacity: Capacity | None = None) -> str:
@@ -33,9 +32,9 @@ def _rows(status: FedPipeNodeStatus, link_from: str) -> Iterator[tuple[str, str]
     if status.cpu:
         yield "cpu", f"{status.cpu.cores} cores · {_free_of(status.cpu.free_memory, status.cpu.total_memory)}"
         if status.cpu.cache_disk_free is not None:
-            yield "cache", f"{gib(status.cpu.cache_disk_free)} free on disk"
+            yield "cache", f"{units.memory(status.cpu.cache_disk_free)} free on disk"
     if status.link_rate is not None:
-        yield "link", f"{_rate(status.link_rate)} {link_from}"
+        yield "link", f"{units.rate(status.link_rate)} {link_from}"
     for support in status.precisions:
         answer = "yes" if support.usable else "no"
         proof = "verified" if support.verified else "unverified"
@@ -64,11 +63,4 @@ def _facts(device: GpuDevice) -> Iterator[str]:
 def _free_of(free: int | None, total: int | None) -> str:
     if total is None:
         return "memory unknown"
-    return f"{gib(total)}" if free is None else f"{gib(free)} of {gib(total)} free"
-
-
-def _rate(rate: int) -> str:
-    for size, unit in ((1e6, "MB/s"), (1e3, "kB/s")):
-        if rate >= size:
-            return f"{rate / size:.1f} {unit}"
-    return f"{rate} B/s"
+    return f"{units.memory(total)}" if free is None else f"{units.memory(free)} of {units.memory(total)} free"

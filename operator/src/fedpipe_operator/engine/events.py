@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fedpipe_api import units
 from fedpipe_api.conditions import Reason
 from fedpipe_api.status import Phase
 
@@ -26,11 +27,6 @@ class JobEvent:
     warning: bool
     reason: Reason
     message: str
-
-
-def megabytes(size: float) -> str:
-    """Return bytes as people read them (1 MB = 10⁶ bytes)."""
-    return f"{size / 1e6:.1f} MB"
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ def _round_done(state: JobState, record: RoundAggregated) -> JobEvent:
     known = state.rounds[record.round]
     up = sum(manifest.size for manifest in known.updates.values())
     took = (known.result_at or 0) - known.opened_at
-    text = f"round {record.round}: {len(known.updates)} updates, {megabytes(up)} up, {took:.1f} s"
+    text = f"round {record.round}: {len(known.updates)} updates, {units.transfer(up)} up, {took:.1f} s"
     capped = sorted(node for node, check in record.checks.items() if check.capped)
     if capped:
         text += f"; {len(capped)} counted for less than claimed, first {capped[0]}"

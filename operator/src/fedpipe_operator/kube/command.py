@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, BinaryIO
 import typer
 
 from fedpipe_api.base import UserError
+from fedpipe_api.files import replaced
 from fedpipe_api.logs import LINE_FORMAT, LineFormatter
 from fedpipe_api.object_url import ObjectURL
 
@@ -171,17 +171,11 @@ def _written(file: str) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    path, part = Path(file), Path(f"{file}.part")
     try:
-        with part.open("wb") as target:
+        with replaced(Path(file), mode=0o600) as target:  # it holds every job's spec and adapters
             yield target
-            target.flush()
-            os.fsync(target.fileno())
-        part.replace(path)
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror})") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @app.command()

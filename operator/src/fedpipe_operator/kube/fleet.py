@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedpipe_api.job import FedPipeJobSpec
-from fedpipe_api.objects import LabelSelector, LabelSelectorRequirement
 
 from ..engine.state import JobState
 from .views import CapacityView, NodeView, PodView
@@ -63,7 +62,7 @@ def choose(
     reasons: Counter[str] = Counter()
     for name, capacity in fleet.capacities.items():
         node = fleet.nodes.get(name)
-        if node is not None and not selects(spec.nodes.selector, node.labels):
+        if node is not None and not spec.nodes.selector.matches(node.labels):
             reasons[OTHER_LABELS] += 1
             continue
         settled = name in offered and _settled(name, state, pods)
@@ -115,23 +114,3 @@ def _unusable(
     if capacity.stale(now):
         return "its probe has gone silent"
     return None if holder is None else f"its GPU is used by job {holder}"
-
-
-def selects(selector: LabelSelector, labels: Mapping[str, str]) -> bool:
-    """Return whether a Kubernetes label selector matches the labels."""
-    if not selector.match_labels.items() <= labels.items():
-        return False
-    return all(_meets(expression, labels) for expression in selector.match_expressions)
-
-
-def _meets(expression: LabelSelectorRequirement, labels: Mapping[str, str]) -> bool:
-    value = labels.get(expression.key)
-    match expression.operator:
-        case "In":
-            return value in expression.values
-        case "NotIn":
-            return value not in expression.values
-        case "Exists":
-            return value is not None
-        case "DoesNotExist":
-            return value is None

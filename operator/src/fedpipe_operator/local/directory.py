@@ -1,14 +1,13 @@
 """What a run leaves in its directory, and how it is read back."""
 
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from fedpipe_api.base import Model, UserError, explain
+from fedpipe_api.files import replaced
 from fedpipe_api.job import FedPipeJob
 from fedpipe_api.node import Fleet
 
@@ -60,7 +59,7 @@ class RunDirectory:
 
     def save(self, record: RunRecord) -> None:
         """Write the record atomically."""
-        write_atomically(self.record, record.to_json() + "\n")
+        write_text(self.record, record.to_json() + "\n")
 
     def read_record(self) -> RunRecord:
         """Return the record; UserError when the directory holds no run."""
@@ -121,12 +120,7 @@ class Created:
             parent.rmdir()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that its name never stands for half of it."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is never seen half written."""
+    with replaced(path) as file:
+        file.write(text.encode())

@@ -11,7 +11,7 @@ from pydantic.alias_generators import to_snake
 
 from fedpipe_api import yaml_file
 from fedpipe_api.base import Model, UserError, explain
-from fedpipe_api.job import FedPipeJob, FedPipeJobSpec, LabelSelector, LabelSelectorRequirement
+from fedpipe_api.job import FedPipeJob, FedPipeJobSpec
 from fedpipe_api.node import Fleet, FleetNode
 
 M = TypeVar("M", bound=Model)
@@ -77,32 +77,13 @@ def _document(path: Path) -> Mapping[str, Any]:
 
 def choose(spec: FedPipeJobSpec, fleet: Fleet) -> tuple[tuple[FleetNode, ...], dict[str, str]]:
     """Return the nodes that take part, the first `nodes.max` that match, and why others do not."""
-    matching = [node for node in fleet.nodes if selects(spec.nodes.selector, node.labels)]
+    matching = [node for node in fleet.nodes if spec.nodes.selector.matches(node.labels)]
     excluded = {node.name: "its labels do not match spec.nodes.selector" for node in fleet.nodes}
     excluded |= {node.name: f"spec.nodes.max is {spec.nodes.max}" for node in matching}
     chosen = tuple(matching[: spec.nodes.max])
     for node in chosen:
         del excluded[node.name]
     return chosen, excluded
-
-
-def selects(selector: LabelSelector, labels: Mapping[str, str]) -> bool:
-    """Return whether a Kubernetes label selector matches the labels."""
-    equal = all(labels.get(key) == value for key, value in selector.match_labels.items())
-    return equal and all(_meets(expression, labels) for expression in selector.match_expressions)
-
-
-def _meets(expression: LabelSelectorRequirement, labels: Mapping[str, str]) -> bool:
-    value = labels.get(expression.key)
-    match expression.operator:
-        case "In":
-            return value in expression.values
-        case "NotIn":
-            return value not in expression.values
-        case "Exists":
-            return value is not None
-        case "DoesNotExist":
-            return value is None
 
 
 def _check_numbers(spec: FedPipeJobSpec, matching: int, job_file: Path, fleet_file: Path) -> None:

@@ -3,10 +3,9 @@
 import json
 from typing import Any
 
-from fedpipe_api.base import format_duration
+from fedpipe_api import units
 from fedpipe_api.job import Phase
 
-from ..engine.events import megabytes
 from ..engine.state import JobState, Round, evaluation_of
 from ..engine.status import metric_name
 from .directory import History
@@ -116,7 +115,7 @@ def _node(history: History, known: Round, name: str) -> RoundRow:
 def outcome(history: History, rows: list[RoundRow]) -> str:
     """Return the one line that sums the run up."""
     state = history.state
-    spent = format_duration(round((state.finished_at or history.last_at) - state.submitted_at))
+    spent = units.duration((state.finished_at or history.last_at) - state.submitted_at)
     name = metric_name(state)
     series = [row[name] for row in rows if row[name] is not None]
     up, down = (sum(row.get(key, 0) for row in rows) for key in ("bytesUp", "bytesDown"))
@@ -126,12 +125,10 @@ def outcome(history: History, rows: list[RoundRow]) -> str:
         parts.append(
             f"{name} {series[-1]:.3f}" + (f" (untrained {series[0]:.3f})" if rows[0]["round"] == 0 else "")
         )
-    parts.append(f"{megabytes(up)} up, {megabytes(down)} down")
+    parts.append(f"{units.transfer(up)} up, {units.transfer(down)} down")
     return " · ".join(parts)
 
 
 def memory(size: int | None) -> str:
-    """Return bytes as people read memory (1 MiB = 2²⁰ bytes)."""
-    if size is None:
-        return ""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    """Return bytes of memory as text, empty where they are not known."""
+    return "" if size is None else units.memory(size)

@@ -26,7 +26,7 @@ def plan_job(local: LocalJob) -> int:
     made = make(local)
     console = Console(highlight=False)
     table = Table(box=None, padding=(0, 2 if console.width >= _WIDE else 1, 0, 0), header_style="dim")
-    ranks = f"ranks (of {made.candidates} weights)"
+    ranks = f"ranks (of {made.candidates} matrices)"
     for title in ("node", "precision", "batch", ranks, "memory", "round"):
         table.add_column(title, no_wrap=title != ranks)
     table.add_column("limited by", min_width=10)

@@ -97,7 +97,8 @@ def draw(
     if scores:
         columns, layers = _layers(scores)
         plots.append(
-            save("importance", "Importance of the weights", "score by layer and matrix, selected ones framed",
+            save("importance", "Importance of the matrices",
+                 "score by layer and matrix, selected ones framed",
                  (8, 1.5 + 0.3 * len(layers)), lambda f: _importance(f, scores, chosen, columns, layers))
         )  # fmt: skip
     return plots

@@ -11,14 +11,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedpipe_api.base import format_duration
+from fedpipe_api import units
 from fedpipe_api.conditions import Reason
 from fedpipe_api.job import FedPipeJob
 from fedpipe_api.status import NodeStatus
 from fedpipe_api.wire import Progress
 
 from ..engine.decide import awaited_evaluations, metric_value
-from ..engine.events import JobEvent, megabytes
+from ..engine.events import JobEvent
 from ..engine.jobs import Job
 from ..engine.state import JobState, evaluation_of
 from ..engine.status import eta_seconds, metric_name, phase_of, status
@@ -150,7 +150,7 @@ def _round_line(state: JobState, number: int) -> str:
     if number == 0:
         return _spaced("untrained ", metric_text(state, 0), loss)
     known = state.rounds[number]
-    size = megabytes(sum(manifest.size for manifest in known.updates.values()))
+    size = units.transfer(sum(manifest.size for manifest in known.updates.values()))
     took = f"{(known.result_at or 0) - known.opened_at:.1f} s"
     head = f"round {number}/{state.spec.rounds.count}"
     return _spaced(
@@ -217,7 +217,7 @@ def _job_line(name: str, job: Job, heard: dict[str, Progress]) -> Table:
     line.add_column(no_wrap=True)
     count = state.spec.rounds.count
     seconds = eta_seconds(state)
-    eta = "" if seconds is None else f"ETA {format_duration(round(seconds))}"
+    eta = "" if seconds is None else f"ETA {units.duration(seconds)}"
     line.add_row(
         Text(name, style="bold"),
         f"round {min(state.done + 1, count)}/{count}",

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from fedpipe_api import units
 from fedpipe_api.status import NodeStatus
 
-from ..engine.events import megabytes
 from ..engine.state import JobState
 from ..engine.status import metric_name, status
 from . import measures
-from .directory import History, RunDirectory, write_atomically
+from .directory import History, RunDirectory, write_text
 from .progress import facts
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def write_report(directory: RunDirectory, history: History, rows: list[measures.
 
         scores, chosen = (state.plan.scores, set(state.plan.selected)) if state.plan else ({}, set())
         plots = draw(rows, metric_name(state), scores, chosen, directory.plots)
-    write_atomically(directory.report, _page(history, rows, plots))
+    write_text(directory.report, _page(history, rows, plots))
 
 
 def _page(history: History, rows: list[measures.RoundRow], plots: "list[Plot]") -> str:
@@ -124,7 +124,7 @@ def _node_table(nodes: tuple[NodeStatus, ...], rows: list[measures.RoundRow]) ->
             ]
         )  # fmt: skip
     header = [
-        "node", "precision", "ranks", "batch", "weights", "limited by", "memory planned", "peak memory",
+        "node", "precision", "ranks", "batch", "matrices", "limited by", "memory planned", "peak memory",
         "s/step planned", "s/step", "updates", "train loss", "accuracy",
     ]  # fmt: skip
     return _table("As planned last, and as measured in the last round it took part in", header, body)
@@ -139,7 +139,8 @@ def _round_table(rows: list[measures.RoundRow]) -> str:
                 str(row["round"]) if trained else "untrained",
                 _number(row["loss"], ".4f"), _number(row["accuracy"], ".4f"),
                 f"{row['updates']}/{row['participants']}" if trained else "",
-                megabytes(row["bytesUp"]) if trained else "", megabytes(row["bytesDown"]) if trained else "",
+                units.transfer(row["bytesUp"]) if trained else "",
+                units.transfer(row["bytesDown"]) if trained else "",
                 _number(row.get("seconds"), ".2f"), _number(row.get("overheadSeconds"), ".2f"),
                 _number(row.get("underTraining"), ".1%"), _number(row.get("relativeError"), ".2e"),
                 _number(row.get("effectiveRank"), ".1f"),

@@ -19,7 +19,7 @@ from ..export import write_adapter
 from ..export.upload import open_store, own_credentials, upload
 from . import measures
 from .agents import agent_command
-from .directory import History, RunDirectory, write_atomically
+from .directory import History, RunDirectory, write_text
 from .progress import facts
 from .report import write_report
 
@@ -78,7 +78,7 @@ def export(directory: RunDirectory, state: JobState, target: Path) -> None:
 def write_results(directory: RunDirectory, history: History) -> None:
     """Write `metrics.jsonl`, the plots and `report.html` from the ledger."""
     rows = measures.rounds(history)
-    write_atomically(directory.metrics, measures.to_jsonl(rows))
+    write_text(directory.metrics, measures.to_jsonl(rows))
     write_report(directory, history, rows)
 
 
@@ -149,7 +149,7 @@ def print_summary(directory: RunDirectory, history: History) -> None:
 
 def _node_table(state: JobState, rows: list[measures.RoundRow]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("node", "precision", "ranks", "batch", "weights", "memory", "planned", "loss", "rounds"):
+    for name in ("node", "precision", "ranks", "batch", "matrices", "memory", "planned", "loss", "rounds"):
         table.add_column(
             name, justify="left" if name in ("node", "precision", "ranks", "batch") else "right", no_wrap=True
         )

@@ -1,41 +1,12 @@
-"""The sentences and figures that people read in plans."""
+"""The sentences that people read in plans."""
 
 from collections.abc import Iterable, Mapping
 
 from fedpipe_api import wire
 from fedpipe_api.job import Precision
+from fedpipe_api.units import duration, memory
 
 from .workload import Configuration
-
-
-def size(count: int) -> str:
-    """Return bytes as `1.9 GiB` or `310 MiB`."""
-    if count >= 1000 * 2**20:
-        return f"{count / 2**30:.1f} GiB"
-    return f"{count / 2**20:.0f} MiB"
-
-
-def transfer(count: int) -> str:
-    """Return transferred bytes in decimal units: `3.1 MB`."""
-    if count >= 10**9:
-        return f"{count / 10**9:.1f} GB"
-    return f"{count / 10**6:.1f} MB" if count >= 10**5 else f"{count / 1000:.1f} kB"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as people say it: `850ms`, `9.5s`, `2m55s`, `1h03m`."""
-    if seconds < 1:
-        return f"{round(1000 * seconds)}ms"
-    if seconds < 10:
-        return f"{seconds:.1f}s".replace(".0s", "s")
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes}m{rest:02}s" if rest else f"{minutes}m"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if minutes else f"{hours}h"
 
 
 def batch(micro_batch: int, accumulation: int) -> str:
@@ -57,7 +28,7 @@ def configuration(chosen: Configuration, samples: int) -> str:
 
 def no_room(needed: int, least: Configuration, rank: int, has: int) -> str:
     """Return why nothing fits into memory."""
-    return f"needs {size(needed)} at {least.precision} ×{least.micro_batch}, r {rank}; has {size(has)}"
+    return f"needs {memory(needed)} at {least.precision} ×{least.micro_batch}, r {rank}; has {memory(has)}"
 
 
 def no_time(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpipe_api import wire
+from fedpipe_api import units, wire
 from fedpipe_api.job import FedPipeJobSpec, Precision
 
 from . import format, memory, speed
@@ -301,16 +301,16 @@ class Problem:
         option = next(option for option in self._options if option.configuration == freed.configuration)
         ranks = np.array([freed.ranks.get(name, 0) for name in self._names])
         if limited_by == "memory":
-            takes = format.size(self._peak(option, ranks)) + f"; it may use {format.size(self.case.budget)}"
+            takes = units.memory(self._peak(option, ranks)) + f"; it may use {units.memory(self.case.budget)}"
         else:
             one = option.step_seconds + (option.step_seconds_per_rank * ranks).sum()
             other = option.other_seconds + (option.other_seconds_per_rank * ranks).sum()
-            takes = format.duration(freed.steps * one + other)
-            takes += f"; it may take {format.duration(self.case.seconds)}"
+            takes = units.duration(freed.steps * one + other)
+            takes += f"; it may take {units.duration(self.case.seconds)}"
         text = f"{format.configuration(freed.configuration, self._work.batch)}, {format.ranks(freed.ranks)}"
         text += f" would take {takes}"
         untrained = len(self._names) - trained
-        return text + (f"; {untrained} selected weights are not trained here" if untrained else "")
+        return text + (f"; {untrained} selected matrices are not trained here" if untrained else "")
 
     def _peak(self, option: _Option, ranks: NDArray[np.int64]) -> int:
         """Return the bytes of a choice: within the budget where the prediction is within the room."""

@@ -1,8 +1,6 @@
 """When a plan no longer meets the node it was made for."""
 
-from fedpipe_api import wire
-
-from . import format
+from fedpipe_api import units, wire
 
 SLOWER, FASTER = 1.3, 0.6
 """Measured over predicted step time at which a plan is made again. The band is wide, and a new plan predicts
@@ -27,12 +25,14 @@ def needs_replan(
     """
     if free_memory is not None and free_memory < max(previous.predicted_bytes, peak_bytes or 0):
         needed = max(previous.predicted_bytes, peak_bytes or 0)
-        return f"{format.size(free_memory)} are free; the plan needs {format.size(needed)}"
+        return f"{units.memory(free_memory)} are free; the plan needs {units.memory(needed)}"
     if peak_bytes is not None and peak_bytes > PEAK * previous.predicted_bytes:
-        return f"peak memory is {format.size(peak_bytes)}, predicted {format.size(previous.predicted_bytes)}"
+        return (
+            f"peak memory is {units.memory(peak_bytes)}, predicted {units.memory(previous.predicted_bytes)}"
+        )
     if step_seconds is not None and previous.predicted_step_seconds > 0:
         ratio = step_seconds / previous.predicted_step_seconds
         if not FASTER <= ratio <= SLOWER:
-            measured, predicted = map(format.duration, (step_seconds, previous.predicted_step_seconds))
+            measured, predicted = map(units.duration, (step_seconds, previous.predicted_step_seconds))
             return f"a step takes {measured}, predicted {predicted}"
     return None

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from .format import batch, duration, ranks, size, transfer
+from fedpipe_api import units
+
+from .format import batch, ranks
 from .request import Plan
 
 
@@ -24,7 +26,7 @@ def rows(plan: Plan) -> list[PlanRow]:
     """Return a row per node, planned ones first; a node left out says why in the last column."""
     found = []
     for name, node in plan.nodes.items():
-        low, high = size(node.predicted_bytes), size(plan.budgets[name])
+        low, high = units.memory(node.predicted_bytes), units.memory(plan.budgets[name])
         if low.split()[1] == high.split()[1]:
             low = low.split()[0]
         found.append(
@@ -32,9 +34,9 @@ def rows(plan: Plan) -> list[PlanRow]:
                 node=name,
                 precision=node.precision,
                 batch=batch(node.micro_batch, node.accumulation) + (" ckpt" if node.checkpointing else ""),
-                ranks=f"{len(node.ranks)} weights, {ranks(node.ranks)}",
+                ranks=f"{len(node.ranks)} matrices, {ranks(node.ranks)}",
                 memory=f"{low} of {high}",
-                round=duration(node.predicted_round_seconds),
+                round=units.duration(node.predicted_round_seconds),
                 limited_by=node.limited_by,
                 reason=node.reason,
             )
@@ -46,16 +48,16 @@ def rows(plan: Plan) -> list[PlanRow]:
 
 def summary_line(plan: Plan) -> str:
     """Return the line under the table."""
-    parts = [f"round deadline {duration(plan.deadline)}"]
+    parts = [f"round deadline {units.duration(plan.deadline)}"]
     if plan.nodes:
         slowest = max(node.predicted_round_seconds for node in plan.nodes.values())
         parts += [
-            f"slowest planned node {duration(slowest)}",
-            f"upload {transfer(sum(plan.upload_bytes.values()))} per round",
+            f"slowest planned node {units.duration(slowest)}",
+            f"upload {units.transfer(sum(plan.upload_bytes.values()))} per round",
             f"under-training {plan.under_training:.0%}".replace("%", " %"),
         ]
     else:
         parts.append("no node fits")
     if plan.provisional:
-        parts.append("weights are chosen after profiling; the largest stand for them here")
+        parts.append("matrices are chosen after profiling; until then the largest are assumed")
     return " · ".join(parts)
