@@ -22,7 +22,7 @@ CHART = HERE / "fedpipe"
 
 
 def main(arguments: list[str]) -> int:
-    """Write every file, or with --check tell those that differ; return the exit status."""
+    """Write every file, or with --check name those that differ; return the exit status."""
     different = []
     for path, text in files().items():
         if path.exists() and path.read_text() == text:

@@ -274,7 +274,7 @@ async def measure(clients: int, body: Body, shape: ModelShape, rounds: int) -> d
     }
 
 
-def tell(row: dict[str, Any]) -> None:
+def show(row: dict[str, Any]) -> None:
     """Print a line."""
     engine = row["engine"]
     print(
@@ -302,7 +302,7 @@ async def main() -> None:
         for clients in options.clients:
             row = await measure(clients, body, shape, options.rounds)
             rows.append({"megabytes": megabytes, "clients": clients} | row)
-            tell(rows[-1])
+            show(rows[-1])
             options.out.parent.mkdir(exist_ok=True)
             options.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 

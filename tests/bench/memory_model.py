@@ -99,8 +99,8 @@ def shape(name: str, directory: Path) -> wire.ModelShape:
     return read_shape(read_config(Source(str(directory)), job(name).model, 0), TASKS[name])
 
 
-def tell(results: Any) -> None:
-    """Tell the facts of the device here."""
+def show(results: Any) -> None:
+    """Report the facts of the device here."""
     from fedpipe_agent.train.device import Device
 
     results.put(Device(Capacity(threads=1)).facts(()).to_json())
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: by the kind of device, in results")
     arguments = parser.parse_args()
     results = multiprocessing.get_context("fork").SimpleQueue()
-    apart(tell, results)
+    apart(show, results)
     facts = wire.DeviceFacts.model_validate_json(results.get())
     grid = GRIDS[facts.kind]
     out = arguments.out or RESULTS / grid.file

@@ -169,11 +169,11 @@ def _one(scenario: Scenario, setting: Setting, root: Path) -> dict[str, Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    def tell(number: int, line: str) -> None:
+    def show(number: int, line: str) -> None:
         _progress.put(f"{scenario}  round {number}/{setting.rounds}  {line}")
 
     with tempfile.TemporaryDirectory(prefix="paper-") as work:
-        return Federation(scenario, setting, root, Path(work)).run(tell)
+        return Federation(scenario, setting, root, Path(work)).run(show)
 
 
 def _drained(progress: Any) -> list[str]:

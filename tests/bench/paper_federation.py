@@ -29,7 +29,7 @@ CENTRE = "a100-0"
 SPECTRUM_SHARES = (0.9, 0.99)
 LEVER_RANKS = (2, 4, 8, 16)
 
-Tell = Callable[[int, str], object]
+Show = Callable[[int, str], object]
 """Called with the rounds done and a line about the last."""
 
 
@@ -59,7 +59,7 @@ class Federation:
         self._start = START_OF_METHOD[self.system.method]
         self.seconds, self.down, self.up = 0.0, 0, 0
 
-    def run(self, tell: Tell) -> dict[str, Any]:
+    def run(self, show: Show) -> dict[str, Any]:
         """Train; return everything that was measured."""
         begin = time.monotonic()
         assigned, scores = self._plan()
@@ -69,7 +69,7 @@ class Federation:
         for number in range(1, self.spec.rounds.count + 1):
             adapter, sent, row = self._round(number, adapter, sent, assigned)
             rounds.append(row)
-            tell(number, _line(row))
+            show(number, _line(row))
         assert adapter is not None
         final: dict[str, Any] = {}
         if self.task.references:

@@ -20,7 +20,7 @@ class HookRunner:
         self._plane = plane
         self._namespace = namespace
         self._names = names or {}
-        """What the cluster's DNS would tell: name and port of a Service to an address of this machine."""
+        """What the cluster's DNS would answer: name and port of a Service to an address of this machine."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.ran: dict[str, subprocess.CompletedProcess[str]] = {}

@@ -46,7 +46,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def offered() -> set[str]:
-    """Return the name of every series that operator and probe tell."""
+    """Return the name of every series that operator and probe report."""
     names = set()
     for family in FAMILIES:
         endings = ("_bucket", "_sum", "_count") if family.kind == "histogram" else ("",)
@@ -82,7 +82,7 @@ def test_form(name: str) -> None:
         assert beside or one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
 
 
-def test_every_metric_named_is_told_by_operator_or_probe() -> None:
+def test_every_metric_named_is_reported_by_operator_or_probe() -> None:
     known = offered()
     for place, expression, _ in queries():
         named = set(re.findall(r"fedpipe_\w+", expression))

@@ -1,4 +1,4 @@
-"""Built images: they are small, tell what they hold, start, train a round, and build again to the same digest.
+"""Built images: they are small, list what they hold, start, train a round, and build again to the same digest.
 
 Skipped where there is no buildah or `make images` has not been run. BUILD_ARGS go to the build, as with `make images`.
 """

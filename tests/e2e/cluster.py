@@ -71,7 +71,7 @@ def wait(what: str, holds: Callable[[], Any], seconds: float) -> Any:
 
 
 def say(text: str) -> None:
-    """Tell how far it is."""
+    """Print how far it is."""
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
@@ -164,7 +164,7 @@ def job(nodes: int) -> dict[str, Any]:
 
 
 def follow(what: str, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Tell how the job gets on until something holds of its status; return the status."""
+    """Print the job's progress until something holds of its status; return the status."""
     seen = ""
 
     def look() -> Any:

@@ -250,7 +250,7 @@ def test_a_path_that_is_no_model_is_one_line_here_and_there(tmp_path, capfd):
         assert "not a model: it has no config.json" in coordinator.progress[-1].message
 
 
-def test_another_failure_is_exit_1_and_told(models, tmp_path):
+def test_another_failure_is_exit_1_and_reported(models, tmp_path):
     shape = shape_of(models["bert"])
     write_rows(tmp_path / "train.jsonl")
     tensors = global_adapter(shape, 4)
@@ -303,9 +303,9 @@ def test_mistakes_in_the_capacity_file(tmp_path, capfd, text, message):
     given = ["--coordinator", "http://localhost:1", "--model", "bert", "--data", str(tmp_path)]
     given += ["--token-file", str(tmp_path / "token"), "--capacity", str(tmp_path / "capacity.json")]
     assert cli.main(["train", *given]) == 2
-    told = capfd.readouterr().err
-    assert message in told
-    assert told.count("\n") == 1
+    reported = capfd.readouterr().err
+    assert message in reported
+    assert reported.count("\n") == 1
 
 
 def test_the_command_without_a_subcommand_says_how(capfd):

@@ -248,7 +248,7 @@ def test_work_shows_signs_of_life_and_learns_that_it_is_over(coordinator, link, 
     wait_until(lambda: not any(thread.name == "heartbeat" for thread in threading.enumerate()))
 
 
-def test_a_change_of_state_is_told_at_once(coordinator, link):
+def test_a_change_of_state_is_reported_at_once(coordinator, link):
     with Work(link, AssignmentKind.TRAIN, 2) as work:
         for state in ("evaluating", "training", "uploading"):
             work.report(state=state)

@@ -117,7 +117,7 @@ def trained(state: JobState, updates: tuple[str, ...], stragglers: dict[str, int
     apply(state, RoundClosed(round=1, stragglers=stragglers, bytes_down=0), 304.0)
 
 
-def test_an_update_calibrates_anew() -> None:
+def test_an_update_calibrates_again() -> None:
     state = profiled()
     trained(state, NODES, {})
     made = plan(request_of(state))

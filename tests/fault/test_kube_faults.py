@@ -164,7 +164,7 @@ def test_without_quorum_it_waits_with_a_reason(cluster: Cluster) -> None:
     assert "of 3 required" in cluster.status()["message"]
 
 
-def test_a_hung_agent_is_told_from_a_working_one(cluster: Cluster) -> None:
+def test_a_hung_agent_is_distinguished_from_a_working_one(cluster: Cluster) -> None:
     """SIGSTOP: the Pod runs, the agent is silent; rounds go on without it after a minute."""
     assert cluster.kubelet is not None
     cluster.start_operator()

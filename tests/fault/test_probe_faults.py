@@ -97,7 +97,7 @@ def test_a_lost_gpu_leaves_the_others_reported(api: apiserver.ApiServer, standin
         assert [device["name"] for device in api.writes[-1]["devices"]] == ["Tesla T4"]
 
 
-def test_two_processes_competing_for_memory_are_told_at_once(
+def test_two_processes_competing_for_memory_are_reported_at_once(
     api: apiserver.ApiServer, standin: StandIn, port: int
 ) -> None:
     with running(api.cluster(), standin.environment, *FAST, port=port) as probe:
@@ -141,7 +141,7 @@ def test_no_api_server_or_no_node_claim_is_a_state(
     assert log.count(f"({reason})") == 1
 
 
-def test_a_token_of_another_node_is_a_mistake_told_at_once(
+def test_a_token_of_another_node_is_a_mistake_reported_at_once(
     api: apiserver.ApiServer, standin: StandIn, port: int
 ) -> None:
     with running(api.cluster(), standin.environment, "--node", "edge-2", port=port) as probe:

@@ -24,7 +24,7 @@ RETRY_SECONDS = 0.2
 
 
 class Obedient(StandIn):
-    """Ends when it is told that it is no agent, as the real one does: nothing but time would change that."""
+    """Ends when the answer is that it is no agent, as the real one does: nothing but time would change that."""
 
     async def _register(self) -> None:
         with ending_when_refused():
@@ -76,7 +76,7 @@ class Gated(Obedient):
         url = f"{self.address()}/v1/rounds/{work.round}/update"
         async with self._session.put(url, data=self._halves(body, work.round), headers=headers) as response:
             response.raise_for_status()
-        self.gate.tell(f"answered-{work.round}", self.node)
+        self.gate.arrive(f"answered-{work.round}", self.node)
 
     async def _halves(self, body: bytes, number: int) -> AsyncIterator[bytes]:
         yield body[: len(body) // 2]

@@ -116,7 +116,7 @@ class Cluster:
         self.add_tenant(self.namespace)
 
     def add_tenant(self, namespace: str) -> None:
-        """Create a namespace of jobs as the chart prepares it; the operator watches it if it is told to."""
+        """Create a namespace of jobs as the chart prepares it; the operator watches it if asked to."""
         self.create("/api/v1/namespaces", {"metadata": {"name": namespace}})
         self._bind(f"fedpipe-operator-jobs-{self.name}", self.own, "operator", namespace)
         for account in ("default", ADAPTER_READER):

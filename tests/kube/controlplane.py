@@ -37,7 +37,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Binaries:
-    """Where the control plane's programs lie; kubectl may be missing."""
+    """Where the control plane's programs are; kubectl may be missing."""
 
     apiserver: Path
     etcd: Path

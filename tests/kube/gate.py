@@ -33,13 +33,13 @@ class Gate:
         """Return the nodes whose agent has come to a step, now or before."""
         return {path.name.split(".")[1] for path in self._directory.glob(f"{step}.*.here")}
 
-    def tell(self, step: str, node: str) -> None:
+    def arrive(self, step: str, node: str) -> None:
         """Say that a node's agent has come to a step."""
         (self._directory / f"{step}.{node}.here").touch()
 
     async def come(self, step: str, node: str) -> None:
         """Say so and wait until the node may pass."""
-        self.tell(step, node)
+        self.arrive(step, node)
         while not any((self._directory / _open(step, who)).exists() for who in ("", node)):
             await asyncio.sleep(PERIOD)
 

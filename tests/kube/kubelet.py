@@ -1,4 +1,4 @@
-"""A stand-in for scheduler and kubelets: binds each Pod to its node, runs its agent, tells how that goes."""
+"""A stand-in for scheduler and kubelets: binds each Pod to its node, runs its agent, reports how that goes."""
 
 import base64
 import http.client

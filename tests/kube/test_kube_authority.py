@@ -70,12 +70,12 @@ def test_probes_are_given_the_authority_that_signed(control_plane: ControlPlane,
     control_plane.request("POST", path, {"metadata": {"name": "edge-operator-ca", "labels": {"of": "chart"}}})
     load(control_plane, settings(namespace, "edge-operator-ca"))
     secret = read(control_plane, namespace, "secrets", "edge-tls")
-    told = read(control_plane, namespace, "configmaps", "edge-operator-ca")
+    reported = read(control_plane, namespace, "configmaps", "edge-operator-ca")
     assert secret is not None
-    assert told is not None
-    assert told["metadata"]["labels"] == {"of": "chart"}
-    assert not told["metadata"].get("ownerReferences")
-    [authority] = x509.load_pem_x509_certificates(told["data"][CA_KEY].encode())
+    assert reported is not None
+    assert reported["metadata"]["labels"] == {"of": "chart"}
+    assert not reported["metadata"].get("ownerReferences")
+    [authority] = x509.load_pem_x509_certificates(reported["data"][CA_KEY].encode())
     leaf = x509.load_pem_x509_certificate(base64.b64decode(secret["data"]["tls.crt"]))
     leaf.verify_directly_issued_by(authority)
 
@@ -90,9 +90,9 @@ def test_a_config_map_that_was_emptied_is_filled_again(control_plane: ControlPla
 
     load(control_plane, settings(namespace, "edge-operator-ca"), empty)
     assert emptied == [(200, None)]
-    told = read(control_plane, namespace, "configmaps", "edge-operator-ca")
-    assert told is not None
-    assert x509.load_pem_x509_certificates(told["data"][CA_KEY].encode())
+    reported = read(control_plane, namespace, "configmaps", "edge-operator-ca")
+    assert reported is not None
+    assert x509.load_pem_x509_certificates(reported["data"][CA_KEY].encode())
 
 
 def test_nothing_is_kept_for_probes_that_do_not_ask(control_plane: ControlPlane, namespace: str) -> None:

@@ -177,27 +177,27 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("template", "told"), MISTAKES, ids=["value", "typo", "kind"])
+@pytest.mark.parametrize(("template", "reported"), MISTAKES, ids=["value", "typo", "kind"])
 def test_a_podtemplate_that_kubernetes_refuses_is_invalid(
-    cluster: Cluster, name: str, template: Any, told: str
+    cluster: Cluster, name: str, template: Any, reported: str
 ) -> None:
     cluster.plane.needs("the validation of Pods")
     cluster.submit(name, podTemplate=template)
     cluster.wait("refused", lambda: cluster.condition("Accepted", name)[:2] == ("False", "Invalid"))
-    assert told in cluster.condition("Accepted", name)[2]
+    assert reported in cluster.condition("Accepted", name)[2]
     assert not pods_of(cluster, name)
     cluster.patch(cluster.job_path(name), {"spec": {"podTemplate": None}})
     cluster.wait_phase("Succeeded", name)
     assert cluster.condition("Accepted", name)[0] == "True"
 
 
-def test_an_image_that_cannot_be_pulled_is_told(cluster: Cluster, name: str) -> None:
+def test_an_image_that_cannot_be_pulled_is_reported(cluster: Cluster, name: str) -> None:
     template = {"spec": {"containers": [{"name": "agent", "image": "missing:1"}]}}
     assert cluster.kubelet is not None
     cluster.kubelet.missing_images.add("missing:1")
     started = time.monotonic()
     cluster.submit(name, podTemplate=template)
-    cluster.wait("told", lambda: "no such image: missing:1" in json.dumps(cluster.status(name)))
+    cluster.wait("reported", lambda: "no such image: missing:1" in json.dumps(cluster.status(name)))
     assert time.monotonic() - started < 60
     rows = {row["state"] for row in cluster.status(name)["nodeTable"]}
     assert rows == {"lost"}

@@ -134,7 +134,7 @@ class Clock:
 
 @pytest.fixture
 def signed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens here bear no claims: they expire in an hour."""
+    """Tokens here have no claims: they expire in an hour."""
     monkeypatch.setattr("fedpipe_operator.kube.identity.expiry", lambda token: NOW + 3600)
 
 
@@ -207,8 +207,8 @@ def test_an_invalid_spec_is_said_and_a_running_job_keeps_its_phase() -> None:
 
 
 def test_gpu_nodes_are_held_by_one_job() -> None:
-    told: list[str] = []
-    inventory = Inventory(lambda: told.append("fleet"), told.append)
+    reported: list[str] = []
+    inventory = Inventory(lambda: reported.append("fleet"), reported.append)
     inventory.hold("first", ["a", "b"])
     inventory.hold("second", ["b", "c"])
     names = {"first": "ns/first", "second": "ns/second"}
@@ -218,15 +218,15 @@ def test_gpu_nodes_are_held_by_one_job() -> None:
 
 
 def test_a_heartbeat_wakes_nobody() -> None:
-    told: list[str] = []
-    inventory = Inventory(lambda: told.append("fleet"), told.append)
+    reported: list[str] = []
+    inventory = Inventory(lambda: reported.append("fleet"), reported.append)
     inventory.see_node(node("a"))
     inventory.see_capacity(capacity("a"))
-    told.clear()
+    reported.clear()
     inventory.see_capacity(capacity("a", at=NOW + 60))
-    assert told == []
+    assert reported == []
     inventory.see_capacity(capacity("a", at=NOW + 9999))
-    assert told == ["fleet"], "it had been taken for gone"
+    assert reported == ["fleet"], "it had been treated as gone"
 
 
 class Paged:

@@ -203,7 +203,7 @@ def test_a_silent_probe_or_a_cordon_takes_nobody_from_work() -> None:
         (pod("a", phase="Pending", created=NOW - 200), "its Pod has not started after 120 s"),
     ],
 )  # fmt: skip
-def test_a_pod_that_cannot_run_is_told_to_the_engine(body: Any, reason: str) -> None:
+def test_a_pod_that_cannot_run_is_reported_to_the_engine(body: Any, reason: str) -> None:
     one = job()
     found = look(one, fleet("a", "b"), [body, pod("b")], state_of(one, ("a", "b"), ("b",)))
     assert list(found.lost) == ["a"]

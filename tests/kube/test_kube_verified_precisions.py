@@ -38,7 +38,7 @@ def test_the_newest_registration_on_a_node_is_recorded_once() -> None:
         assert due(proofs, *states) == []
 
 
-def test_a_later_registration_of_any_job_is_recorded_anew() -> None:
+def test_a_later_registration_of_any_job_is_recorded_again() -> None:
     proofs, first = VerifiedPrecisions(), registered(100, usable=True)
     assert due(proofs, first) == [(100, True)]
     second = registered(200, usable=False)

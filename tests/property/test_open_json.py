@@ -106,7 +106,7 @@ def test_a_template_that_is_too_deep(depth: int, kind: type) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "reported"),
     [
         ("x" * (BYTES + 1), "more than 64 KiB"),
         ({"x" * (BYTES + 1): 1}, "more than 64 KiB"),
@@ -123,8 +123,8 @@ def test_a_template_that_is_too_deep(depth: int, kind: type) -> None:
         (b"x", "neither object"),
     ],
 )
-def test_what_no_template_holds(value: Any, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_what_no_template_holds(value: Any, reported: str) -> None:
+    with pytest.raises(ValueError, match=reported):
         check_open_json({"spec": {"a": value}})
 
 

@@ -117,7 +117,7 @@ class StandIn:
     """Digest of each update that was answered with success: these must not be lost."""
 
     async def run(self) -> None:
-        """Work until told to stop, retrying whatever fails."""
+        """Work until stopped, retrying whatever fails."""
         headers = {"Authorization": f"Bearer {self.token}"}
         async with aiohttp.ClientSession(headers=headers) as session:
             self._session = session

@@ -74,7 +74,7 @@ def test_a_hang_costs_only_its_precision(monkeypatch, act):
     assert [(result.usable, result.seconds) for result in results[1:]] == [(True, 0.1)] * 3
 
 
-def test_hangs_and_crashes_are_told_apart(monkeypatch):
+def test_hangs_and_crashes_are_distinguished(monkeypatch):
     misbehaving(monkeypatch, "fp32", "time.sleep(60)\n    if name == 'int8': os.abort()")
     first, *_, int8, nf4 = kernels.check(timeout=2)
     assert first.message == "no answer within 2 s"

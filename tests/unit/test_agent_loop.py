@@ -241,7 +241,7 @@ def test_a_step_is_clipped_adamw_with_the_proximal_gradient(sources, device, tmp
         np.testing.assert_allclose(p.detach().numpy(), w, atol=2e-4)
 
 
-def test_training_ends_early_when_told(sources, device, tmp_path):
+def test_training_ends_early_when_asked(sources, device, tmp_path):
     task = Task.SEQUENCE_CLASSIFICATION
     model, samples = prepared(sources, task, tmp_path), samples_of(task)
     settings = Settings(steps=9, micro_batch=4, accumulation=1, learning_rate=1e-2)

@@ -123,7 +123,7 @@ def test_a_giant_turned_update_has_both_findings_and_the_honest_ones_none(tmp_pa
     assert "clipped" in report.nodes["edge-4"].reason
 
 
-def test_two_that_disagree_are_not_told_apart(tmp_path):
+def test_two_that_disagree_are_not_distinguished(tmp_path):
     report, _ = Round(poisoned(honest(2), 1, -1)).run(tmp_path, Aggregation(checks=REJECT))
     assert not verdicts(report)
     assert report.nodes["edge-0"].cosine < -0.5
@@ -173,7 +173,7 @@ def test_a_head_that_is_not_finite_never_counts(tmp_path):
     assert np.array_equal(tensors[HEAD + "bias"], np.ones(3))
 
 
-def test_what_outgrows_float32_is_told_and_leaves_no_file(tmp_path):
+def test_what_outgrows_float32_is_reported_and_leaves_no_file(tmp_path):
     nodes = poisoned(honest(2), 0, 5e37)
     with pytest.raises(UserError, match=r"no longer fits float32.*checks\.mode"):
         Round(nodes).run(tmp_path, Aggregation(checks=Checks(mode="none")))

@@ -60,7 +60,7 @@ def test_credentials_that_the_store_does_not_know(store: ObjectStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "told"),
+    ("status", "reported"),
     [
         (400, "does not answer as expected"),
         (401, "does not accept the credentials"),
@@ -71,12 +71,12 @@ def test_credentials_that_the_store_does_not_know(store: ObjectStore) -> None:
         (307, "does not answer as expected"),
     ],
 )
-def test_nothing_that_the_store_answers_is_quoted(store: ObjectStore, status: int, told: str) -> None:
+def test_nothing_that_the_store_answers_is_quoted(store: ObjectStore, status: int, reported: str) -> None:
     store.answer = (status, b"PRIVATE-BODY of a service inside")
     with pytest.raises(UserError) as caught:
         upload(FILES, PLACE, GOOD, store.url)
     text = str(caught.value)
-    assert told in text
+    assert reported in text
     for secret in ("PRIVATE", str(status), SECRET, KEY, "127.0.0.1"):
         assert secret not in text
     assert caught.value.__suppress_context__
@@ -89,7 +89,7 @@ def test_a_store_that_is_not_there(store: ObjectStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "credentials", "told"),
+    ("url", "credentials", "reported"),
     [
         ("s3://adapters", {}, "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
         ("s3://adapters", {"AWS_ACCESS_KEY_ID": "k"}, "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
@@ -114,11 +114,11 @@ def test_a_store_that_is_not_there(store: ObjectStore) -> None:
     ],
 )
 def test_credentials_that_cannot_do_are_named_without_their_values(
-    url: str, credentials: dict[str, str], told: str
+    url: str, credentials: dict[str, str], reported: str
 ) -> None:
     with pytest.raises(UserError) as caught:
         upload(FILES, ObjectURL.parse(url), credentials)
-    assert told in str(caught.value)
+    assert reported in str(caught.value)
     assert "s3cret" not in str(caught.value)
 
 
@@ -170,9 +170,9 @@ def test_a_local_run_writes_as_its_user_and_asks_for_credentials_before_it_train
     state: Any = SimpleNamespace(spec=spec, name="tickets")
     deliver(tmp_path, state)
     assert set(store.objects) == {f"/adapters/mine/tickets/{file}" for file in FILES}
-    told = capsys.readouterr().out
-    assert "s3://adapters/mine/tickets" in told
-    assert "spec.output.volume" in told
+    reported = capsys.readouterr().out
+    assert "s3://adapters/mine/tickets" in reported
+    assert "spec.output.volume" in reported
 
 
 def test_a_local_run_takes_the_users_own_credentials(monkeypatch: pytest.MonkeyPatch) -> None:

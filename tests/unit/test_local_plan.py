@@ -58,8 +58,8 @@ def planned(tmp_path, monkeypatch, capsys, model):
         (tmp_path / "fleet.yaml").write_text(yaml.safe_dump({"model": "model", "nodes": named}))
         monkeypatch.setattr("sys.argv", ["fedpipe", "plan", "job.yaml", "--fleet", "fleet.yaml"])
         status = main()
-        told = capsys.readouterr()
-        return status, told.out.splitlines(), told.err
+        reported = capsys.readouterr()
+        return status, reported.out.splitlines(), reported.err
 
     return run
 
@@ -77,7 +77,7 @@ def test_every_node_of_the_fleet_is_accounted_for(planned):
     ]
 
 
-def test_fewer_local_steps_are_told_with_their_reason(planned):
+def test_fewer_local_steps_are_reported_with_their_reason(planned):
     slow = {"memory": "2Gi", "speed": 0.001}
     _, lines, _ = planned(slow, slow, rounds={"localSteps": 1_000_000, "deadline": "10s"})
     assert lines[-1].startswith("edge-0, edge-1: time: 1000000 local steps do not fit the deadline of 10s; ")

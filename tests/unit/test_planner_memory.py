@@ -52,7 +52,7 @@ def test_committed_predictions_are_the_model_s(shapes: dict[str, wire.ModelShape
 
 
 def test_on_a_cpu_a_narrow_mlp_leaves_less_room_to_use_again(shapes: dict[str, wire.ModelShape]) -> None:
-    """glibc keeps holes where CUDA's caching allocator keeps none."""
+    """glibc keeps gaps where CUDA's caching allocator keeps none."""
 
     def activations(kind: str, shape: wire.ModelShape) -> int:
         device = wire.DeviceFacts(
@@ -71,7 +71,7 @@ def test_on_a_cpu_a_narrow_mlp_leaves_less_room_to_use_again(shapes: dict[str, w
 def test_checkpointing_does_not_free_what_bitsandbytes_keeps_in_int8(
     shapes: dict[str, wire.ModelShape],
 ) -> None:
-    """On CUDA, where no holes add to it: of 12 layers, the inputs of linear layers per token."""
+    """On CUDA, where no gaps add to it: of 12 layers, the inputs of linear layers per token."""
     device = wire.DeviceFacts(
         kind="cuda", name="any", free_memory=0, overhead=0, threads=1, speed=1, kernels=()
     )
@@ -97,10 +97,10 @@ def test_deeper_models_leave_more_holes_of_unpacked_weights(shapes: dict[str, wi
     shape = shapes["bert-base"]
     least = Configuration(Precision.NF4, 1)
 
-    def holes(layers: int) -> int:
+    def fragmentation(layers: int) -> int:
         deep = shape.model_copy(update={"layers": layers})
         work = workload(deep, memory_model.job("bert-base"), deep.matrices)
         return memory.fixed_bytes(work, device, least) - memory.base_bytes(deep, device, Precision.NF4)
 
     unpacked = shape.hidden * shape.intermediate * 4
-    assert holes(24) - holes(12) >= 12 * unpacked
+    assert fragmentation(24) - fragmentation(12) >= 12 * unpacked

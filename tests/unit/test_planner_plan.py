@@ -204,7 +204,7 @@ def test_a_measurement_corrects_the_next_plan():
     assert bare.bytes_factor >= calibration.bytes_factor
 
 
-def test_when_a_plan_is_made_anew():
+def test_when_a_plan_is_made_again():
     node = planned(facts("n", 0.9)).nodes["n"]
     step, peak = node.predicted_step_seconds, node.predicted_bytes
     assert needs_replan(node) is None

@@ -89,8 +89,8 @@ def test_a_download_tells_the_rate(size: int, code: int) -> None:
 @pytest.mark.parametrize(
     ("size", "code", "why"),
     [
-        (link.MEANINGFUL_BYTES - 1, 206, "65535 bytes tell nothing; at least 65536 are needed"),
-        (0, 200, "^0 bytes tell nothing; at least 65536 are needed"),
+        (link.MEANINGFUL_BYTES - 1, 206, "65535 bytes are too few; at least 65536 are needed"),
+        (0, 200, "^0 bytes are too few; at least 65536 are needed"),
         (link.SAMPLE_BYTES, 404, "it answered 404 Not Found"),
     ],
 )
@@ -171,7 +171,7 @@ def test_a_coordinator_with_its_own_authority_is_trusted_by_it(tmp_path: Path, s
     assert done.stderr.count("\n") == 1
 
 
-def test_a_trouble_and_its_end_are_each_told_once(
+def test_a_trouble_and_its_end_are_each_reported_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(loop, "LINK_RETRY", 0.0)
@@ -192,7 +192,7 @@ def test_a_trouble_and_its_end_are_each_told_once(
     assert reported == [refused, "is measured", refused]
 
 
-def test_the_rate_is_kept_until_it_is_measured_anew() -> None:
+def test_the_rate_is_kept_until_it_is_measured_again() -> None:
     with files(link.SAMPLE_BYTES, 206) as url:
         measured = Link(Coordinator(url))
         rate = measured.look()

@@ -66,7 +66,7 @@ def test_a_gpu_that_refuses_to_tell_its_memory_is_not_given_the_host_s(tmp_path:
     planned = view(built)
     assert planned.memory == 0
     assert planned.fault
-    assert "does not tell its memory" in planned.fault
+    assert "does not report its memory" in planned.fault
 
 
 def test_a_board_without_memory_of_its_own_has_the_host_s(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_board_without_memory_of_its_own_has_the_host_s(tmp_path: Path) -> Non
     assert view(built).memory == golden.HOST.cpu.total_memory
 
 
-def test_a_gpu_that_refuses_everything_is_told_as_a_matter_of_rights(tmp_path: Path) -> None:
+def test_a_gpu_that_refuses_everything_is_reported_as_a_matter_of_rights(tmp_path: Path) -> None:
     built = look(tmp_path, board("t4") | {"devices": ["!NO_PERMISSION"]})
     assert (reason(built, READY), reason(built, DEVICE_LOST)) == ("NoPermission", "NoPermission")
     [message] = [known.message for known in built.conditions if known.type == DEVICE_LOST]

@@ -116,7 +116,7 @@ def test_no_gpu_is_a_cpu_node_without_fault() -> None:
 
 
 @pytest.mark.parametrize(("boards", "words"), [(1, "an NVIDIA board is"), (2, "2 NVIDIA boards are")])
-def test_a_board_without_driver_is_told(boards: int, words: str) -> None:
+def test_a_board_without_driver_is_reported(boards: int, words: str) -> None:
     fault = Fault(reason=NodeReason.DRIVER_MISSING, message="libnvidia-ml.so.1 is not found")
     built = build(Reading(fault=fault), Host(cpu=HOST.cpu, boards=boards))
     assert condition(built, READY) == ("True", "CpuOnly")
@@ -132,14 +132,14 @@ def test_mig_without_instances_is_not_ready_and_offers_nothing() -> None:
 
 
 def test_a_gpu_that_tells_no_memory_is_not_taken_for_a_unified_one() -> None:
-    untold = device(name="Tesla T4", total_memory=None, free=None)
-    built = build(Reading(devices=(untold,)))
-    assert built.devices == (untold,)
+    hidden = device(name="Tesla T4", total_memory=None, free=None)
+    built = build(Reading(devices=(hidden,)))
+    assert built.devices == (hidden,)
     assert (built.memory_summary, built.free_summary, built.precisions) == ("–", "–", ())
     assert condition(built, READY) == ("False", "NoPermission")
-    assert "Tesla T4 does not tell its memory" in built.conditions[0].message
+    assert "Tesla T4 does not report its memory" in built.conditions[0].message
     # Another one keeps the node in use.
-    pair = build(Reading(devices=(untold, device(uuid="GPU-2"))))
+    pair = build(Reading(devices=(hidden, device(uuid="GPU-2"))))
     assert condition(pair, READY) == ("True", "GpuReady")
     assert (pair.memory_summary, pair.free_summary) == ("24Gi", "20Gi")
 

@@ -101,7 +101,7 @@ def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class ModelSource(Model):
-    """The base model: where it lies and what it is trained to do."""
+    """The base model: where it is stored and what it is trained to do."""
 
     hugging_face: HuggingFace | None = None
     host_path: HostPath | None = None

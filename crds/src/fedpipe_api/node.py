@@ -196,7 +196,7 @@ class FedPipeNode(Model):
 
 
 class Capacity(Model):
-    """A declared capacity: what a node is to be taken for, whatever hardware it really has.
+    """A declared capacity: what a node counts as, whatever hardware it has.
 
     The agent keeps to it: it never plans past `memory`, uses `threads` CPU threads, stretches every step to
     1/`speed` of its time, and paces transfers to `link_rate`.

@@ -106,11 +106,11 @@ class Transport:
 
     def job(self) -> wire.AgentConfig:
         """Return the part of the job the agent works by."""
-        return self._told("GET", "/v1/job", wire.AgentConfig)
+        return self._ask("GET", "/v1/job", wire.AgentConfig)
 
     def register(self, registration: wire.Registration) -> wire.AgentConfig:
         """Present the agent; again after the coordinator asks for it."""
-        return self._told("POST", "/v1/agents", wire.AgentConfig, registration)
+        return self._ask("POST", "/v1/agents", wire.AgentConfig, registration)
 
     def assignment(self, wait: float = 30) -> wire.Assignment | None:
         """Return the next piece of work, or None when there was none for `wait` seconds."""
@@ -123,11 +123,11 @@ class Transport:
 
     def profile(self, report: wire.ProfileReport) -> None:
         """Report what profiling measured; dropped when it is no longer wanted."""
-        self._tell("/v1/profile", report)
+        self._report("/v1/profile", report)
 
     def evaluation(self, evaluation: wire.Evaluation) -> None:
         """Report the sums of an evaluation; dropped when its round is no longer the latest."""
-        self._tell(f"/v1/rounds/{evaluation.round}/evaluation", evaluation)
+        self._report(f"/v1/rounds/{evaluation.round}/evaluation", evaluation)
 
     def progress(self, progress: wire.Progress) -> wire.Answer | None:
         """Say how the work goes; None when the single attempt failed (another sign of life follows soon)."""
@@ -210,7 +210,7 @@ class Transport:
             )
             if have and not resumed:
                 file.truncate(0)
-                raise _Again("coordinator cannot resume the blob; it starts anew")
+                raise _Again("coordinator cannot resume the blob; it starts from the beginning")
             pace = Pace(self._rate)
             came = 0
             for data in response.stream(CHUNK):
@@ -224,14 +224,14 @@ class Transport:
         finally:
             response.close()
 
-    def _told(self, method: str, path: str, answer: type[M], message: Model | None = None) -> M:
+    def _ask(self, method: str, path: str, answer: type[M], message: Model | None = None) -> M:
         """Send a message and return the answer."""
         body = message.to_json().encode() if message else None
         return self._retry(
             lambda: answer.model_validate_json(self._exchange(method, path, body=body)[1]), path
         )
 
-    def _tell(self, path: str, message: Model) -> None:
+    def _report(self, path: str, message: Model) -> None:
         """Send a message whose answer says nothing more; 409 says that it came too late."""
         try:
             self._retry(lambda: self._exchange("POST", path, body=message.to_json().encode()), path)

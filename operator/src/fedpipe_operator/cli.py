@@ -62,7 +62,7 @@ def run(
     from .local.manifest import read
 
     local = read(job, fleet)
-    # Only now what takes long to import: a mistake in the manifests is told at once.
+    # Only now what takes long to import: a mistake in the manifests is reported at once.
     from .local.run import run as run_job
 
     return run_job(local, out, resume, port)
@@ -94,7 +94,7 @@ def export(
 
 @app.command()
 def report(run_dir: RunDir) -> int:
-    """Write a run's report, plots and metrics anew and print its summary."""
+    """Write a run's report, plots and metrics again and print its summary."""
     from .local.results import report_run
 
     report_run(run_dir)

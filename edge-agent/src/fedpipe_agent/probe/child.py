@@ -1,4 +1,4 @@
-"""Work that can hang, done in a child process that is given up on in time.
+"""Work that can hang, done in a child process with a timeout.
 
 The probe starts no thread, so forking it is safe and costs a few milliseconds.
 """

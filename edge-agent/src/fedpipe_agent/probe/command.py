@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedpipe-agent probe",
-        description="Tell what this node can carry: to the cluster's FedPipeNode, or, with --once, to you.",
+        description="Report what this node can carry: in its FedPipeNode or, with --once, on the screen.",
     )
     parser.add_argument("--once", action="store_true", help="make one pass, print it and write nothing")
     parser.add_argument("--output", choices=("table", "json"), default="table", help="form of --once")

@@ -88,9 +88,11 @@ def _ready(reading: Reading, devices: tuple[GpuDevice, ...], declared: bool) -> 
     if not devices:
         return True, NodeReason.CPU_ONLY, "jobs run on the processor"
     if not usable_devices(devices):
-        untold = [device.name for device in devices if not _without_instances(device)]
-        if untold:
-            message = f"{untold[0]} does not tell its memory to the probe; give it access to the GPU devices"
+        hidden = [device.name for device in devices if not _without_instances(device)]
+        if hidden:
+            message = (
+                f"{hidden[0]} does not report its memory to the probe; give it access to the GPU devices"
+            )
             return False, NodeReason.NO_PERMISSION, message
         return False, NodeReason.NO_MIG_INSTANCES, "MIG is enabled but there are no instances; create some"
     return True, NodeReason.GPU_READY, f"{len(devices)} of {len(devices) + len(reading.lost)} GPUs answer"

@@ -38,7 +38,7 @@ def read(cache: Path | None, *, limited: bool, root: Path = Path("/")) -> Host:
             cores = min(cores, _core_limit(group) or cores)
     disk = None
     if cache is not None:
-        # A cache that went away has no size to tell.
+        # A cache that went away has no size.
         with contextlib.suppress(OSError):
             disk = shutil.disk_usage(cache).free
     cpu = Cpu(cores=cores, total_memory=total, free_memory=free, cache_disk_free=disk)

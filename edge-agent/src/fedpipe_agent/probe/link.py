@@ -29,8 +29,8 @@ def measure(url: str, ca: Path | None = None, *, wait: Wait | None = None, child
     """Return bytes per second of a ranged GET of at most SAMPLE_BYTES. Raises LinkError.
 
     The clock starts with the first bytes, so that connecting does not count; a sample below MEANINGFUL_BYTES
-    tells nothing. No credentials are sent and no redirect is followed. `ca` None trusts the system's
-    authorities. All is done in the child, which gives up on it; `wait` as in `Child.ask`.
+    gives no rate. No credentials are sent and no redirect is followed. `ca` None trusts the system's
+    authorities. All is done in the child, which has the timeout; `wait` as in `Child.ask`.
     """
     child = child or Child(DEADLINE)
     try:
@@ -58,10 +58,10 @@ def _answer(url: str, ca: Path | None) -> bytes:
     except LinkError as error:
         return f"error {error}".encode()
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return f"error {_told(error)}".encode()
+        return f"error {_reason(error)}".encode()
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     text = re.sub(r" \(_ssl\.c:\d+\)", "", str(error)) or type(error).__name__
     if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in UNKNOWN_ISSUER:
         return f"{text}; name its authority with --ca-file"
@@ -85,7 +85,7 @@ def _measure(url: str, ca: Path | None) -> int:
             raise LinkError(f"it answered {response.status} {response.reason}")
         first, received, seconds = _download(response)
     if first + received < MEANINGFUL_BYTES or seconds <= 0:
-        raise LinkError(f"{first + received} bytes tell nothing; at least {MEANINGFUL_BYTES} are needed")
+        raise LinkError(f"{first + received} bytes are too few; at least {MEANINGFUL_BYTES} are needed")
     return max(1, round(received / seconds))
 
 

@@ -97,13 +97,13 @@ class Link:
                 # Interrupted by the signal: not a fault of the link, so it is not reported.
                 return self.rate
             self.rate = None
-            self._tell(str(error))
+            self._report(str(error))
         else:
-            self._tell("")
+            self._report("")
         self._due = time.monotonic() + _vary(LINK_RETRY if self.rate is None else LINK_INTERVAL)
         return self.rate
 
-    def _tell(self, trouble: str) -> None:
+    def _report(self, trouble: str) -> None:
         """Log a trouble once, and its end."""
         if trouble != self._trouble:
             self._trouble = trouble

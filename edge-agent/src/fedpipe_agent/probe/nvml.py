@@ -37,7 +37,7 @@ class Lost(Model):
 class Reading(Model):
     """One pass over NVML.
 
-    A device with `unified_memory` has none of its own; one that does not tell its memory to this user has
+    A device with `unified_memory` has none of its own; one that does not report its memory to this user has
     `total_memory` null.
     """
 
@@ -52,7 +52,7 @@ class Reading(Model):
 
 
 class Reader:
-    """Reads NVML in a child process and gives up on it after `timeout` seconds."""
+    """Reads NVML in a child process, for at most `timeout` seconds."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
@@ -154,7 +154,7 @@ def _device(nvml: Any, handle: Any, uuid: str) -> GpuDevice:
 
 
 def _memory(nvml: Any, handle: Any) -> tuple[Any, bool]:
-    """Return a board's memory or None, and whether NVML says that there is none to tell of."""
+    """Return a board's memory or None, and whether NVML says that it has none."""
     try:
         return nvml.nvmlDeviceGetMemoryInfo(handle), False
     except nvml.NVMLError as error:

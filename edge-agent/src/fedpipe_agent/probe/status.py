@@ -148,7 +148,7 @@ def _derived(precision: Precision, devices: tuple[GpuDevice, ...]) -> PrecisionS
         return PrecisionSupport(precision=precision)
     for device in devices:
         if device.compute_capability is None:
-            message = f"{device.name} does not tell its compute capability; the kernel check will decide"
+            message = f"{device.name} does not report its compute capability; the kernel check will decide"
         elif _capability(device.compute_capability) < needed:
             message = (
                 f"{device.name} has compute capability {device.compute_capability}; "

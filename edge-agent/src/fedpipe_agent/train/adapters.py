@@ -73,7 +73,7 @@ class GlobalAdapter:
             raise Failure(f"global adapter: tensor {name} {kind}{list(shape)} does not fit the model")
 
     def _is_factor(self, name: str, kind: str, shape: tuple[int, ...]) -> bool:
-        """Tell whether a tensor is one of a matrix's two factors, with its scales if it is int8."""
+        """Return whether a tensor is one of a matrix's two factors, with its scales if it is int8."""
         matrix = self._matrices.get(name.removesuffix(wire.LORA_A).removesuffix(wire.LORA_B))
         if matrix is None or len(shape) != 2:
             return False
@@ -100,7 +100,7 @@ class GlobalAdapter:
         return self._factor(matrix + wire.LORA_B, 0), self._factor(matrix + wire.LORA_A, 1)
 
     def _factor(self, name: str, axis: int) -> np.ndarray:
-        """Return a factor; one sent as int8 has a scale for each component, which lies along `axis`."""
+        """Return a factor; one sent as int8 has a scale for each component, along `axis`."""
         value = self._tensor(name)
         if name + wire.SCALE not in self._names:
             return value

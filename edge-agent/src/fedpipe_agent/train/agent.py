@@ -1,4 +1,4 @@
-"""One agent's life in one job: register, then profile, train and evaluate as assigned until told to stop."""
+"""One agent's life in one job: register, then profile, train and evaluate as assigned until it is stopped."""
 
 import hashlib
 import logging
@@ -133,7 +133,7 @@ class Agent:
                 settings=self._settings(plan, steps, self._job.optimizer.learning_rate),
                 device=self._device,
                 seed=self._job.seed,
-                after=lambda step: _tell(work, step=step),
+                after=lambda step: _report(work, step=step),
             )
         steps = max(1, assignment.profile_steps)
         work.report(state="profiling", step=0, steps=steps)
@@ -144,7 +144,7 @@ class Agent:
             self._order(plan, 0),
             self._settings(plan, steps, self._job.optimizer.learning_rate),
             self._device,
-            after=lambda step: _tell(work, step=step.number),
+            after=lambda step: _report(work, step=step.number),
         )
         self._transport.profile(
             wire.ProfileReport(
@@ -188,7 +188,7 @@ class Agent:
             deadline = begin + assignment.remaining_seconds - reserve
 
         def after(step: loop.Step) -> bool:
-            _tell(
+            _report(
                 work,
                 step=step.number,
                 loss=_reported(step.loss),
@@ -270,7 +270,7 @@ class Agent:
             self._held_out,
             plan.micro_batch,
             self._device,
-            after=lambda done: _tell(work, step=done),
+            after=lambda done: _report(work, step=done),
         )
         self._transport.evaluation(
             wire.Evaluation(
@@ -348,7 +348,7 @@ def registration(
     )
 
 
-def _tell(work: Work, **fields: Any) -> None:
+def _report(work: Work, **fields: Any) -> None:
     """Report progress; raises Aborted when the work is not wanted any more."""
     work.report(**fields)
     work.check()

@@ -64,7 +64,7 @@ def _work(options: argparse.Namespace, capacity: Capacity, work: Path) -> None:
         locate(options.data, job.data)
         from .device import Device
 
-        # Before the check: its child makes a CUDA context too, and free memory's fall may have to tell ours.
+        # Before the check: its child makes a CUDA context too, and ours may show only in free memory.
         device = Device(capacity, options.link_rate)
         check = Check(capacity.precisions)
         # Slow imports, while the kernels run.

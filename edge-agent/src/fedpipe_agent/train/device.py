@@ -24,7 +24,7 @@ handles of cuBLAS. Nominal: to be measured on the first GPU."""
 
 KERNELS_KEPT = "20"
 """Compiled kernels that oneDNN, and torch's cache over it, keep: those of one layer at one length. More of
-them hold pages of the heap back; with fewer they are compiled anew in every layer. Read at first use."""
+them hold pages of the heap back; with fewer they are compiled again in every layer. Read at first use."""
 
 _OUT_OF_MEMORY = (
     "out of memory",
@@ -41,14 +41,14 @@ class Device:
     def __init__(self, capacity: Capacity, link_rate: int | None = None):
         """Open the device; on CUDA this creates the context, whose size is part of `overhead`.
 
-        link_rate: bytes per second as measured, told where the capacity declares none.
+        link_rate: bytes per second as measured; used where the capacity declares none.
         """
         self._capacity = capacity
         self.threads = capacity.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(self.threads)
         self.torch = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         if not self.cuda:
-            # oneDNN compiles its bfloat16 kernels anew for each length of a batch, and would keep a thousand.
+            # oneDNN compiles its bfloat16 kernels for each length of a batch, and would keep a thousand.
             for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
                 os.environ.setdefault(cache, KERNELS_KEPT)
         self._gpu = Gpu(str(torch.cuda.get_device_properties(self.torch).uuid)) if self.cuda else None
@@ -66,13 +66,13 @@ class Device:
         return self.torch.type == "cuda"
 
     def facts(self, kernels: tuple[wire.KernelResult, ...]) -> wire.DeviceFacts:
-        """Return what the planner is told."""
+        """Return the device's facts for the planner."""
         overhead = self.used()
         name, uuid, capability = self._capacity.device, None, None
         if self._gpu:
             properties = torch.cuda.get_device_properties(self.torch)
             uuid, capability = self._gpu.uuid, f"{properties.major}.{properties.minor}"
-            # Not the declared name: the planner tells the speed by it.
+            # Not the declared name: the planner derives the speed from it.
             name = properties.name
             held = self._context + torch.cuda.memory_reserved(self.torch)
             free = held + torch.cuda.mem_get_info(self.torch)[0]
@@ -105,7 +105,7 @@ class Device:
         return _status("VmHWM")
 
     def reset_peak(self) -> None:
-        """Give unused memory back and measure the peak anew."""
+        """Give unused memory back and start measuring the peak again."""
         gc.collect()
         self.give_back()
         if self.cuda:
@@ -136,7 +136,7 @@ class Device:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell an allocation failure of any allocator from other errors."""
+    """Return whether an error is a failed allocation of any allocator."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)

@@ -95,7 +95,7 @@ class MicroBatches:
         self._parameters = parameters
         self._samples = samples
         self._device = device
-        # What a quantized base unpacks, and oneDNN's bfloat16 kernels, leave holes in the heap into which no
+        # What a quantized base unpacks, and oneDNN's bfloat16 kernels, leave gaps in the heap into which no
         # batch of another length fits. In float32 giving back costs a tenth of the time and saves little.
         self._gives_back = not device.cuda and any(
             parameter.dtype != torch.float32 for parameter in model.parameters()
@@ -105,7 +105,7 @@ class MicroBatches:
     def accumulate(self, chosen: np.ndarray) -> tuple[float, int]:
         """Add the gradients of the mean loss per target to `.grad`; return that loss and the input tokens.
 
-        When memory runs out the micro-batch is halved and the gradients are computed anew; the result is the
+        When memory runs out the micro-batch is halved and the gradients are computed again; the result is the
         same up to the order of additions.
 
         Raises:

@@ -23,13 +23,13 @@ HEAD_DEVIATION = 0.02
 
 
 class Source:
-    """Where a base model lies: a directory, or a repository of the Hugging Face hub at a revision."""
+    """Where a base model is stored: a directory, or a repository of the Hugging Face hub at a revision."""
 
     def __init__(self, text: str):
         """Parse `DIR` or `repo[@revision]`.
 
         Raises:
-            UserError: the text is a path, but no model lies there.
+            UserError: the text is a path, but there is no model.
         """
         path = Path(text)
         self.revision: str | None = None

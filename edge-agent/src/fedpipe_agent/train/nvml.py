@@ -1,4 +1,4 @@
-"""What NVML says of the GPU that this process trains on: what torch cannot tell of it."""
+"""What NVML says of the GPU that this process trains on: what torch does not know of it."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ import pynvml
 
 
 class Gpu:
-    """A GPU or MIG instance by its UUID as torch tells it, without NVML's prefix.
+    """A GPU or MIG instance by its UUID as torch reports it, without NVML's prefix.
 
     `uuid` is NVML's; that of a whole GPU where NVML is missing or knows none.
     """
@@ -17,7 +17,7 @@ class Gpu:
         self.uuid, self._handle = _find(uuid)
 
     def free(self) -> int | None:
-        """Return the free bytes, or None where NVML does not tell."""
+        """Return the free bytes, or None where NVML does not report them."""
         if self._handle is None:
             return None
         try:
@@ -26,7 +26,7 @@ class Gpu:
             return None
 
     def context(self, free_before: int | None, reserved: int) -> int:
-        """Return the bytes of this process's CUDA context; 0 where NVML does not tell.
+        """Return the bytes of this process's CUDA context; 0 where NVML does not report it.
 
         Args:
             free_before: what `free` said before the context was there. Its fall counts other processes too
@@ -49,7 +49,7 @@ class Gpu:
 
 
 def _find(uuid: str) -> tuple[str, Any]:
-    # CUDA 12 and later tell an instance's UUID where MIG is on.
+    # CUDA 12 and later report an instance's UUID where MIG is on.
     names = [f"GPU-{uuid}", f"MIG-{uuid}"]
     with contextlib.suppress(pynvml.NVMLError):
         pynvml.nvmlInit()

@@ -174,7 +174,7 @@ class TensorFile:
 
 
 class TensorWriter:
-    """Writes float32 and int8 tensors as they come; a context manager that tells the outcome in `stored`.
+    """Writes float32 and int8 tensors as they come; a context manager that leaves the outcome in `stored`.
 
     The header's place is kept free for the given names and filled in at the end, padded with blanks as the
     format allows; `room` makes it as long as that of an earlier file. The same tensors in the same order give

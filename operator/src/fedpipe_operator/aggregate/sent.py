@@ -67,5 +67,5 @@ def received(factors: Mapping[str, Float32]) -> dict[str, Float32]:
 
 
 def _along(suffix: str) -> int:
-    """Return the axis along which a component lies: they are the columns of B, the rows of A."""
+    """Return the axis of a component's values: components are the columns of B, the rows of A."""
     return 0 if suffix == LORA_B else 1

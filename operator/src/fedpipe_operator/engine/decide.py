@@ -31,7 +31,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class MakePlan:
-    """Plan anew from what is known now."""
+    """Plan again from what is known now."""
 
     reason: str
 

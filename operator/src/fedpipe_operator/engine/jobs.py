@@ -57,7 +57,7 @@ class Signal:
 
 @dataclass
 class Job:
-    """One job in memory. `lock` is held from a check of the state to the commit that rests on it."""
+    """One job in memory. `lock` is held from a check of the state to the commit that depends on it."""
 
     state: JobState
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -47,7 +47,7 @@ class Journal:
         self._ledger = Ledger(directory / "ledger.sqlite")
         self.blobs = Blobs(directory / "blobs")
         self._threads = ThreadPoolExecutor(1, "ledger")
-        # Held while a blob and the record that names it come to be, and while unused blobs are removed.
+        # Held while a blob and the record that names it are written, and while unused blobs are removed.
         self.store_lock = asyncio.Lock()
 
     async def replay(self) -> None:

@@ -45,7 +45,7 @@ async def make_plan(worker: Worker, state: JobState, reason: str) -> PlanMade:
 
 
 def request_of(state: JobState) -> PlanRequest:
-    """Return what is known of the live nodes that have the job's model; it rests on the ledger alone."""
+    """Return what is known of the live nodes that have the job's model; it depends on the ledger alone."""
     assert state.model is not None
     bare = PlanRequest(
         model=state.model,

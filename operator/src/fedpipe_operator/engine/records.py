@@ -133,7 +133,7 @@ class PlanMade(Model):
     left_out: dict[Name, Text] = Field(max_length=NODES)
     selected: tuple[ModuleName, ...] = Field(max_length=MATRICES)
     scores: dict[ModuleName, Score] = Field(default_factory=dict, max_length=MATRICES)
-    # Members that the plan knew, so that a newcomer is told from one that was left out.
+    # Members that the plan knew, so that a newcomer differs from one that was left out.
     considered: tuple[Name, ...] = Field(max_length=NODES)
 
     @property

@@ -139,7 +139,7 @@ class JobState:
 
     @property
     def profiling_done(self) -> bool:
-        """Whether the plan rests on measurements: it is not the first one."""
+        """Whether the plan uses measurements: it is not the first one."""
         return self.plan is not None and self.plan.version > 1
 
 

@@ -54,7 +54,7 @@ class Authority:
             current = renew(material, self._hosts, now_utc())
             if current is not material:
                 await self._api.apply_secret(self._settings.namespace, self._secret, current.to_secret())
-                log.info("the coordinator's certificate was made anew (Secret %s)", self._secret)
+                log.info("the coordinator's certificate was renewed (Secret %s)", self._secret)
             material = current
         if material != self._material:
             await asyncio.to_thread(load_certificate, self.context, material)
@@ -63,7 +63,7 @@ class Authority:
         await self._fill(material)
 
     async def watch(self) -> None:
-        """Look again and again until cancelled, and tell namespaces of a new CA."""
+        """Check the certificate until cancelled, and publish a new CA to the namespaces."""
         while True:
             await asyncio.sleep(CHECK_SECONDS)
             known = dict(self._published)

@@ -77,7 +77,7 @@ class Controller:
     """All jobs.
 
     `publish_ca` makes the coordinator's CA known in a namespace, `write_output` delivers an adapter and
-    returns where it lies, `observe` is told the seconds of every look at a job.
+    returns where it is stored, `observe` receives each reconcile's duration in seconds.
     """
 
     def __init__(
@@ -271,7 +271,7 @@ class Controller:
         return actions
 
     async def _tell_engine(self, known: Tended, job: FedPipeJob, actions: Actions) -> bool:
-        """Return whether the engine's state changed, so that everything must be decided anew."""
+        """Return whether the engine's state changed, so that everything must be decided again."""
         if actions.submit:
             await self.engine.submit(job)
         for node, reason in actions.lost.items():
@@ -418,7 +418,7 @@ def _read_status(document: Mapping[str, Any] | None) -> FedPipeJobStatus | None:
     try:
         return FedPipeJobStatus.model_validate(dict(document)) if document else None
     except ValidationError:
-        return None  # of another version; it is written anew
+        return None  # of another version; it is written again
 
 
 def _read_output(status: FedPipeJobStatus | None) -> OutputResult | None:

@@ -21,7 +21,7 @@ def kopf_settings() -> kopf.OperatorSettings:
     found = kopf.OperatorSettings()
     found.posting.enabled = False  # Events are written by kube/events.py, which bounds and counts them
     found.posting.loggers = False
-    # A watch on which nothing came for this long is taken for dead and opened anew.
+    # A watch on which nothing came for this long is treated as dead and opened again.
     found.watching.inactivity_timeout = 70
     found.watching.server_timeout = 300
     found.watching.client_timeout = 310
@@ -29,7 +29,7 @@ def kopf_settings() -> kopf.OperatorSettings:
     found.watching.label_selectors["", "v1", "pods"] = JOB_LABEL
     found.networking.request_timeout = 30
     found.execution.default_backoff = 15
-    # Changing these makes every handler run anew for every job.
+    # Changing these makes every handler run again for every job.
     found.persistence.finalizer = FINALIZER
     found.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP, v1=False)
     found.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(

@@ -221,7 +221,7 @@ def _lost(status: FedPipeJobStatus) -> set[tuple[str, str | None]]:
 
 
 def _standing(status: FedPipeJobStatus) -> set[tuple[str, ...]]:
-    """Return the conditions, with the reasons of a normal round taken for one."""
+    """Return the conditions, with the reasons of a normal round counted as one."""
     return {
         (c.type, c.status) if c.reason in _ORDINARY else (c.type, c.status, c.reason, c.message)
         for c in status.conditions

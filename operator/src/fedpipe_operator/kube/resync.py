@@ -62,7 +62,7 @@ class Resync:
             await self._controller.forget_job(uid)
 
     async def compare(self) -> None:
-        """Forget whatever is gone. What is known is noted first, so that nothing new is taken for gone."""
+        """Forget what is gone. What is known is listed first, so that nothing new counts as gone."""
         inventory = self._controller.inventory
         pods, nodes = inventory.pod_uids(), set(inventory.nodes)
         capacities = set(inventory.capacities)

@@ -106,7 +106,7 @@ class Operator:
         return f"background work fails again and again, see the log: {', '.join(dead)}" if dead else None
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until told to stop."""
+        """Work until stopped."""
         await self.engine.start()
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self.engine.stop)

@@ -20,7 +20,7 @@ class Verification:
     def precisions(self) -> list[dict[str, Any]]:
         """Return them as a FedPipeNode has them.
 
-        One that failed always has a message, which the operator then owns: else the probe's own would stand
+        One that failed always has a message, which the operator then owns: else the probe's own would be
         there, and the probe may change nothing of a verified entry.
         """
         return [

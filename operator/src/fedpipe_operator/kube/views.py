@@ -55,7 +55,7 @@ class CapacityView:
     """Why it cannot be used: what its probe says, or that it cannot be read."""
     devices: int
     memory: int
-    """Bytes of the largest device that tells them; of the machine where there is no device."""
+    """Bytes of the largest device that reports them; of the machine where there is no device."""
     link_rate: int | None
     """Bytes per second from the coordinator, as measured or declared."""
     observed_at: float
@@ -145,7 +145,7 @@ def capacity_view(body: Body) -> CapacityView:
         why = one_line(f"{ready.text('reason')}: {ready.text('message') or 'not ready'}")
         fault = "" if ready.text("status") == "True" else why
     devices = status.objects("devices")
-    # A device that does not tell its memory has none to plan with: the machine's is not its own.
+    # A device that does not report its memory has none to plan with: the machine's is not its own.
     sizes = [device.count("totalMemory") for device in devices] or [status.object("cpu").count("totalMemory")]
     return CapacityView(
         name=top.object("metadata").name("name"),

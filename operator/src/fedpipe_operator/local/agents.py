@@ -119,7 +119,7 @@ class Agents:
         return sum(node in known.updates for known in rounds)
 
     async def _until_desired(self, node: str) -> None:
-        # An agent that ended as it was told may be wanted again after another plan.
+        # An agent that ended as it was asked to may be wanted again after another plan.
         while not self._ending and node not in self._engine.jobs[self._uid].state.desired:
             await self._engine.moved(self._uid, 60.0)
 

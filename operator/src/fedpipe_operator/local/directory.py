@@ -71,7 +71,7 @@ class RunDirectory:
             raise UserError(f"{self.record}: not readable ({explain(error)})") from None
 
     def history(self) -> History | None:
-        """Return what the ledger tells, or None when nothing was recorded yet.
+        """Return what the ledger holds, or None when nothing was recorded yet.
 
         Raises UserError while another process owns the run.
         """

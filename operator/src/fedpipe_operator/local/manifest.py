@@ -132,7 +132,7 @@ def model_of(spec: FedPipeJobSpec, fleet: Fleet, job_file: Path, fleet_file: Pat
         return str(_model_directory(Path(source.host_path.path), f"{job_file}: spec.model.hostPath"))
     if source.hugging_face is not None:
         return f"{source.hugging_face.repo}@{source.hugging_face.revision}"
-    raise UserError(f"{fleet_file}: model: required, because the job's model lies in a claim")
+    raise UserError(f"{fleet_file}: model: required, because the job's model is stored in a claim")
 
 
 def _model_directory(directory: Path, named: str) -> Path:

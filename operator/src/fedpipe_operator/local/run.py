@@ -34,7 +34,7 @@ SUSPENDED = 130
 """Exit status after Ctrl-C, as shells know it."""
 
 _STOP_GRACE = 10.0
-"""Seconds that agents get to end by themselves once the job is over; their long poll tells them at once."""
+"""Seconds that agents get to end by themselves once the job is over; their long poll answers at once."""
 
 _ONLY_AGENTS_END = {
     Reason.WAITING_FOR_AGENTS,
@@ -51,7 +51,7 @@ class End(Enum):
 
     FINISHED = "finished"
     SUSPENDED = "suspended"
-    MISTAKE = "mistake"  # a person has to mend something
+    MISTAKE = "mistake"  # a person has to fix something
     STUCK = "stuck"  # nothing that runs can bring the job further
 
 
@@ -70,7 +70,7 @@ def run(local: LocalJob, out: Path | None, resume: bool, port: int) -> int:
     directory = RunDirectory(out or Path("runs") / local.job.metadata.name)
     found = _look(directory, local, resume)
     if found.finished:
-        sys.stdout.write(f"{directory.root}: holds this run, finished; nothing is trained anew\n")
+        sys.stdout.write(f"{directory.root}: holds this run, finished; nothing is trained again\n")
         return write_all_results(directory)
     record = RunRecord(uid=found.uid, job=local.job, fleet=local.fleet, model=local.model)
     with _listen(port) as listener:
@@ -85,9 +85,7 @@ def run(local: LocalJob, out: Path | None, resume: bool, port: int) -> int:
             )
             return _stop(f"suspended {_where(directory)}; go on with: {again} --resume", SUSPENDED)
         case End.STUCK:
-            return _stop(
-                f"stopped {_where(directory)}: {outcome.message}; mend it and go on with --resume", 1
-            )
+            return _stop(f"stopped {_where(directory)}: {outcome.message}; fix it and go on with --resume", 1)
         case End.MISTAKE:
             if not resume:
                 created.undo()
@@ -177,7 +175,7 @@ async def _session(
     last_at: float | None,
 ) -> RunOutcome:
     """Run the engine and the agents until the job ends, is interrupted, or cannot go on."""
-    # Written only if there is something to tell.
+    # Written only if there is something to show.
     to_file = logging.FileHandler(directory.log, delay=True)
     to_file.setFormatter(LineFormatter(LINE_FORMAT))
     logging.basicConfig(handlers=[to_file], force=True)
@@ -255,7 +253,7 @@ def outcome_of(job: Job, failed: Mapping[str, str], mistakes: Mapping[str, str])
     if state.finished:
         return RunOutcome(End.FINISHED)
     if not state.rounds and mistakes:
-        # Nothing is trained yet: better to have the mistake mended than to train on part of the fleet.
+        # Nothing is trained yet: better to have the mistake fixed than to train on part of the fleet.
         node, message = min(mistakes.items())
         return RunOutcome(End.MISTAKE, f"{node}: {message}")
     wait = job.wait

@@ -95,7 +95,7 @@ FAMILIES: tuple[Family, ...] = (
     _counter(
         "fedpipe_operator_api_requests_total",
         ("verb", "code"),
-        "API requests besides kopf's; code 0 had no answer.",
+        "API requests other than kopf's; code 0 had no answer.",
     ),
     _gauge(
         "fedpipe_operator_unreadable_objects",

@@ -12,7 +12,7 @@ class Calibration:
     """Corrections of every later prediction.
 
     An error of the fixed part is an offset, one of the activations a factor; a measurement at one point
-    cannot tell them apart, so the correction that gives more bytes counts.
+    cannot separate them, so the correction that gives more bytes counts.
 
     Attributes:
         seconds_factor: measured over predicted step time.

@@ -28,14 +28,14 @@ CUDA_ROUNDING = 1.06
 
 CPU_UNUSED = 0.9
 """Share of what a forward pass frees that glibc cannot use again before the backward pass: tensors are
-aligned, and the hole of one is too small for the next of its size. Smaller ones fit into the holes of an MLP
+aligned, and the gap of one is too small for the next of its size. Smaller ones fit into the gaps of an MLP
 of four times the model's width; of a narrower one the share is more. Fitted (tests/bench/memory_model.py)."""
 CPU_RECOMPUTED = 0.25
 """How much less that share is of what checkpointing frees as well. Fitted in the same way."""
 CPU_HEAP = 32 * 2**20
-"""The largest block glibc keeps in its heap; larger ones leave no holes."""
+"""The largest block glibc keeps in its heap; larger ones leave no gaps."""
 CPU_UNPACKED = 0.8
-"""Share of a layer's MLP weights, unpacked to compute with, that turn into holes because what the layer keeps
+"""Share of a layer's MLP weights, unpacked to compute with, that turn into gaps because what the layer keeps
 is put where they were. Fitted; processes differ by a fifth."""
 
 
@@ -63,7 +63,7 @@ def fixed_bytes(work: Workload, device: wire.DeviceFacts, configuration: Configu
     # Log-probabilities and two gradients of them in float32; in evaluation logits and log-probabilities.
     losses = 12 * vocabulary * tokens
     if device.kind == "cpu" and 4 * vocabulary * tokens <= CPU_HEAP:
-        losses *= 2  # the holes of these and of the logits
+        losses *= 2  # the gaps of these and of the logits
     training = saved + max(layer, losses)
     widths = work.shape.intermediate * 2 + 4 * work.shape.hidden + 2 * work.length  # the mask, twice
     evaluating = 2 * tokens * (8 * vocabulary + element * widths)
@@ -127,16 +127,16 @@ def _saved(work: Workload, device: wire.DeviceFacts, configuration: Configuratio
     held = layers * within
     if configuration.checkpointing:
         held = layers * tokens * _checkpointed_per_token(work, device, configuration.precision) + within
-    return held + (_holes(work, device, configuration) if device.kind == "cpu" else 0)
+    return held + (_fragmentation(work, device, configuration) if device.kind == "cpu" else 0)
 
 
-def _holes(work: Workload, device: wire.DeviceFacts, configuration: Configuration) -> int:
+def _fragmentation(work: Workload, device: wire.DeviceFacts, configuration: Configuration) -> int:
     """Return the bytes of glibc's heap lost to fragmentation between what the layers keep.
 
-    Activations fill the holes of unpacked weights while they are smaller, so that the larger kind of holes
-    counts; the nearer their size comes to that of the weights the fewer fit, and the weights' holes come on
-    top (how fast is fitted). Checkpointing leaves the holes of all layers where it computes them first, and
-    unpacks twice: in some processes nothing fits into the weights' holes then.
+    Activations fill the gaps of unpacked weights while they are smaller, so that the larger kind of gaps
+    counts; the nearer their size comes to that of the weights the fewer fit, and the weights' gaps come on
+    top (how fast is fitted). Checkpointing leaves the gaps of all layers where it computes them first, and
+    unpacks twice: in some processes nothing fits into the weights' gaps then.
     """
     shape, precision = work.shape, configuration.precision
     layers = shape.layers - work.first_layer

@@ -27,7 +27,7 @@ KEEP_MARGIN = 0.05
 KEEP_STEPS = 0.8
 """Nor is it kept for fewer than this share of the local steps that another allows."""
 DIGITS, STEP_DIGITS = 2, 3
-"""Significant digits that tell nodes of a fleet apart, and their local steps; rounded the worse way."""
+"""Significant digits by which nodes of a fleet differ, and their local steps; rounded to the worse side."""
 
 
 def plan(request: PlanRequest) -> Plan:
@@ -130,7 +130,7 @@ def _check(request: PlanRequest) -> None:
 def _case(facts: NodeFacts, request: PlanRequest) -> Case:
     """Return what matters of a node, coarsened to the unfavourable side so that like nodes are equal."""
     device = facts.device
-    # Names matter only as far as they tell the speed.
+    # Names matter only as far as the speed depends on them.
     name = device.name if device.kind == "cuda" else ""
     kernels = tuple(
         kernel.model_copy(update={"seconds": kernel.seconds and _rounded(kernel.seconds)})

@@ -76,7 +76,7 @@ class Blobs:
         if not self.temporary.is_dir() or self.temporary.is_symlink():
             _clear(self.temporary)
         self.temporary.mkdir(exist_ok=True)
-        # Whatever is here was being written when a process died: nobody was told that it arrived.
+        # Whatever is here was being written when a process died: no agent received an answer for it.
         for left in self.temporary.iterdir():
             _clear(left)
         for found in directory.iterdir():
@@ -86,7 +86,7 @@ class Blobs:
                 _clear(found)
 
     def path(self, digest: str) -> Path:
-        """Return where the blob lies or would lie."""
+        """Return where the blob is stored or would be."""
         if not _DIGEST.fullmatch(digest):
             raise ValueError(f"{digest!r} is not a sha256 digest")
         return self._directory / digest[:2] / digest
