@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -99,7 +100,7 @@ def test_shares_hold_the_rows_in_the_file_s_format(suffix, tmp_path):
     dataset = read(source, "label")
     assert dataset.labels == [row["label"] for row in ROWS]
     shares = split(dataset.labels, 3, "size", 0.5, 0)
-    write_shares(dataset, shares, ["a", "b", "c"], tmp_path / f"out/train.{suffix}")
+    write_shares(dataset, shares, ["a", "b", "c"], tmp_path / "out")
     for name, share in zip("abc", shares, strict=True):
         path = tmp_path / f"out/{name}/train.{suffix}"
         found = [row.fields for row in rows.read(path)]
@@ -110,7 +111,7 @@ def test_an_out_that_is_no_directory_is_named(tmp_path):
     write_jsonl(tmp_path / "all.jsonl")
     dataset = read(tmp_path / "all.jsonl", "label")
     with pytest.raises(UserError, match=r"--out: .*all.jsonl/a: Not a directory; give a directory"):
-        write_shares(dataset, [[0]], ["a"], tmp_path / "all.jsonl/train.jsonl")
+        write_shares(dataset, [[0]], ["a"], tmp_path / "all.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_a_quoted_newline_is_no_end_of_a_row(tmp_path):
     (tmp_path / "all.csv").write_bytes(b'text,label\r\n"two\r\nlines",a\r\n"one ""line""",b\r\n')
     assert len(list(rows.read(tmp_path / "all.csv"))) == 2
     dataset = read(tmp_path / "all.csv", "label")
-    write_shares(dataset, [[0], [1]], ["a", "b"], tmp_path / "train.csv")
+    write_shares(dataset, [[0], [1]], ["a", "b"], tmp_path)
     shares = [[row.fields for row in rows.read(tmp_path / name / "train.csv")] for name in "ab"]
     assert shares == [[{"text": "two\r\nlines", "label": "a"}], [{"text": 'one "line"', "label": "b"}]]
 
@@ -164,3 +165,43 @@ def test_no_message_quotes_a_value(tmp_path):
         with pytest.raises(UserError) as caught:
             read(tmp_path / name, "label")
         assert not re.search(r"vault|xff|b'va", str(caught.value))
+
+
+def data_split(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["fedpipe", "data", "split", *map(str, arguments)])
+    return main()
+
+
+def test_rows_without_a_label_are_cut_unless_by_label(tmp_path, monkeypatch, capsys):
+    (tmp_path / "all.json").write_text(json.dumps([{"prompt": "a", "completion": "b"}] * 4))
+    arguments = (tmp_path / "all.json", "--nodes", 2, "--out", tmp_path / "out")
+    assert data_split(monkeypatch, *arguments, "--by", "dirichlet") == 2
+    assert "all.json:1: no field 'label'; name the label with --label" in capsys.readouterr().err
+    assert data_split(monkeypatch, *arguments) == 0
+    assert (tmp_path / "out/node-2/train.jsonl").read_text() == '{"prompt": "a", "completion": "b"}\n' * 2
+
+
+def test_shares_are_never_mixed_with_earlier_ones(tmp_path, monkeypatch, capsys):
+    write_jsonl(tmp_path / "all.jsonl")
+    arguments = (tmp_path / "all.jsonl", "--out", tmp_path / "out")
+    assert data_split(monkeypatch, *arguments, "--nodes", 4) == 0
+    assert data_split(monkeypatch, *arguments, "--nodes", 2) == 2
+    assert "out: it has shares already (node-1); give another directory" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_shards_are_cut_as_one_data_set(tmp_path):
+    table = pa.Table.from_pylist(ROWS)
+    (tmp_path / "shards").mkdir()
+    for number in (0, 1):
+        with pa.OSFile(str(tmp_path / f"shards/data-{number}.arrow"), "wb") as file:
+            with pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table.slice(15 * number, 15))
+    dataset = read(tmp_path / "shards", "label")
+    assert dataset.labels == [row["label"] for row in ROWS]
+    write_shares(dataset, [list(range(10, 20))], ["a"], tmp_path)
+    assert [row.fields for row in rows.read(tmp_path / "a/train.parquet")] == ROWS[10:20]
+    for name, header in (("a.csv", "text,label"), ("b.csv", "label,text")):
+        (tmp_path / name).write_text(f"{header}\nx,y\n")
+    with pytest.raises(UserError, match=r"b.csv:2: its file has other columns than a.csv"):
+        read(tmp_path / "*.csv", "label")

@@ -150,16 +150,47 @@ class Fields(Model):
     completion: ColumnName = Field(default="completion", description="Part of a sample that is learnt.")
 
 
+Encoding = Literal[
+    "windows-1250",
+    "windows-1251",
+    "windows-1252",
+    "windows-1253",
+    "windows-1254",
+    "iso-8859-1",
+    "iso-8859-2",
+    "iso-8859-15",
+    "koi8-r",
+    "shift_jis",
+    "euc-jp",
+    "euc-kr",
+    "gb18030",
+    "big5",
+]
+
+
 class DataSource(Model):
     """Each node's own data; it never leaves the node."""
 
     volume: Volume
-    train: str = Field(min_length=1, max_length=1024, description="File inside the volume.")
-    evaluation: str | None = Field(
-        default=None, min_length=1, max_length=1024, description="Held-out file; default: a share of train."
+    train: str = Field(
+        min_length=1,
+        max_length=1024,
+        description="File inside the volume, directory of shards, or glob such as train/*.jsonl.gz.",
     )
-    format: Literal["jsonl", "csv", "parquet"] | None = Field(
-        default=None, description="Default: by the file's suffix."
+    evaluation: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1024,
+        description="Held-out file, directory or glob; default: a share of train.",
+    )
+    format: Literal["jsonl", "csv", "parquet", "arrow", "sharegpt", "alpaca"] | None = Field(
+        default=None,
+        description="Format of the files, default by their suffix; or the layout of their rows: sharegpt "
+        "(conversations) or alpaca (instruction, input, output).",
+    )
+    encoding: Encoding | None = Field(
+        default=None,
+        description="Encoding of files of text that are not Unicode; UTF-8, UTF-16 and UTF-32 are found.",
     )
     fields: Fields = Fields()
     max_length: int = Field(default=256, ge=8, le=131072, description="Tokens kept of each sample.")

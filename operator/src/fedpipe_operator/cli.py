@@ -103,7 +103,7 @@ def report(run_dir: RunDir) -> int:
 
 @data.command()
 def split(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL or CSV, also gzipped, or Parquet.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Data file, or directory or glob of shards.")],
     *,
     nodes: Annotated[int, typer.Option(min=1, max=5000, help="Into how many shares.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Gets node-1/train.SUFFIX and so on.")],
@@ -112,15 +112,15 @@ def split(
     ] = "iid",
     alpha: Annotated[float, typer.Option(help="Dirichlet concentration; smaller is more unequal.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
-    label: Annotated[str, typer.Option(help="Field of the label.")] = "label",
+    label: Annotated[str, typer.Option(help="Field whose values dirichlet divides.")] = "label",
 ) -> int:
     """Cut one dataset into node shares; every row goes to exactly one."""
     from .local import split as shares
 
-    dataset = shares.read(file, label)
+    dataset = shares.read(file, label if by == "dirichlet" else None)
     drawn = shares.split(dataset.labels, nodes, by, alpha, seed)
     names = [f"node-{number}" for number in range(1, nodes + 1)]
-    shares.write_shares(dataset, drawn, names, out / f"train{shares.suffix_of(file)}")
+    shares.write_shares(dataset, drawn, names, out)
     sizes = ", ".join(f"{name} {len(share)}" for name, share in zip(names, drawn, strict=True))
     return _say(f"{out}: {sizes}")
 

@@ -12,8 +12,8 @@ from types import FrameType
 from typing import NoReturn
 
 from fedpipe_api.base import UserError, parse_quantity
+from fedpipe_api.data_files import locate
 from fedpipe_api.node import Capacity
-from fedpipe_api.rows import locate
 
 from ..console import own_lines_only
 from ..documents import load

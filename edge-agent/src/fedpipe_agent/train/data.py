@@ -1,6 +1,6 @@
 """A node's samples: tokenised once, kept as one flat array, handed out as deterministic padded batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from fedpipe_api.base import UserError
+from fedpipe_api.data_files import locate
 from fedpipe_api.job import DataSource, ModelSource, Task
-from fedpipe_api.rows import locate
 
 from ..errors import Stopped
 from .examples import check_length, examples, held_out_of, predicted_field
@@ -144,8 +144,8 @@ def load(
     return train.part(np.sort(order[held_out:])), train.part(np.sort(order[:held_out]))
 
 
-def _tokenised(path: Path, source: DataSource, model: ModelSource, tokenizer: Any) -> Samples:
-    rows = examples(path, source, model)
+def _tokenised(paths: Sequence[Path], source: DataSource, model: ModelSource, tokenizer: Any) -> Samples:
+    rows = examples(paths, source, model)
     classes = model.task is Task.SEQUENCE_CLASSIFICATION
     tokens: list[list[int]] = []
     marks: list[int] = []

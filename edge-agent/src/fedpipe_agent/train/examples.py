@@ -1,12 +1,13 @@
 """What a node's data files give to train on: texts with classes, or prompts with completions, checked."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from fedpipe_api.base import UserError
+from fedpipe_api.data_files import locate
 from fedpipe_api.job import DataSource, ModelSource, Task
-from fedpipe_api.rows import Row, locate, read
+from fedpipe_api.rows import Row, read
 
 
 class Example(NamedTuple):
@@ -18,8 +19,8 @@ class Example(NamedTuple):
     label: int = 0
 
 
-def examples(path: Path, source: DataSource, model: ModelSource) -> Iterator[Example]:
-    """Yield the examples of a file.
+def examples(paths: Sequence[Path], source: DataSource, model: ModelSource) -> Iterator[Example]:
+    """Yield the examples of files.
 
     Raises:
         UserError: a mistake in the file, named with its line and field, or no rows.
@@ -28,7 +29,7 @@ def examples(path: Path, source: DataSource, model: ModelSource) -> Iterator[Exa
     classes = model.task is Task.SEQUENCE_CLASSIFICATION
     prompted: bool | None = None
     empty = True
-    for row in read(path, source.format):
+    for row in (row for path in paths for row in read(path, source.format, source.encoding)):
         empty = False
         if classes:
             label = _label(row, fields.label, model.labels)
@@ -39,7 +40,7 @@ def examples(path: Path, source: DataSource, model: ModelSource) -> Iterator[Exa
         prompt = _text(row, fields.prompt) if prompted else None
         yield Example(row.place, _text(row, predicted_field(source, prompted)), prompt)
     if empty:
-        raise UserError(f"{path}: no rows; it needs at least one")
+        raise UserError(f"{paths[0]}: no rows; it needs at least one")
 
 
 def predicted_field(source: DataSource, prompted: bool) -> str:
@@ -75,8 +76,8 @@ def check_length(source: DataSource, longest: int | None) -> None:
         )
 
 
-def _count(path: Path, source: DataSource, model: ModelSource) -> int:
-    return sum(1 for _ in examples(path, source, model))
+def _count(paths: Sequence[Path], source: DataSource, model: ModelSource) -> int:
+    return sum(1 for _ in examples(paths, source, model))
 
 
 def _text(row: Row, field: str) -> str:

@@ -1,7 +1,6 @@
 """Cuts one dataset into unequal node shares, as federated data is: by chance, by label or by size."""
 
 import csv
-import gzip
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from fedpipe_api import rows as data_rows
 from fedpipe_api.base import UserError
+from fedpipe_api.data_files import created, form_of, found
 
 By = Literal["iid", "dirichlet", "size"]
 
@@ -74,71 +74,100 @@ def _counts(weights: np.ndarray, total: int) -> list[int]:
 
 
 class Dataset(NamedTuple):
-    """A file's rows in order: their labels, and what to write of each (a table for Parquet)."""
+    """Rows in order: their labels, and what to write of each (a table for Parquet and Arrow)."""
 
     labels: list[Any]
     content: Any
+    suffix: str
     header: bytes = b""
 
     def write(self, rows: Sequence[int], path: Path) -> None:
-        """Write the given rows, gzipped where the path ends so."""
+        """Write the given rows, compressed as the path's suffix says."""
         if not isinstance(self.content, list):
             import pyarrow.parquet
 
             pyarrow.parquet.write_table(self.content.take(rows), path)
             return
-        data = b"".join((self.header, *(self.content[row] for row in rows)))
-        path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+        with created(path) as file:
+            file.write(self.header)
+            file.writelines(self.content[row] for row in rows)
 
 
-def read(path: Path, label: str) -> Dataset:
-    """Read a JSONL, CSV (both also gzipped) or Parquet file; UserError names the place of what is wrong."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.stat().st_size > SIZE_LIMIT:
+def read(path: Path, label: str | None) -> Dataset:
+    """Read a data set as agents read theirs: a file, a directory or a glob; UserError names what is wrong.
+
+    Args:
+        path: of the files, which have one format.
+        label: the field by which rows are divided; None where they are not divided by a field.
+    """
+    files = found(path, "FILE")
+    if sum(file.stat().st_size for file in files) > SIZE_LIMIT:
         raise UserError(f"{path}: larger than {SIZE_LIMIT >> 30} GiB; cut it beforehand")
-    form = data_rows.form_of(path)
+    form = form_of(files[0])
     labels: list[Any] = []
     content: list[bytes] = []
-    header = b""
-    for row in data_rows.read(path, form):
-        if label not in row.fields:
-            raise UserError(f"{row.place}: no field {label!r}; name the label with --label")
-        labels.append(row.fields[label])
+    header: list[str] | None = None
+    for row in (row for file in files for row in data_rows.read(file)):
+        labels.append(None if label is None else _label(row, label))
         if isinstance(row.source, list):
-            header = header or _csv_line(list(row.fields))
+            columns = list(row.fields)
+            if header is not None and columns != header:
+                raise UserError(
+                    f"{row.place}: its file has other columns than {files[0].name}; make them equal"
+                )
+            header = columns
             content.append(_csv_line(row.source))
         elif row.source is not None:
-            content.append(row.source + b"\n")
-    return Dataset(labels, _table(path) if form == "parquet" else content, header)
+            content.append(row.source.encode() + b"\n")
+    if not labels:
+        raise UserError(f"{path}: no rows; it needs at least one")
+    if form in ("parquet", "arrow"):
+        return Dataset(labels, _table(path, files), ".parquet")
+    packed = files[0].suffix.lower()
+    suffix = f".{form}{packed if packed in ('.gz', '.zst') else ''}"
+    return Dataset(labels, content, suffix, _csv_line(header) if header else b"")
 
 
-def suffix_of(path: Path) -> str:
-    """Return the suffix that says the format, with the compression's: `.jsonl.gz`."""
-    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+def _label(row: data_rows.Row, field: str) -> Any:
+    if field not in row.fields:
+        raise UserError(f"{row.place}: no field {field!r}; name the label with --label")
+    value = row.fields[field]
+    if isinstance(value, list | dict):
+        raise UserError(f"{row.place}: field {field!r} is not one value; name the label with --label")
+    return value
 
 
-def _csv_line(cells: list[str]) -> bytes:
+def _csv_line(cells: Sequence[str]) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(cells)
     return text.getvalue().encode()
 
 
-def _table(path: Path) -> Any:
-    import pyarrow.parquet
+def _table(path: Path, files: Sequence[Path]) -> Any:
+    """Return the rows of Parquet or Arrow files as one table, with their own types."""
+    import pyarrow
+    import pyarrow.ipc
 
-    return pyarrow.parquet.read_table(path)
+    batches = [batch for file in files for batch in data_rows.batches(file)]
+    try:
+        return pyarrow.Table.from_batches(batches)
+    except pyarrow.ArrowInvalid:
+        raise UserError(f"{path}: its files have unequal columns; make them equal") from None
 
 
-def write_shares(dataset: Dataset, shares: Sequence[Sequence[int]], names: Sequence[str], file: Path) -> None:
-    """Write each node's rows to DIRECTORY/NAME/train.SUFFIX, where `file` is DIRECTORY/train.SUFFIX.
+def write_shares(dataset: Dataset, shares: Sequence[Sequence[int]], names: Sequence[str], out: Path) -> None:
+    """Write each node's rows to OUT/NAME/train.SUFFIX.
 
-    Raises UserError where that cannot be written.
+    Raises UserError where that cannot be written, or where OUT has shares: they would mix.
     """
+    for path in sorted(out.glob("node-*")) if out.is_dir() else ():
+        raise UserError(
+            f"--out {out}: it has shares already ({path.name}); give another directory or remove them"
+        )
     for name, share in zip(names, shares, strict=True):
-        directory = file.parent / name
+        directory = out / name
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            dataset.write(share, directory / file.name)
+            dataset.write(share, directory / f"train{dataset.suffix}")
         except OSError as error:
             raise UserError(f"--out: {directory}: {error.strerror}; give a directory to write into") from None
