@@ -45,6 +45,7 @@ format: $(VENV)/installed  ## write what `make check` asks of the format
 generate: $(VENV)/installed  ## rewrite the CRDs, the chart's copies, dashboards, tables and versions
 	$(BIN)/python -m fedpipe_api.crdgen crds
 	$(BIN)/python charts/generate.py
+	$(BIN)/python tests/nvml/plans.py
 
 images:  ## build the operator, probe and agent images
 	images/build.sh

@@ -1,8 +1,8 @@
 """Writes what the chart holds in a second form: `python charts/generate.py [--check]`.
 
 CustomResourceDefinitions come from crds/, dashboards from dashboards/, the tables of the documents from
-values.yaml, the alert rules and the contract's conditions, and the version of chart and packages from
-crds/pyproject.toml.
+values.yaml, the alert rules, the contract's conditions and the definitions of metrics, and the version of
+chart and packages from crds/pyproject.toml. tests/nvml/plans.py writes the tables of boards.
 """
 
 import re
@@ -14,8 +14,10 @@ import grafana
 import yaml
 from dashboards import DASHBOARDS
 
+from fedpipe_agent.probe import metrics as probe_metrics
 from fedpipe_api.conditions import ADVICE
 from fedpipe_api.node import NODE_ADVICE
+from fedpipe_operator import metrics as operator_metrics
 
 HERE = Path(__file__).resolve().parent
 CHART = HERE / "fedpipe"
@@ -48,6 +50,9 @@ def files() -> dict[Path, str]:
     chart, project = CHART / "README.md", HERE.parent / "README.md"
     found[chart] = filled(chart.read_text(), values=values_table(), alerts=alerts_table())
     found[project] = filled(project.read_text(), reasons=reasons_table())
+    operator, agent = HERE.parent / "operator/README.md", HERE.parent / "edge-agent/README.md"
+    found[operator] = filled(operator.read_text(), metrics=operator_metrics.markdown() + "\n")
+    found[agent] = filled(agent.read_text(), metrics=probe_metrics.markdown() + "\n")
     version = tomllib.loads((HERE.parent / "crds/pyproject.toml").read_text())["project"]["version"]
     for path in (
         CHART / "Chart.yaml",
@@ -69,7 +74,9 @@ def filled(text: str, **tables: str) -> str:
     """Return the text with tables between the comments that name them."""
     for name, table in tables.items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-        text = re.sub(f"(?s){start}.*{end}", lambda _, whole=start + table + end: whole, text)
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        text = f"{before}{start}{table}{end}{after}"
     return text
 
 

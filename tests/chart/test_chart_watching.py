@@ -16,11 +16,11 @@ import yaml
 
 from chart.rendering import CHART, REPOSITORY
 from chart.watched import PROMETHEUS, Prometheus, run
+from fedpipe_agent.probe import metrics as probe_metrics
 from fedpipe_operator.metrics import FAMILIES
 
 NAMES = ("rounds", "fleet", "operator")
 RULES = CHART / "files/rules.yaml"
-PROBE_METRICS = REPOSITORY / "edge-agent/src/fedpipe_agent/probe/metrics.py"
 
 needs_prometheus = pytest.mark.skipif(
     PROMETHEUS is None or shutil.which("promtool") is None, reason="no prometheus and promtool on PATH"
@@ -51,10 +51,8 @@ def offered() -> set[str]:
     for family in FAMILIES:
         endings = ("_bucket", "_sum", "_count") if family.kind == "histogram" else ("",)
         names |= {family.name + ending for ending in endings}
-    probe = PROBE_METRICS.read_text()
-    names |= {f"fedpipe_node_{name}" for name in re.findall(r'_family\(\s*"(\w+)"', probe)}
-    for kind, name in re.findall(r'(Gauge|Counter)\(\s*"(fedpipe_probe_\w+)"', probe):
-        names.add(f"{name}_total" if kind == "Counter" else name)
+    names |= {f"fedpipe_node_{name}" for name in probe_metrics.NODE}
+    names |= {f"fedpipe_probe_{name}" for name in probe_metrics.PROBE}
     return names
 
 

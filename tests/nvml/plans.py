@@ -1,5 +1,5 @@
 """What each board would carry of one 7B job: golden FedPipeNode → the real planner → a line of the table in
-edge-agent/README.md; `python tests/nvml/plans.py` prints them."""
+edge-agent/README.md; `python tests/nvml/plans.py` (`make generate`) writes it, and the table of boards above it."""
 
 import json
 import sys
@@ -8,13 +8,25 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.append(str(Path(__file__).parents[2] / "charts"))
+
+from generate import filled
 
 from fedpipe_agent.train.model import read_shape
 from fedpipe_api import units, wire
 from fedpipe_api.job import FedPipeJobSpec, Task
 from fedpipe_api.node import READY, FedPipeNode
 from fedpipe_operator.planner import NodeFacts, Plan, PlanRequest, plan, rows
+from nvml import golden
 
+README = Path(__file__).parents[2] / "edge-agent/README.md"
+BOARDS_HEAD = (
+    "| board | device | memory | free | precisions | Ready | problems |\n|---|---|---|---|---|---|---|\n"
+)
+PLANS_HEAD = (
+    "| board | precision | batch | ranks | memory | step | round | what limits it, and why |\n"
+    "|---|---|---|---|---|---|---|---|\n"
+)
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.json"))
 MIB = 2**20
@@ -99,5 +111,16 @@ def table() -> list[str]:
     return [f"| {' | '.join([f'`{name}`', *cells])} |" for name, cells in sorted(lines.items())]
 
 
+def boards() -> list[str]:
+    """Return a line per board: what its golden FedPipeNode shows."""
+    return [golden.row(json.loads((GOLDEN / f"{name}.json").read_text())) for name in NAMES]
+
+
 if __name__ == "__main__":
-    print("\n".join(table()))
+    README.write_text(
+        filled(
+            README.read_text(),
+            boards=f"{BOARDS_HEAD}{chr(10).join(boards())}\n",
+            plans=f"{PLANS_HEAD}{chr(10).join(table())}\n",
+        )
+    )
