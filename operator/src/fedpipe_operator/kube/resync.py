@@ -31,6 +31,8 @@ class Resync:
         self._api = api
         self._engine = engine
         self._controller = controller
+        self._unwatched: set[str] = set()
+        self._namespaces = frozenset(settings.namespaces)
         self._scopes = [f"/namespaces/{name}" for name in settings.namespaces] or [""]
 
     async def fill(self) -> None:
@@ -54,12 +56,32 @@ class Resync:
                 log.warning("resync: %s; trying again", error)
 
     async def drop_jobs(self) -> None:
-        """Forget jobs of the ledger that the API server has no more."""
-        known = self._engine.jobs.keys() | self._engine.quarantined.keys()
+        """Forget jobs of the ledger that the API server has no more.
+
+        A job of a namespace that is not watched (any more) stays, with its adapter: nothing shows that it was
+        deleted. Nor does a quarantined job go whose namespace cannot be read while only some are watched.
+        """
+        known = {uid: job.state.namespace for uid, job in self._engine.jobs.items()}
+        known |= {uid: found.namespace for uid, found in self._engine.quarantined.items()}
         there = await self._uids(_CUSTOM, JOBS, self._scopes)
-        for uid in known - there:
+        for uid, namespace in known.items():
+            if uid in there:
+                continue
+            if self._namespaces and namespace not in self._namespaces:
+                self._report_unwatched(uid, namespace)
+                continue
             log.info("job %s was deleted while nobody watched", uid)
             await self._controller.forget_job(uid)
+
+    def _report_unwatched(self, uid: str, namespace: str) -> None:
+        if uid not in self._unwatched:
+            self._unwatched.add(uid)
+            log.warning(
+                "job %s is of namespace %s, which is not watched: it is kept; watch the "
+                "namespace again to go on with it or to delete it",
+                uid,
+                namespace or "(unknown)",
+            )
 
     async def compare(self) -> None:
         """Forget what is gone. What is known is listed first, so that nothing new counts as gone."""
