@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, StringConstraints
 
-from .base import Duration, Model, ModuleName, Name, Precision
+from .base import Model, ModuleName, Name, Precision
 from .object_url import EXAMPLES, OBJECT_URL_PATTERN
 from .objects import (
     Claim,
@@ -27,6 +27,19 @@ from .status import (
     NodeStatus,
     Phase,
     RoundStatus,
+)
+from .training import (
+    Adapter,
+    Aggregation,
+    Checks,
+    Method,
+    Optimizer,
+    Ranks,
+    Robust,
+    Rounds,
+    Selection,
+    ServerOptimizer,
+    Until,
 )
 
 __all__ = [
@@ -59,6 +72,7 @@ __all__ = [
     "Phase",
     "Precision",
     "Ranks",
+    "Robust",
     "RoundStatus",
     "Rounds",
     "Selection",
@@ -207,191 +221,6 @@ class Nodes(Model):
     max: int = Field(default=100, ge=1, le=5000, description="At most so many take part.")
 
     rules: ClassVar = (min_not_above_max(), *immutable("selector"))
-
-
-class Until(Model):
-    """When to stop before the last round."""
-
-    metric: Literal["accuracy", "loss", "perplexity"] = Field(
-        default="loss", description="Accuracy is for sequence-classification."
-    )
-    reaches: float | None = Field(
-        default=None, ge=-1e9, le=1e9, description="Stop once the metric is at least as good."
-    )
-    patience: int | None = Field(
-        default=None, ge=1, le=10000, description="Stop after so many rounds without improvement."
-    )
-
-    rules: ClassVar = (
-        Rule(
-            field="",
-            message="give reaches, patience or both",
-            cel="has(self.reaches) || has(self.patience)",
-            holds=lambda until: until.reaches is not None or until.patience is not None,
-        ),
-    )
-
-
-class Rounds(Model):
-    """How long to train and when a round closes."""
-
-    count: int = Field(ge=1, le=10000, description="Rounds to train; may grow until the job ends.")
-    local_steps: int | None = Field(
-        default=None,
-        ge=1,
-        le=1_000_000,
-        description="Optimizer steps of each node in a round; default: one epoch.",
-    )
-    local_epochs: float | None = Field(
-        default=None,
-        gt=0,
-        le=1000,
-        description="Passes over the node's data in a round, instead of localSteps.",
-    )
-    batch_size: int = Field(default=16, ge=1, le=65536, description="Samples of one optimizer step.")
-    deadline: Duration = Field(
-        default="20m",
-        validate_default=True,
-        description="A round closes at the latest after this, given a quorum.",
-    )
-    min_updates: int = Field(default=1, ge=1, le=5000, description="Quorum: a round never closes with fewer.")
-    until: Until | None = None
-
-    rules: ClassVar = (
-        Rule(
-            field="localSteps",
-            message="give localSteps or localEpochs, not both",
-            cel="!has(self.localSteps) || !has(self.localEpochs)",
-            holds=lambda rounds: rounds.local_steps is None or rounds.local_epochs is None,
-        ),
-        Rule(
-            field="deadline",
-            message="must be between 1s and 720h",
-            cel="duration(self.deadline) >= duration('1s') && duration(self.deadline) <= duration('720h')",
-            holds=lambda rounds: 1 <= rounds.deadline <= 720 * 3600,
-        ),
-        Rule(
-            field="count",
-            message="may grow but not shrink; set suspend to stop a job",
-            cel="self.count >= oldSelf.count",
-        ),
-        *immutable("localSteps", "localEpochs", "batchSize", "minUpdates"),
-    )
-
-
-class Ranks(Model):
-    """Bounds of the LoRA rank of any matrix on any node."""
-
-    min: int = Field(default=2, ge=1, le=1024, description="A matrix gets at least this, or is not trained.")
-    max: int = Field(default=16, ge=1, le=1024, description="And at most this.")
-
-    rules: ClassVar = (min_not_above_max(),)
-
-
-class Selection(Model):
-    """Which candidate matrices are fine-tuned (METHOD §1)."""
-
-    mode: Literal["importance", "all", "list", "random"] = Field(
-        default="importance", description="How matrices are chosen."
-    )
-    keep: float = Field(
-        default=0.5, gt=0, le=1, description="Share of matrices kept by importance or random."
-    )
-    matrices: tuple[ModuleName, ...] = Field(
-        default=(), max_length=10000, description="Full module names, for mode list."
-    )
-    warmup_steps: int = Field(default=10, ge=1, le=10000, description="Profiling steps on every node.")
-
-    rules: ClassVar = (
-        Rule(
-            field="matrices",
-            message="needed by mode list, and by it only",
-            cel="(self.mode == 'list') == (has(self.matrices) && size(self.matrices) > 0)",
-            holds=lambda selection: (selection.mode == "list") == bool(selection.matrices),
-        ),
-    )
-
-
-class Adapter(Model):
-    """The LoRA adapter."""
-
-    modules: tuple[ModuleName, ...] = Field(
-        default=(),
-        max_length=100,
-        description="Module suffixes to adapt; default: attention, by architecture.",
-    )
-    ranks: Ranks = Ranks()
-    alpha: float = Field(default=16.0, gt=0, le=65536, description="LoRA alpha; scale is alpha/r.")
-    rs_lora: bool = Field(default=False, description="Scale by alpha/sqrt(r) instead.")
-    selection: Selection = Selection()
-
-
-class Optimizer(Model):
-    """AdamW on each node; a fresh one every round."""
-
-    learning_rate: float = Field(default=1e-3, gt=0, le=10, description="Of the first round after warm-up.")
-    weight_decay: float = Field(default=0.0, ge=0, le=10, description="Decoupled, as in AdamW.")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="Of the learning rate, over the rounds of the job."
-    )
-    warmup_rounds: int = Field(default=0, ge=0, le=10000, description="Rounds of linear warm-up.")
-    max_grad_norm: float = Field(default=1.0, gt=0, le=1e6, description="Gradients are clipped to this norm.")
-    proximal: float = Field(default=0.0, ge=0, le=1e6, description="FedProx mu; 0 switches it off.")
-
-
-class Method(StrEnum):
-    """How unequal adapters are aggregated (METHOD §4)."""
-
-    EXACT = "exact"
-    ZERO_PAD = "zero-pad"
-    AVERAGE = "average"
-    TRUNCATE = "truncate"
-    STACK = "stack"
-
-
-class ServerOptimizer(Model):
-    """What the server does with the mean change of a round."""
-
-    name: Literal["none", "fedavgm", "fedadam"] = Field(default="none", description="none adds it as it is.")
-    learning_rate: float | None = Field(
-        default=None, gt=0, le=100, description="Factor of the step; default 1, for fedadam 0.001."
-    )
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="Of fedavgm and fedadam.")
-
-
-class Checks(Model):
-    """What happens to a suspicious update; non-finite ones are always refused."""
-
-    mode: Literal["none", "flag", "reject"] = Field(default="flag", description="flag reports and counts it.")
-    max_norm: float = Field(default=5.0, gt=1, le=1e6, description="Times the running median norm.")
-    min_cosine: float = Field(default=-0.5, ge=-1, le=1, description="Median of those to the other updates.")
-
-
-class Robust(Model):
-    """How much of the nodes' influence is kept when some of them are hostile or broken (METHOD §5)."""
-
-    rule: Literal["none", "filtered-mean", "geometric-median", "centered-clipping", "multi-krum"] = Field(
-        default="filtered-mean",
-        description="filtered-mean is the plain mean as long as no update is an outlier.",
-    )
-    byzantine: float = Field(
-        default=0.2, ge=0, lt=0.5, description="Share of nodes that multi-krum and trimmed-mean leave out."
-    )
-    head: Literal["mean", "median", "trimmed-mean"] = Field(
-        default="mean", description="Of tensors that are trained whole, entry by entry; mean: by the rule."
-    )
-
-
-class Aggregation(Model):
-    """How updates become the next global adapter."""
-
-    method: Method = Method.EXACT
-    max_global_rank: int = Field(
-        default=32, ge=1, le=4096, description="Rank of the global adapter, at most."
-    )
-    server: ServerOptimizer = ServerOptimizer()
-    checks: Checks = Checks()
-    robust: Robust = Robust()
 
 
 class Output(Model):

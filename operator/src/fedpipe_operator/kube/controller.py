@@ -3,8 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -14,19 +13,20 @@ from fedpipe_api.base import UserError, explain
 from fedpipe_api.conditions import Reason
 from fedpipe_api.job import FedPipeJob
 from fedpipe_api.names import child_name
-from fedpipe_api.status import FedPipeJobStatus, Phase
+from fedpipe_api.status import FedPipeJobStatus
 
 from ..engine import Engine, JobEvent
 from ..engine.background import cancel
 from ..engine.state import JobState
 from .api import Api, ApiError
 from .events import EventRecorder
-from .fleet import NodeSelection
 from .inventory import Inventory
-from .job_status import OutputResult, WriteBudget, invalid_status, job_status, quarantined_status
+from .job_status import invalid_status, job_status, quarantined_status
+from .output_delivery import OutputDelivery
 from .pods import build_agent_pod, owner_reference, template_digest
 from .reconcile import Actions, reconcile
 from .settings import OperatorSettings
+from .tracked_job import TrackedJob
 from .verified_precisions import VerifiedPrecisions
 from .views import Body
 
@@ -43,34 +43,6 @@ EXPECTED_SECONDS = 30.0
 
 REFUSED_SECONDS = 60.0
 """Pause before Pods that the API server refused are tried again."""
-
-
-@dataclass
-class Tended:
-    """One job as the API server has it, and what was made of it."""
-
-    uid: str
-    namespace: str
-    name: str
-    generation: int
-    job: FedPipeJob | None
-    invalid: str | None
-    budget: WriteBudget
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
-    choice: NodeSelection | None = None
-    refused: str | None = None
-    refused_until: float = 0.0
-    output: OutputResult | None = None
-    output_task: asyncio.Task[None] | None = None
-    expected: dict[str, float] = field(default_factory=dict)
-    failures: int = 0
-    quarantined: bool = False
-
-    @property
-    def title(self) -> str:
-        """namespace/name."""
-        return f"{self.namespace}/{self.name}"
 
 
 class Controller:
@@ -93,14 +65,14 @@ class Controller:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.engine = engine
-        self.jobs: dict[str, Tended] = {}
+        self.jobs: dict[str, TrackedJob] = {}
         self.inventory = Inventory(self.wake_all, self.wake)
         self.last_look = time.monotonic()
         self._api = api
         self._settings = settings
         self._events = events
         self._publish_ca = publish_ca
-        self._write_output = write_output
+        self._outputs = OutputDelivery(engine, events, write_output)
         self._observe = observe
         self._clock = clock
         self._proofs = VerifiedPrecisions()
@@ -116,11 +88,7 @@ class Controller:
         uid, generation = str(meta["uid"]), int(meta["generation"])
         known = self.jobs.get(uid)
         if known is None:
-            written = _read_status(body.get("status"))
-            names = str(meta["namespace"]), str(meta["name"])
-            known = Tended(uid, *names, generation, None, None, WriteBudget(written))
-            known.output = _read_output(written)
-            self.jobs[uid] = known
+            known = self.jobs[uid] = TrackedJob.of(body)
         elif known.generation == generation:
             known.changed.set()
             return
@@ -134,9 +102,9 @@ class Controller:
             known.invalid = explain(error)
         known.changed.set()
         if known.task is None:
-            known.task = self.engine.background.tend("tend", known.title, partial(self._tend, known))
+            known.task = self.engine.background.tend("tend", known.title, partial(self._drive, known))
 
-    def _not_allowed(self, known: Tended) -> str | None:
+    def _not_allowed(self, known: TrackedJob) -> str | None:
         """Return why the administrator does not allow a job; one that runs already goes on to its end."""
         output = known.job.spec.output if known.job else None
         if output is None or output.url is None or known.uid in self.engine.jobs:
@@ -183,7 +151,7 @@ class Controller:
 
     # One job
 
-    async def _tend(self, known: Tended) -> None:
+    async def _drive(self, known: TrackedJob) -> None:
         while True:
             known.changed.clear()
             events = [known.changed]
@@ -210,7 +178,7 @@ class Controller:
             await _any_of(events, LONGEST_PAUSE if again is None else min(again, LONGEST_PAUSE))
             await asyncio.sleep(PACE_SECONDS)
 
-    async def _look(self, known: Tended) -> float | None:
+    async def _look(self, known: TrackedJob) -> float | None:
         """Take the steps that are due and write the status; return the seconds until the next look is due."""
         job = known.job
         if job is None or known.invalid is not None:
@@ -221,7 +189,7 @@ class Controller:
             return await self._quarantine(known, job)
         actions = self._decide(known, job)
         log.debug("job %s: %s", known.title, actions)
-        if await self._tell_engine(known, job, actions):
+        if await self._change_engine(known, job, actions):
             known.changed.set()
             return 0.0
         await self._prove(known)
@@ -233,10 +201,10 @@ class Controller:
         if actions.delete_job:
             log.info("job %s is deleted: ttlSecondsAfterFinished has passed", known.title)
             await self._api.delete_job(known.namespace, known.name, known.uid)
-        self._deliver(known, job)
+        self._outputs.deliver(known, job)
         return _soonest(actions.again, again, await self._write_status(known, job))
 
-    async def _quarantine(self, known: Tended, job: FedPipeJob) -> float | None:
+    async def _quarantine(self, known: TrackedJob, job: FedPipeJob) -> float | None:
         """Say that the job stands still, and end its agents: they have no work, and hold memory and GPUs."""
         found = self.engine.quarantined[known.uid]
         if not known.quarantined:
@@ -251,7 +219,7 @@ class Controller:
         status = quarantined_status(found, job, known.budget.written, self._clock())
         return await self._write(known, status)
 
-    def _decide(self, known: Tended, job: FedPipeJob) -> Actions:
+    def _decide(self, known: TrackedJob, job: FedPipeJob) -> Actions:
         """Decide and take hold of GPU nodes with nothing in between, so that no two jobs take the same."""
         engine_job = self.engine.jobs.get(known.uid)
         names = {uid: other.title for uid, other in self.jobs.items()}
@@ -270,7 +238,7 @@ class Controller:
             self.wake_all()
         return actions
 
-    async def _tell_engine(self, known: Tended, job: FedPipeJob, actions: Actions) -> bool:
+    async def _change_engine(self, known: TrackedJob, job: FedPipeJob, actions: Actions) -> bool:
         """Return whether the engine's state changed, so that everything must be decided again."""
         if actions.submit:
             await self.engine.submit(job)
@@ -282,7 +250,7 @@ class Controller:
             )
         return bool(actions.submit or actions.lost or actions.eligible)
 
-    async def _create(self, known: Tended, job: FedPipeJob, nodes: tuple[str, ...]) -> float | None:
+    async def _create(self, known: TrackedJob, job: FedPipeJob, nodes: tuple[str, ...]) -> float | None:
         now = self._clock()
         if known.refused is not None and now < known.refused_until:
             return known.refused_until - now
@@ -310,7 +278,7 @@ class Controller:
             known.refused = None
         return EXPECTED_SECONDS
 
-    async def _create_one(self, known: Tended, job: FedPipeJob, node: str) -> None:
+    async def _create_one(self, known: TrackedJob, job: FedPipeJob, node: str) -> None:
         # Both were there when reconcile chose the node, but creating its neighbours takes time.
         view, capacity = self.inventory.nodes.get(node), self.inventory.capacities.get(node)
         if view is None or capacity is None:
@@ -330,11 +298,11 @@ class Controller:
             if pod is None or pod.job != known.uid:
                 raise UserError(f"Pod {name} is in the way and is not of this job; delete it")
 
-    def _refuse(self, known: Tended, text: str) -> None:
+    def _refuse(self, known: TrackedJob, text: str) -> None:
         known.refused, known.refused_until = text, self._clock() + REFUSED_SECONDS
         self._events.record(known.namespace, known.name, known.uid, JobEvent(True, Reason.INVALID, text))
 
-    async def _prove(self, known: Tended) -> None:
+    async def _prove(self, known: TrackedJob) -> None:
         """Record the kernels that ran on each node in its FedPipeNode, for people and for its probe."""
         engine_job = self.engine.jobs.get(known.uid)
         if engine_job is None:
@@ -349,41 +317,9 @@ class Controller:
             else:
                 self._proofs.recorded(proof)
 
-    # Output and status
+    # Its status
 
-    def _deliver(self, known: Tended, job: FedPipeJob) -> None:
-        """Write the finished adapter to spec.output, once."""
-        engine_job = self.engine.jobs.get(known.uid)
-        state = engine_job.state if engine_job else None
-        if job.spec.output is None or state is None or known.output_task is not None:
-            return
-        done = known.output is not None and known.output.written
-        if not done and state.finished and state.finished.phase is Phase.SUCCEEDED and state.adapter:
-            deliver = partial(self._deliver_until_done, known, job, state)
-            known.output_task = self.engine.background.tend("deliver", known.title, deliver)
-
-    async def _deliver_until_done(self, known: Tended, job: FedPipeJob, state: JobState) -> None:
-        pause = 5.0
-        while True:
-            try:
-                where = await self._write_output(job, state)
-            except (UserError, ApiError) as error:
-                known.output = OutputResult(False, str(error)[:1024])
-                self._tell_output(known, Reason.OUTPUT_FAILED)
-            else:
-                known.output = OutputResult(True, where)
-                self._tell_output(known, Reason.OUTPUT_WRITTEN)
-                return
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 600.0)
-
-    def _tell_output(self, known: Tended, reason: Reason) -> None:
-        assert known.output is not None
-        event = JobEvent(reason is Reason.OUTPUT_FAILED, reason, known.output.message)
-        self._events.record(known.namespace, known.name, known.uid, event)
-        known.changed.set()
-
-    async def _write_status(self, known: Tended, job: FedPipeJob) -> float | None:
+    async def _write_status(self, known: TrackedJob, job: FedPipeJob) -> float | None:
         engine_job = self.engine.jobs.get(known.uid)
         if engine_job is None:
             return None
@@ -399,7 +335,7 @@ class Controller:
         )
         return await self._write(known, status)
 
-    async def _write(self, known: Tended, status: FedPipeJobStatus) -> float | None:
+    async def _write(self, known: TrackedJob, status: FedPipeJobStatus) -> float | None:
         delay = known.budget.delay(status, self._clock())
         if delay is None or delay > 0:
             return delay
@@ -412,18 +348,6 @@ class Controller:
             return None
         known.budget.wrote(status, self._clock())
         return None
-
-
-def _read_status(document: Mapping[str, Any] | None) -> FedPipeJobStatus | None:
-    try:
-        return FedPipeJobStatus.model_validate(dict(document)) if document else None
-    except ValidationError:
-        return None  # of another version; it is written again
-
-
-def _read_output(status: FedPipeJobStatus | None) -> OutputResult | None:
-    found = next((c for c in (status.conditions if status else ()) if c.type == "Output"), None)
-    return OutputResult(found.status == "True", found.message) if found else None
 
 
 def _soonest(*delays: float | None) -> float | None:

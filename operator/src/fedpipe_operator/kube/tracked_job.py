@@ -1,0 +1,64 @@
+"""What the controller keeps of one FedPipeJob."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedpipe_api.job import FedPipeJob
+from fedpipe_api.status import FedPipeJobStatus
+
+from .fleet import NodeSelection
+from .job_status import OUTPUT, OutputResult, WriteBudget
+from .views import Body
+
+
+@dataclass
+class TrackedJob:
+    """One job as the API server has it, and what was made of it."""
+
+    uid: str
+    namespace: str
+    name: str
+    generation: int
+    job: FedPipeJob | None
+    invalid: str | None
+    budget: WriteBudget
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+    choice: NodeSelection | None = None
+    refused: str | None = None
+    refused_until: float = 0.0
+    output: OutputResult | None = None
+    output_task: asyncio.Task[None] | None = None
+    expected: dict[str, float] = field(default_factory=dict)
+    failures: int = 0
+    quarantined: bool = False
+
+    @staticmethod
+    def of(body: Body) -> "TrackedJob":
+        """Return a job seen for the first time, with the status that an earlier process wrote."""
+        meta = body["metadata"]
+        written = _read_status(body.get("status"))
+        budget = WriteBudget(written)
+        names = str(meta["uid"]), str(meta["namespace"]), str(meta["name"])
+        return TrackedJob(*names, int(meta["generation"]), None, None, budget, output=_read_output(written))
+
+    @property
+    def title(self) -> str:
+        """namespace/name."""
+        return f"{self.namespace}/{self.name}"
+
+
+def _read_status(document: Mapping[str, Any] | None) -> FedPipeJobStatus | None:
+    try:
+        return FedPipeJobStatus.model_validate(dict(document)) if document else None
+    except ValidationError:
+        return None  # of another version; it is written again
+
+
+def _read_output(status: FedPipeJobStatus | None) -> OutputResult | None:
+    found = next((c for c in (status.conditions if status else ()) if c.type == OUTPUT), None)
+    return OutputResult(found.status == "True", found.message) if found else None
