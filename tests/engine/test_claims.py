@@ -11,13 +11,14 @@ import pytest
 from safetensors.numpy import load, load_file
 
 from fedpipe_api.wire import LORA_A, LORA_B, MANIFEST_HEADER, Assignment
+from fedpipe_operator.coordinator import bodies
 from fedpipe_operator.engine import Engine
 from fedpipe_operator.engine.events import JobEvent
 from fedpipe_operator.engine.jobs import Allowance
 from fedpipe_operator.engine.status import status
 from standins.agents import StandIn, make_update, manifest_of, model_shape, registration
 from standins.local import Local, local, working
-from standins.server import UID
+from standins.server import UID, job
 
 SHAPE = model_shape()
 BOGUS = SHAPE.model_copy(update={"architecture": "bogus"})
@@ -272,6 +273,74 @@ async def test_a_job_that_would_take_half_of_the_volume_is_refused(
     monkeypatch.undo()
     assert await opened.put("node-0", 1, body, manifest) == (204, "", None)
     assert hashlib.sha256(body).hexdigest() == job.state.rounds[1].updates["node-0"].digest
+
+
+async def test_all_jobs_of_a_namespace_share_half_of_the_volume(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many jobs a tenant has, the other half is for others."""
+    engine, work = opened.engine, await opened.work("node-0")
+    body, manifest = opened.update("node-0", work)
+    monkeypatch.setattr(type(engine.blobs), "volume", lambda blobs: 2 * len(body))
+    wanted = job(2, 1)
+    for uid, namespace in (("neighbour", wanted.metadata.namespace), ("stranger", "team-b")):
+        meta = wanted.metadata.model_copy(update={"uid": uid, "name": uid, "namespace": namespace})
+        await engine.submit(wanted.model_copy(update={"metadata": meta}))
+        engine.jobs[uid].uploads["node-0"] = 1
+    assert (await opened.put("node-0", 1, body, manifest))[:2] == (507, "QuotaExceeded")
+    engine.jobs["neighbour"].uploads.clear()
+    assert (await opened.put("node-0", 1, body, manifest))[0] == 204, "what strangers hold is not its own"
+
+
+@pytest.mark.parametrize("end", ["deleted", "suspended"])
+async def test_an_upload_that_nobody_wants_any_more_takes_no_room(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """No quota counts the bytes of a job that is gone, and a slow sender could keep them for days."""
+    monkeypatch.setattr(bodies, "SMALLEST_CHUNK", 1)
+    monkeypatch.setattr(bodies, "LARGEST_CHUNK", 1)
+    engine, work = opened.engine, await opened.work("node-0")
+    body, manifest = opened.update("node-0", work)
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield body[:100]
+        async with asyncio.timeout(20):
+            while not any(path.stat().st_size for path in engine.blobs.temporary.iterdir()):
+                await asyncio.sleep(0.01)
+        if end == "deleted":
+            await engine.delete(UID)
+        else:
+            spec = engine.jobs[UID].state.spec.model_copy(update={"suspend": True})
+            await engine.change(UID, spec)
+        yield body[100:200]
+        await asyncio.Event().wait()
+
+    under_way = asyncio.create_task(opened.put("node-0", 1, slowly(), manifest))
+    async with asyncio.timeout(20):
+        await asyncio.wait([under_way])
+        while list(engine.blobs.temporary.iterdir()):
+            await asyncio.sleep(0.01)
+    if under_way.exception() is None:  # else the client saw the connection end before the answer
+        assert under_way.result()[0] in (404, 409)
+
+
+async def test_a_sender_that_has_gone_silent_does_not_keep_its_node_from_sending(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link that broke without a word let the node wait for hours."""
+    monkeypatch.setattr(bodies, "PAUSE_SECONDS", 0.2)
+    body, manifest = opened.update("node-0", await opened.work("node-0"))
+
+    async def silent() -> AsyncIterator[bytes]:
+        yield body[:100]
+        await asyncio.Event().wait()
+
+    broken = asyncio.create_task(opened.put("node-0", 1, silent(), manifest))
+    async with asyncio.timeout(20):
+        await asyncio.wait([broken])
+    if broken.exception() is None:
+        assert broken.result()[:2] == (408, "TooSlow")
+    assert await opened.put("node-0", 1, body, manifest) == (204, "", None)
 
 
 async def test_coming_and_going_in_a_loop_does_not_fill_the_ledger(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ import standins.serving
 from fedpipe_api.logs import one_line
 from fedpipe_operator.coordinator import bodies
 from fedpipe_operator.coordinator.bodies import Bodies
-from fedpipe_operator.coordinator.identity import Identity
 from fedpipe_operator.engine import Refused
 from fedpipe_operator.kube import http
 from fedpipe_operator.serving import connection, listen, serve
@@ -224,9 +223,9 @@ async def test_unfinished_bodies_hold_little_memory(tmp_path: Path) -> None:
             stream[1].transport.abort()
 
 
-async def test_memory_for_bodies_is_shared_by_jobs() -> None:
-    held = Bodies(total=100, of_job=60, wait=0.05)
-    first, second = Identity("a", "node-0"), Identity("b", "node-0")
+async def test_memory_for_bodies_is_shared_by_tenants() -> None:
+    held = Bodies(total=100, of_tenant=60, wait=0.05)
+    first, second = "team-a", "team-b"
     async with held.hold(first, 60):
         with pytest.raises(Refused, match="try again") as refused:
             async with held.hold(first, 1):
@@ -239,14 +238,13 @@ async def test_memory_for_bodies_is_shared_by_jobs() -> None:
 
 
 async def test_a_message_waits_for_the_memory_of_another() -> None:
-    held = Bodies(total=100, of_job=100, wait=10)
-    who = Identity("a", "node-0")
+    held = Bodies(total=100, of_tenant=100, wait=10)
 
     async def after(entered: asyncio.Event) -> None:
-        async with held.hold(who, 100):
+        async with held.hold("team-a", 100):
             entered.set()
 
-    async with held.hold(who, 60):
+    async with held.hold("team-a", 60):
         entered = asyncio.Event()
         task = asyncio.create_task(after(entered))
         await asyncio.sleep(0)

@@ -226,7 +226,7 @@ class _Routes:
         with self._engine.receiving(who.job, who.node, manifest.size):
             incoming = self._engine.blobs.incoming()
             try:
-                await _receive(request, self._bodies, incoming, manifest)
+                await self._receive(request, number, incoming, manifest)
                 await self._still(request)
                 try:
                     await asyncio.to_thread(check_update_file, incoming.path, shapes, limit)
@@ -237,12 +237,41 @@ class _Routes:
                 incoming.discard()
         return web.Response(status=204)
 
+    async def _receive(
+        self, request: web.Request, number: int, incoming: Incoming, manifest: UpdateManifest
+    ) -> None:
+        """Stream the body to disk off the event loop, then make it durable and check its digest.
+
+        It is refused on the way once nobody wants it any more: no quota counts the bytes of a job that has
+        gone.
+        """
+        with self._bodies.uploading() as chunk_size:
+            buffer = bytearray()
+            async for chunk in arriving(request, manifest.size):
+                buffer += chunk
+                if len(buffer) >= chunk_size():
+                    await self._still_wanted(request, number, manifest)
+                    await asyncio.to_thread(incoming.write, buffer)
+                    buffer = bytearray()
+            await asyncio.to_thread(incoming.write, buffer)
+        digest = await asyncio.to_thread(incoming.finish)
+        if incoming.size != manifest.size:
+            raise Refused(400, "Truncated", f"{incoming.size} of {manifest.size} bytes arrived")
+        if digest != manifest.digest:
+            raise Refused(422, "DigestDiffers", "the body's sha256 is not the manifest's digest")
+
+    async def _still_wanted(self, request: web.Request, number: int, manifest: UpdateManifest) -> None:
+        await self._still(request)
+        who = request[_IDENTITY]
+        accept.update(self._engine.job(who.job).state, who.node, number, manifest)
+
     async def _body(self, request: web.Request, kind: type[M], limit: int) -> M:
         too_large = Refused(413, "TooLarge", f"a {kind.__name__} may have at most {limit} bytes")
         size = limit if request.content_length is None else request.content_length
         if size > limit:
             raise too_large
-        async with self._bodies.hold(request[_IDENTITY], size):
+        tenant = self._engine.job(request[_IDENTITY].job).state.namespace
+        async with self._bodies.hold(tenant, size):
             body = bytearray()
             async for chunk in arriving(request, size):
                 body += chunk
@@ -273,22 +302,3 @@ def _manifest(request: web.Request) -> UpdateManifest:
         return read_message(UpdateManifest, text)
     except BadMessage as error:
         raise Refused(422, "Invalid", f"{MANIFEST_HEADER}: {error}") from None
-
-
-async def _receive(
-    request: web.Request, bodies: Bodies, incoming: Incoming, manifest: UpdateManifest
-) -> None:
-    """Stream the body to disk off the event loop, then make it durable and check its digest."""
-    with bodies.uploading() as chunk_size:
-        buffer = bytearray()
-        async for chunk in arriving(request, manifest.size):
-            buffer += chunk
-            if len(buffer) >= chunk_size():
-                await asyncio.to_thread(incoming.write, buffer)
-                buffer = bytearray()
-        await asyncio.to_thread(incoming.write, buffer)
-    digest = await asyncio.to_thread(incoming.finish)
-    if incoming.size != manifest.size:
-        raise Refused(400, "Truncated", f"{incoming.size} of {manifest.size} bytes arrived")
-    if digest != manifest.digest:
-        raise Refused(422, "DigestDiffers", "the body's sha256 is not the manifest's digest")

@@ -24,7 +24,7 @@ from .decide import Wait, assignment
 from .integrity import Integrity
 from .jobs import Allowance, Job, Live, until
 from .journal import Journal, gone
-from .quota import held, quota
+from .quota import held, quota, tenant_quota
 from .records import AgentLost, AgentRegistered, Evaluated, Profiled, UpdateAccepted
 from .shapes import digest_of
 
@@ -141,19 +141,31 @@ class Inbox:
         if node in job.uploads:
             text = f"another update of {node} is on its way; send one at a time"
             raise Refused(429, "UploadInProgress", text, retry_after=UPLOAD_SECONDS)
-        limit = quota(job.state, self.blobs.volume())
-        taken = held(job.state) + sum(job.uploads.values())
-        if taken + size > limit:
-            text = f"job {job.state.name} may hold {limit} bytes in the store and has {taken}"
+        why = self._no_room(job, size)
+        if why is not None:
             job.set_waiting(
-                Wait(Reason.STORE_FULL, f"an update of {node} is refused: {text}; enlarge the volume")
+                Wait(Reason.STORE_FULL, f"an update of {node} is refused: {why}; enlarge the volume")
             )
-            raise Refused(507, "QuotaExceeded", text, retry_after=ROOM_SECONDS)
+            raise Refused(507, "QuotaExceeded", why, retry_after=ROOM_SECONDS)
         job.uploads[node] = size
         try:
             yield
         finally:
             del job.uploads[node]
+
+    def _no_room(self, job: Job, size: int) -> str | None:
+        """Return why an update of the given bytes finds no room, None if it does."""
+        state, volume = job.state, self.blobs.volume()
+        limit, taken = quota(state, volume), held(state) + sum(job.uploads.values())
+        if taken + size > limit:
+            return f"job {state.name} may hold {limit} bytes in the store and has {taken}"
+        limit, taken = tenant_quota(volume), 0
+        for other in self.jobs.values():
+            if other.state.namespace == state.namespace:
+                taken += held(other.state) + sum(other.uploads.values())
+        if taken + size > limit:
+            return f"all jobs of namespace {state.namespace} may hold {limit} bytes together and have {taken}"
+        return None
 
     async def progress(self, uid: str, node: str, message: Progress) -> bool:
         """Note a sign of life; return whether the work is still wanted."""

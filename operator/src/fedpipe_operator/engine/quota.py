@@ -16,8 +16,8 @@ _ROUNDS = 3
 def quota(state: JobState, volume: int) -> int:
     """Return the bytes that the job may hold, updates on their way included.
 
-    It is what a plan of its nodes can need, but at most half of the volume (bytes): whatever model a tenant's
-    nodes claim, the other half is for others.
+    It is what a plan of its nodes can need, but at most what its whole namespace may hold on the volume
+    (bytes): whatever model a tenant's nodes claim, the other half is for others.
     """
     if state.plan is None or state.model is None:
         return 0
@@ -27,7 +27,12 @@ def quota(state: JobState, volume: int) -> int:
         trained_bytes(state.model, dict.fromkeys(matrices, rank)) + SAFETENSORS_HEADER
         for rank in (ranks, max(ranks, most))
     )
-    return min(_ROUNDS * _FILES * adapter + len(state.plan.nodes) * update, volume // 2)
+    return min(_ROUNDS * _FILES * adapter + len(state.plan.nodes) * update, tenant_quota(volume))
+
+
+def tenant_quota(volume: int) -> int:
+    """Return the bytes that all jobs of a namespace may hold together, of a volume of the given bytes."""
+    return volume // 2
 
 
 def held(state: JobState) -> int:

@@ -18,6 +18,7 @@ from urllib.parse import quote
 import typer
 
 from fedpipe_api.base import UserError
+from fedpipe_api.logs import one_line
 from fedpipe_api.names import ADAPTER_AUDIENCE, ADAPTER_READER, CA_CONFIGMAP, OPERATOR_KEY, TOKEN_HEADER
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ get = typer.Typer(name="get", help="Fetch from a cluster.", no_args_is_help=True
 
 LIMIT = 4 << 30
 """Bytes of the largest adapter accepted."""
+
+_TOO_LONG = f"the operator sends more than {LIMIT >> 30} GiB; this is no adapter"
+_CHUNK = 1 << 20
 
 TOKEN_SECONDS = 600
 """The shortest life that the API server gives a token."""
@@ -161,8 +165,14 @@ class _Api:
             )
             answer = await self._client.call_api(method, address, sent, body)
             if (answer.response.content_length or 0) > LIMIT:
-                raise UserError(f"the operator sends more than {LIMIT >> 30} GiB; this is no adapter")
-            return answer.status, await answer.read()
+                raise UserError(_TOO_LONG)
+            received = bytearray()
+            async for chunk in answer.response.content.iter_chunked(_CHUNK):
+                received += chunk
+                # An answer without a length may have no end.
+                if len(received) > LIMIT:
+                    raise UserError(_TOO_LONG)
+            return answer.status, bytes(received)
         except (aiohttp.ClientError, ApiException, TimeoutError) as error:
             raise UserError(f"the API server does not answer: {error}") from None
 
@@ -179,7 +189,7 @@ def _message(status: int, body: bytes) -> str:
     """Return what a refusal says: the API server's, or the operator's, or another one's on the way."""
     found = _json(body)
     text = found.get("message") or found.get("error") or body[:500].decode(errors="replace").strip()
-    return f"{text or 'no reason given'} ({status})"
+    return f"{one_line(str(text))[:1024] or 'no reason given'} ({status})"
 
 
 def unpack(body: bytes, directory: Path) -> None:
@@ -196,8 +206,10 @@ def adapter_files(body: bytes) -> dict[str, bytes]:
         with tarfile.open(fileobj=io.BytesIO(body), mode="r:") as archive:
             members = archive.getmembers()
             names = [member.name for member in members]
-            if set(names) - FILES or len(names) != len(set(names)) or not all(m.isreg() for m in members):
-                raise UserError(f"the operator sent an unexpected archive: {', '.join(names[:5])}")
+            # A sparse file is one of a few bytes that becomes any size when it is read.
+            plain = all(m.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not m.issparse() for m in members)
+            if set(names) - FILES or len(names) != len(set(names)) or not plain:
+                raise UserError(f"the operator sent an unexpected archive: {names[:5]!a:.200}")
             return {m.name: found.read() for m in members if (found := archive.extractfile(m))}
-    except tarfile.TarError as error:
-        raise UserError(f"the operator sent no archive: {error}") from None
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        raise UserError(f"the operator sent no archive: {one_line(str(error))}") from None
