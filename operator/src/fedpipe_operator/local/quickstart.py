@@ -10,14 +10,17 @@ import importlib.util
 import itertools
 import json
 import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from fedpipe_api.base import UserError
+from fedpipe_api.wire import KernelResult
 
 from .split import split
 
@@ -35,14 +38,15 @@ CHARACTERS = (60, 300)
 ALPHA = 0.7
 """Concentration of the Dirichlet split: nodes hold all classes, in very different shares."""
 
-FLEET: tuple[dict[str, object], ...] = (
+FLEET: tuple[dict[str, Any], ...] = (
     {"name": "edge-a", "device": "workstation", "memory": "1500Mi", "precisions": ["fp32"]},
     {"name": "edge-b", "device": "server", "memory": "1Gi", "speed": 0.9, "precisions": ["bf16"]},
     {"name": "edge-c", "device": "small board", "memory": "780Mi", "speed": 0.8, "precisions": ["int8"]},
     {"name": "edge-d", "device": "laptop", "memory": "820Mi", "speed": 0.6, "precisions": ["nf4"]}
     | {"linkRate": "2M"},
 )
-"""The nodes: unequal in memory, speed, link and in what their hardware computes."""
+"""The nodes: unequal in memory, speed, link and in what their hardware computes (fp32 in place of bf16 where
+bf16 is slower)."""
 
 _NAMES = re.compile(
     r"\b("
@@ -72,11 +76,31 @@ def write(directory: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps({"text": rows[row][1], "label": rows[row][0]}) for row in share)
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    nodes = [node | {"threads": 1, "data": f"nodes/{node['name']}"} for node in FLEET]
+    slow = slower_than_float32()
+    nodes = [
+        (dict(node, precisions=["fp32"]) if slow.intersection(node["precisions"]) else node)
+        | {"threads": 1, "data": f"nodes/{node['name']}"}
+        for node in FLEET
+    ]
     fleet = yaml.safe_dump({"model": str(model_directory()), "nodes": nodes}, sort_keys=False)
     (directory / "fleet.yaml").write_text(fleet, encoding="utf-8")
     sizes = ", ".join(f"{node['name']} {len(share)}" for node, share in zip(FLEET, shares, strict=True))
     print(f"{len(rows)} docstrings of {len(LIBRARIES)} libraries in {directory}: {sizes}")  # noqa: T201
+
+
+def slower_than_float32() -> set[str]:
+    """Return bf16 where this processor only emulates it: ten times slower than float32 without AVX-512."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fedpipe_agent.kernels", "fp32", "bf16"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise UserError(f"fedpipe-agent's kernel check ended with status {done.returncode}")
+    single, half = (KernelResult.model_validate_json(line).seconds for line in done.stdout.splitlines())
+    return set() if single and half and half <= single else {"bf16"}
 
 
 def model_directory() -> Path:
