@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fedpipe_operator.aggregate.sketches import probes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpipe_api.job import Aggregation, Checks, Method, Robust, ServerOptimizer
 from fedpipe_api.wire import HEAD, LORA_A, LORA_B
 from fedpipe_operator.aggregate import low_rank_sum
+from fedpipe_operator.aggregate.sketches import probes
 from property.aggregate_reference import MATRICES, Node, Round, product_of, rounds, svd_form
 
 NO_CHECKS, MEAN = Checks(mode="none"), Robust(rule="none")
