@@ -84,7 +84,10 @@ def look(the_job: Any, the_fleet: ClusterNodes, pods: Any, state: JobState | Non
 def test_a_new_or_edited_job_goes_to_the_engine() -> None:
     one = job()
     assert look(one, fleet("a", "b"), [], None).submit
-    assert look(job(rounds={"count": 9, "minUpdates": 2}), fleet("a", "b"), [], state_of(one)).submit
+    edited = job(rounds={"count": 9, "minUpdates": 2})
+    state = state_of(one)
+    meta = edited.metadata.model_copy(update={"generation": state.generation + 1})
+    assert look(edited.model_copy(update={"metadata": meta}), fleet("a", "b"), [], state).submit
     assert not look(one, fleet("a", "b"), [], state_of(one)).submit
 
 

@@ -1,12 +1,16 @@
-"""Which jobs of the ledger are taken for deleted when the API server does not list them."""
+"""Ledger and API server that differ: which jobs are taken for deleted, which specs for edited."""
 
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from fedpipe_operator.kube.fleet import ClusterNodes
+from fedpipe_operator.kube.reconcile import reconcile
 from fedpipe_operator.kube.resync import Resync
 from fedpipe_operator.kube.settings import OperatorSettings
+from kube.objects import NOW, job
 from kube.test_kube_parts import Paged
+from kube.test_kube_reconcile import state_of
 
 
 async def test_only_jobs_of_watched_namespaces_are_taken_for_deleted(tmp_path: Path) -> None:
@@ -26,3 +30,16 @@ async def test_only_jobs_of_watched_namespaces_are_taken_for_deleted(tmp_path: P
     controller: Any = SimpleNamespace(forget_job=forget_job)
     await Resync(api, engine, controller, settings).drop_jobs()
     assert forgotten == ["deleted"]
+
+
+def test_a_spec_that_reads_differently_after_a_restart_does_not_hold_up_its_job() -> None:
+    """The ledger keeps milliseconds, and another version other defaults: that is no edit to wait for."""
+    wanted = job()
+    state = state_of(wanted, ("a",), ("a",), plan=("a",))
+    rounds = wanted.spec.rounds.model_copy(update={"deadline": wanted.spec.rounds.deadline + 0.0004})
+    read = wanted.model_copy(update={"spec": wanted.spec.model_copy(update={"rounds": rounds})})
+    fleet = ClusterNodes({}, {})
+    asked: Any = {"seen": {}, "template": "", "now": NOW}
+    assert not reconcile(read, fleet, [], state, **asked).submit
+    later = read.metadata.model_copy(update={"generation": state.generation + 1})
+    assert reconcile(read.model_copy(update={"metadata": later}), fleet, [], state, **asked).submit

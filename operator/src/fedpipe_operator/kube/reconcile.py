@@ -88,7 +88,8 @@ def reconcile(
         template: digest of what agent Pods are built from now.
         now: seconds since the epoch.
     """
-    if state is None or (state.spec != job.spec and not state.finished):
+    # By generation, as the engine takes it in: a spec that reads differently within one was edited by nobody.
+    if state is None or ((job.metadata.generation or 1) > state.generation and not state.finished):
         return Actions(submit=True)
     if state.finished:
         return _after(job, pods, state, now)
