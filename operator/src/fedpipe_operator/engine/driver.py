@@ -136,11 +136,9 @@ class Driver:
         """Ask again for the damaged updates of the closed round; return whether there are any."""
         current = job.state.current
         assert current is not None
-        damaged = [
-            node
-            for node, manifest in sorted(current.updates.items())
-            if not await self._integrity.is_intact(manifest.digest)
-        ]
+        updates = sorted(current.updates.items())
+        intact = await asyncio.gather(*(self._integrity.is_intact(known.digest) for _, known in updates))
+        damaged = [node for (node, _), holds in zip(updates, intact, strict=True) if not holds]
         for node in damaged:
             async with job.lock:
                 record = UpdateDropped(

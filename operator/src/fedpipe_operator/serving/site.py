@@ -232,9 +232,10 @@ async def serve(
 ) -> Site:
     """Serve an application, its requests guarded, until its site is closed."""
     asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER
-    # Over TLS asyncio's sendfile puts a protocol of its own in the place of Connection: readers are never
-    # too slow, and one that leaves is a traceback. aiohttp reads AIOHTTP_NOSENDFILE at its import alone.
-    web_fileresponse.NOSENDFILE = True  # type: ignore[misc]
+    if context is not None:
+        # asyncio's sendfile puts a protocol of its own in the place of Connection: readers are never too slow,
+        # and one that leaves is a traceback. aiohttp reads AIOHTTP_NOSENDFILE at its import alone.
+        web_fileresponse.NOSENDFILE = True  # type: ignore[misc]
     logging.getLogger("aiohttp.server").addFilter(NO_TRACEBACKS)
     app.middlewares.insert(0, guard)
     runner = web.AppRunner(
