@@ -34,7 +34,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench_machine import machine
-from chaos_schedule import LONGEST, PLACES, Chaos, Kill
+from chaos_faults import PLACES, Kill
+from chaos_schedule import LONGEST, Chaos
 from chaos_witness import LATER, Broken, Witness, set_version
 
 from fedpipe_operator.engine import background, driver, silence

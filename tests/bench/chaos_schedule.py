@@ -3,19 +3,17 @@
 import asyncio
 import contextlib
 import errno
-import os
 import random
 import shutil
-import signal
 import sqlite3
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chaos_faults import FAULTS, Direct, Kill
 from chaos_witness import LATER, Broken, Witness, copy_store, digest_of, make_old, set_version
 
 from fedpipe_api.base import UserError
@@ -26,7 +24,6 @@ from fedpipe_operator.engine.jobs import Job
 from fedpipe_operator.engine.records import Record
 from fedpipe_operator.engine.state import JobState, blobs_in_use
 from fedpipe_operator.engine.status import status
-from fedpipe_operator.engine.worker import Worker
 from fedpipe_operator.store import Entry, is_full
 from fedpipe_operator.store.ledger import SCHEMA
 from standins.agents import make_update, manifest_of, model_shape, registration
@@ -35,75 +32,8 @@ from standins.server import UID, job
 SHAPE = model_shape(2)
 NODES = ["node-0", "node-1", "node-2"]
 COUNT, LONGEST = 3, 5
-FAULTS = (
-    ("work",) * 4
-    + ("all",) * 6
-    + (
-        "cancel",
-        "crash",
-        "full",
-        "clock",
-        "slow",
-        "delete",
-        "suspend",
-        "edit",
-        "later version",
-        "older version",
-        "lose",
-        "damage",
-    )
-)
-PLACES = {
-    "step": 20,
-    "append": 20,
-    "appended": 20,
-    "forget": 1,
-    "forgot": 1,
-    "adopt": 8,
-    "adopted": 8,
-    "remove": 4,
-}
-"""Where a process may be killed, and at the latest at which time that it is there."""
 PATIENCE = 60.0
 """Seconds for what takes a fraction of one: the machine may be busy."""
-
-
-class Direct(Worker):
-    """Computes in a thread: a process for each of a thousand schedules would cost more than all they do."""
-
-    def start(self) -> None:
-        """Nothing to start."""
-
-    def stop(self) -> None:
-        """Nothing to end."""
-
-    async def run(self, call: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return what the call returns."""
-        return await asyncio.to_thread(call, *args, **kwargs)
-
-
-@dataclass
-class Kill:
-    """SIGKILL of this process: at a place for the given time, or so many seconds after it."""
-
-    place: str
-    times: int
-    seconds: float
-
-    def reach(self, place: str, witness: Witness) -> None:
-        """Note that the process is at a place."""
-        if place != self.place:
-            return
-        self.times -= 1
-        if self.times == 0 and self.seconds:
-            threading.Timer(self.seconds, self.now, [witness]).start()
-        elif self.times == 0:
-            self.now(witness)
-
-    def now(self, witness: Witness) -> None:
-        """Die."""
-        witness.say("done", f"killed at {self.place}")
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass

@@ -10,32 +10,26 @@ aside, or no answer for HANG_SECONDS.
 
 import argparse
 import asyncio
-import base64
 import contextlib
 import copy
 import json
-import os
 import random
 import re
 import signal
-import socket
 import ssl
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import standins.serving
 from bench.bench_machine import machine
+from bench.fuzz_inputs import HEADERS, METHODS, NASTY, PATHS, PIECES, Message
+from bench.fuzz_server import Coordinator, Tally
 from fedpipe_api.wire import MANIFEST_HEADER, Assignment, AssignmentKind, Evaluation, ProfileReport, Progress
 from standins.agents import make_update, manifest_of, model_shape, registration
 from standins.raw_http import Stream, answer, connect
@@ -44,130 +38,6 @@ HANG_SECONDS = 30.0
 WORKERS = 6
 ROOM = {503: b"Busy", 507: b"StoreFull"}
 """Documented answers of a server that has no room, by a word of their bodies; they have a Retry-After."""
-
-NASTY: list[Any] = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**400, -(10**400), 0.5, -0.0, 5e-324, 1e308,
-    float("nan"), float("inf"), float("-inf"), "", "x", "\x00", "a\nb\r\x1b[2J", "\ud800", "\u202e", "é" * 300,
-    "9" * 5000, "NaN", "1e999", [], {}, [[]], [None] * 300, {"": ""}, {"a": {"a": {}}}, "0" * 64, "f" * 64,
-]  # fmt: skip
-PIECES = [
-    b"\x00", b"\xff\xfe", b"\r\n", b"\n\n", b"\r\n\r\n", b"%0a%00%ff", b"{" * 2000, b"[" * 5000, b"a" * 70000,
-    b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"ffffffffffffffff\r\n", b"-1", b"../..", b"\x16\x03\x01",
-]  # fmt: skip
-HEADERS = [
-    b"Range: bytes=9-1", b"Range: bytes=-5", b"Range: bytes=0-", b"Range: bytes=" + b"9" * 5000 + b"-", b"Range: x",
-    b"If-Range: \xff", b"If-Modified-Since: Mon, 01 Jan 99999999999999 00:00:00 GMT", b'If-None-Match: "\x7f", W/*',
-    b"Expect: 100-continue", b"Expect: x", b"Upgrade: websocket\r\nConnection: Upgrade", b"Upgrade: h2c",
-    b"Content-Encoding: gzip", b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip", b"Content-Length: 10",
-    b"Content-Length: -1", b"Content-Length: " + b"9" * 400, b"Content-Type: multipart/form-data; boundary=\xff",
-    b"Cookie: " + b"a=\xff;" * 300, b"Accept-Encoding: gzip, br", b"Host: \xff", b"Connection: close", b"X: " + b"y" * 20000,
-    b"Authorization: Bearer \xff\xfe", b"Authorization: Basic eDp5", b"Authorization: Bearer", b"Authorization: Digest x",
-]  # fmt: skip
-PATHS = [
-    "/v1/job", "/v1/agents", "/v1/assignment?wait=0.1", "/v1/assignment?wait=nan", "/v1/assignment?wait=%ff&wait=1",
-    "/v1/profile", "/v1/progress", "/v1/link", "/v1/blobs/" + "0" * 64, "/v1/blobs/..%2f..%2fledger.sqlite",
-    "/v1/blobs/%0aforged", "/v1/rounds/1/update", "/v1/rounds/999999/update", "/v1/rounds/-1/evaluation",
-    "/v1/rounds/0/evaluation", "/v1/rounds/%00/update", "/", "*", "//", "/v1/../v1/job", "http://[::1/", "/" + "a" * 8300,
-]  # fmt: skip
-METHODS = ["GET", "POST", "PUT", "HEAD", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE", "get", "\x00"]
-
-
-@dataclass(frozen=True)
-class Message:
-    """One request, before it is serialised."""
-
-    method: str
-    path: str
-    headers: tuple[bytes, ...] = ()
-    body: bytes = b""
-
-    def to_bytes(self) -> bytes:
-        """Return it as HTTP/1.1."""
-        lines = [
-            f"{self.method} {self.path} HTTP/1.1".encode("utf-8", "surrogateescape"),
-            b"Host: coordinator",
-        ]
-        if not any(h.lower().startswith((b"content-length", b"transfer-encoding")) for h in self.headers):
-            lines.append(b"Content-Length: %d" % len(self.body))
-        return b"\r\n".join([*lines, *self.headers]) + b"\r\n\r\n" + self.body
-
-
-@dataclass
-class Tally:
-    """What came of the requests."""
-
-    statuses: Counter[str] = field(default_factory=Counter)
-    accepted: Counter[str] = field(default_factory=Counter)
-    restarts: Counter[str] = field(default_factory=Counter)
-    findings: list[dict[str, object]] = field(default_factory=list)
-    registered: set[str] = field(default_factory=set)
-
-    def find(self, kind: str, sent: bytes = b"", detail: str = "") -> None:
-        """Note a finding with its input."""
-        text = base64.b64encode(sent[:4000]).decode()
-        self.findings.append({"kind": kind, "sent": text, "detail": detail[:300] + detail[300:][-2000:]})
-
-
-class Coordinator:
-    """The process under test; restarts cost no imports (see standins/serving.py)."""
-
-    def __init__(self, directory: Path, tally: Tally) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = int(probe.getsockname()[1])
-        self.directory = directory
-        self.log = directory / "log"
-        self.pid = 0
-        self.up = asyncio.Event()
-        self._tally = tally
-
-    async def __aenter__(self) -> "Coordinator":
-        self._log = self.log.open("ab")
-        self._parent = await asyncio.create_subprocess_exec(
-            sys.executable, standins.serving.__file__, str(self.directory), str(self.port), "again",
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=self._log,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        )  # fmt: skip
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self.up.is_set():
-            await self.end(signal.SIGTERM)
-        self._parent.kill()
-        await self._parent.wait()
-        self._log.close()
-
-    async def start(self) -> None:
-        """Start, and wait until it serves; a start that fails ends the fuzz."""
-        assert self._parent.stdin
-        self._parent.stdin.write(b"\n")
-        self.pid = int((await self._line(b"pid"))[4:])
-        line = await self._line(b"ready", b"exit")
-        if line != b"ready":
-            self._tally.find("failed start", detail=self.log.read_text(errors="replace")[-1000:])
-            raise SystemExit(f"failed start: {line.decode()}")
-        self.up.set()
-
-    async def _line(self, *begins: bytes) -> bytes:
-        assert self._parent.stdout
-        while True:
-            line = (await asyncio.wait_for(self._parent.stdout.readline(), 120)).strip()
-            if not line or line.startswith(begins):
-                return line
-
-    async def end(self, sign: int) -> None:
-        """End the process with a signal."""
-        self.up.clear()
-        os.kill(self.pid, sign)
-        line = await self._line(b"exit")
-        self._tally.restarts[signal.Signals(sign).name] += 1
-        if line != (b"exit 0" if sign == signal.SIGTERM else b"exit -9"):
-            self._tally.find("bad exit", detail=line.decode())
-
-    def measure(self) -> tuple[int, int]:
-        """Return resident bytes and open files."""
-        process = psutil.Process(self.pid)
-        return int(process.memory_info().rss), int(process.num_fds())
 
 
 class Worker:
