@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Two commands do everything: `make quickstart` and `make test`.
 PYTHON ?= python3
 VENV := .venv

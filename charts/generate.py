@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes what the chart holds in a second form: `python charts/generate.py [--check]`.
 
 CustomResourceDefinitions come from crds/, dashboards from dashboards/, the tables of the documents from

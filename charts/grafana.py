@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Grafana's form of a dashboard, made from its panels."""
 
 import json

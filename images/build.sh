@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Builds images with buildah, podman or docker, whichever is here: images/build.sh [operator|probe|agent]…
 # BUILDER chooses the tool, PREFIX the name before /operator, TAG the tag, BUILD_ARGS more arguments of the tool.
 # The context is the commit, and every time in the images is the commit's: the same commit gives the same digest.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies a Python environment and all it needs to run into an empty root: `rootfs.py ENVIRONMENT ROOT`.
 
 The final image holds the interpreter, the environment, the shared libraries both are linked to, certificates,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes what an image holds as a CycloneDX bill of materials: `sbom.py NAME VERSION ROOT`.
 
 The image's environment runs it. It lists every Python distribution, the interpreter, and the Debian packages

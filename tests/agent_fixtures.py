@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny models, their data and a small coordinator for the agent's tests."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Grafana dashboards: what each panel asks for."""
 
 from dashboards import fleet, operator, rounds

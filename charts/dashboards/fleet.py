@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dashboard Fleet: what each node can carry, was given, and does."""
 
 from grafana import Panel

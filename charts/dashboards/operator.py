@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dashboard Operator: the operator's own health, its store, and the probes."""
 
 from grafana import Panel

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dashboard Rounds: how a job learns."""
 
 from grafana import Panel

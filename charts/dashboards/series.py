@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Series of the jobs that the dashboards' variables choose."""
 
 JOB = '{namespace=~"$namespace",job=~"$job"}'

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Aggregation of unequal adapters in factor space: seconds, memory, growth, and what becomes of the rank.
 
 `python tests/bench/aggregation.py [--nodes 16] [--ranks 8..64] [--matrices 128] [--dim 4096] [--seed 0]`

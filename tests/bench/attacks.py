@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hostile nodes against every robust rule: accuracy after a federation that some of the nodes attack.
 
 `OMP_NUM_THREADS=1 python tests/bench/attacks.py [--news DIR] [--seeds 2] [--rounds 12]`

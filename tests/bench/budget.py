@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Is a plan made for a memory budget ever exceeded? Random budgets and jobs, on CPU, under an enforced cap.
 
 `OMP_NUM_THREADS=1 python tests/bench/budget.py [--pairs 200] [--seed 0]`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Centralised LoRA on the pooled data of a run: what federation is compared with.
 
 `python tests/bench/centralised.py JOB.yaml FLEET.yaml RUN_DIR [--rank 16]` trains plain transformers + peft on the union of the nodes'

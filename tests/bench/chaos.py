@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random schedules of faults over the real store: no accepted update lost or doubled, no job stuck without a reason.
 
 Each schedule is drawn from its number and the seed: crashes, SIGKILL, a full disk, clock jumps, slow fsync,

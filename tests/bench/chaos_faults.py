@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The faults of the chaos bench: which there are, where a process may be killed, and how it dies."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One schedule of faults: an engine on a store of its own, nodes that work, and what happens between."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the world outside an engine knows of a job, and whether a store agrees with it."""
 
 import contextlib

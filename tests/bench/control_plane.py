@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seconds a round costs without training: every client receives and returns the payload each round.
 
 `python tests/bench/control_plane.py [--clients 4 8 16 64] [--megabytes 0.5 10 100] [--rounds 5] [--out FILE]`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fuzz the wire of a real coordinator over TLS, with restarts in between.
 
 `python tests/bench/fuzz.py --seconds 600 --seed 1` writes results/fuzz.json and exits 1 on any finding.

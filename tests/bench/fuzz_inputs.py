@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the wire's fuzz sends: values, pieces, headers, paths and methods that are hard to read right."""
 
 from dataclasses import dataclass

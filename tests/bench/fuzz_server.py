@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The coordinator that is fuzzed, as a process that can be killed, and what is counted meanwhile."""
 
 import asyncio

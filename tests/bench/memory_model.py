@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Predicted against measured peak memory of training, on CUDA where it is there, else on CPU.
 
 `OMP_NUM_THREADS=1 python tests/bench/memory_model.py [--out tests/bench/results/memory_model.json]`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent's own loading, adapters and loop on models with random weights, as the memory benches run them."""
 
 from dataclasses import dataclass

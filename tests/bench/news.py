@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FedPipe on public data, through `fedpipe run`: 20 Newsgroups with MiniLM, and E2E NLG with a small GPT-2.
 
 `python tests/bench/news.py --data DIR [--task news|e2e] [--rounds 12] [--documents 3000] [--seed 0]`

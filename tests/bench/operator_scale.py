@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operator at scale: FedPipeNodes, jobs and Pods on a real API server, agents that do everything but train.
 
 `python tests/bench/operator_scale.py [--nodes 1000] [--jobs 100] [--agents 20] [--rounds 3] [--seconds 30] [--out FILE]`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The comparison of the FedPipe paper: systems × tasks × fleets × splits × seeds, on one virtual clock.
 
 `python tests/bench/paper.py run --data-root DIR [--tasks news e2e] [--fleets …] [--splits …] [--systems …]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The GPT-2 of the comparison: small, pretrained here on E2E's language, as no pretrained one can be had offline.
 
 It sees one half of E2E's training rows: meaning representations alone, and references of the same one beside each

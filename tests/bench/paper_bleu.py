@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Corpus BLEU (Papineni et al. 2002): up to 4-grams, several references, closest reference length, no smoothing."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every target of the comparison, recomputed from raw numbers; each figure passes, misses or has no data."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One training of the comparison, in one process: plan, train, aggregate and evaluate, on a virtual clock."""
 
 import shutil

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The declared fleet of the comparison and its virtual clock.
 
 Eight nodes of four kinds. The models trained here are small, so that the kinds' real memory and speed would bind

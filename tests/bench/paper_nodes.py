@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The nodes of the comparison: the agent's own parts in the order in which an agent uses them, without HTTP."""
 
 import os

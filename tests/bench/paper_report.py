@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Table and plots of the comparison's results."""
 
 from collections.abc import Callable, Sequence

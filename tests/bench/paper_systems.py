@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The systems compared: what each asks of every node, in the form the planner gives it."""
 
 from collections.abc import Mapping

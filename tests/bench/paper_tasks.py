@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two tasks of the comparison: 20 Newsgroups with a BERT, and E2E NLG with a GPT-2; data, model, job, metrics."""
 
 import gzip

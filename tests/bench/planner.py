@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long plans take: fleets of 1,000 nodes, 48 matrices.
 
 `python tests/bench/planner.py [--out tests/bench/results/planner.json]`

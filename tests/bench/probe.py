@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the probe costs the node it runs on: CPU per pass, memory, writes per hour.
 
 `python tests/bench/probe.py [--seconds 36] [--out tests/bench/results/probe.json]`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fedpipe-operator` that keeps how late its event loop was: `python watched_operator.py FILE run …`.
 
 FILE gets three float64 columns when the operator ends: when (monotonic seconds), how late the loop was, and how much

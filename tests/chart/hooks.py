@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plays the kubelet for Helm's hooks: runs the container of a hook's Job or Pod as a process of this machine."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws the dashboards from a real run: `python tests/chart/pictures.py INPUTS` (as `make quickstart` writes them).
 
 The operator runs on a real API server, agents train a BERT on four unequal nodes, probes report them, Prometheus

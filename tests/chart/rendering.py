@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Renders the chart with the real Helm; `python tests/chart/rendering.py` rewrites the snapshots."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The chart's life on a real API server, through the real Helm. No kubelet runs: hooks are played."""
 
 import http.server

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the chart makes of its values: snapshots, validity for each Kubernetes, Pod Security, rights."""
 
 import json

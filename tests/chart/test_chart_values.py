@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Values: lint, a table of bad ones, and that schema, comments and README speak of the same."""
 
 import json

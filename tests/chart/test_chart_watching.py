@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dashboards and alerts: their form, the metrics they name, and data for every query under a real Prometheus."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Container images: how they are made and what they leave out."""
 
 import importlib.util

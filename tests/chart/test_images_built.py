@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Built images: they are small, list what they hold, start, train a round, and build again to the same digest.
 
 Skipped where there is no buildah or `make images` has not been run. BUILD_ARGS go to the build, as with `make images`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real run under a real Prometheus: the engine with stand-in agents over HTTP, real probes beside it."""
 
 import asyncio
@@ -7,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Documents drawn from a generated schema."""
 
 from datetime import UTC

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Specs that are right or wrong, in one table: pydantic and the API server must agree on each."""
 
 from copy import deepcopy

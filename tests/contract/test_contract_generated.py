@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The generated files: fresh, structural, bounded, and complete."""
 
 import re

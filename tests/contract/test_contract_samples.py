@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The samples are valid, and kubectl shows them as the documentation promises."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Status as the operator and the probe write it: through the subresource, keyed, shown by kubectl."""
 
 from typing import Any

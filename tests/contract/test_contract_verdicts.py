@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pydantic and the API server give the same verdict on every spec, and name the same field."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole of FedPipe on the cluster that KUBECONFIG names: `make e2e`, or `python tests/e2e/cluster.py --help`.
 
 Installs the chart, writes a tiny model and private sentences onto each node, trains over all of them with an

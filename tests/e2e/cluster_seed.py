@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes a tiny BERT and this node's share of sentences to a directory of the node: `python - DIRECTORY NODE`."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fedpipe run` as a user runs it: real processes, a tiny BERT, data on disk."""
 
 import json

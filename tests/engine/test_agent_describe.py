@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fedpipe-agent describe` prints what `fedpipe-agent train` would register with."""
 
 import json

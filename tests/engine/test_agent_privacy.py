@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No value of a node's data leaves it: marked data through every way the agent ends, and all that left is searched."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a node with a valid token cannot do to a job, over real HTTP: take the mean, the metric or the store."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The round protocol over real HTTP: whole jobs, and every message that must be refused."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the ledger to the planner's question: importance by samples, measurements, stragglers."""
 
 import pytest

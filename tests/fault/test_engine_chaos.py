@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A few of the random schedules of tests/bench/chaos.py, half of them with SIGKILLs."""
 
 import importlib

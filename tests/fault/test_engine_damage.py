@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of the store that rot or vanish are noticed before they are used; a backup brings the round back."""
 
 import asyncio

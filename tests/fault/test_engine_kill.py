@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SIGKILL of the coordinator at random moments: nothing accepted is lost, nothing counts twice, the bytes are the same."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job whose records are damaged is set aside; the others, and the operator, go on."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A full volume: agents hear of it and try again, status says it, and the job goes on once there is room."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What goes wrong in a cluster: a killed operator, vanished nodes, evicted Pods, an API server away."""
 
 import os

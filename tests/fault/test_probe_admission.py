@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Against a real API server: what role and admission policy let the probe write, and who owns what."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A running probe through the troubles of an edge node: each is a condition, none ends it."""
 
 import os

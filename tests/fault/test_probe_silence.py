@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A probe whose API server or coordinator accepts and says nothing still ends when it is asked to."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a caller can send, hold open or leave unfinished: bounded, refused in one line, never a traceback."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The wire fuzz of tests/bench/fuzz.py, for some seconds."""
 
 from pathlib import Path

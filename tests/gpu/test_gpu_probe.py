@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The probe on real NVIDIA hardware agrees with nvidia-smi and with torch."""
 
 import json

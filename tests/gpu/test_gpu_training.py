@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trainer on a real GPU: every precision, and the memory it is given, reports and keeps to."""
 
 from collections.abc import Iterator

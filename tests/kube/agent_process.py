@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stand-in agent as a program with the real agent's command line."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A cluster for tests: namespaces, nodes, kubelets, and the operator as a process with its own rights."""
 
 import base64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Kubernetes control plane for tests: etcd and kube-apiserver on loopback, RBAC on; else an emulator.
 
 Binaries are looked for as envtest does: `KUBEBUILDER_ASSETS`, else `/usr/local/kubebuilder/bin`; etcd also on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the API server does with a custom resource: prunes, fills in defaults, validates by schema, list types and CEL.
 
 The schema is checked by jsonschema, the rules by the CEL that Google maintains. Two things are simpler than in the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The API server for machines without one: kmock's emulator over HTTPS, and the little that it lacks.
 
 kmock brings the objects, the discovery, the reads, the patches and the bus that watches hang on. Added are what the

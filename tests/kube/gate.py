@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Holds stand-in agents at chosen steps, so that a test meets a job exactly where it wants to.
 
 Steps of an agent: `register`, `profile`, and for every round N `train-N` (before anything is sent), `upload-N` (half

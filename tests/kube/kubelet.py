@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stand-in for scheduler and kubelets: binds each Pod to its node, runs its agent, reports how that goes."""
 
 import base64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kubernetes objects as the API server would show them."""
 
 from datetime import UTC, datetime

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A way to the API server that can be cut, frozen, or made to answer 409: plain HTTP in, TLS out."""
 
 import asyncio

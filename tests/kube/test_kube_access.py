@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nobody gets what is not theirs: two tenants on one API server, with one operator between them."""
 
 import socket

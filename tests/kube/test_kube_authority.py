@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the operator keeps its certificate, and the CA that probes trust, on an API server."""
 
 import asyncio

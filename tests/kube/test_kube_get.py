@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fedpipe get adapter` against an operator, or somebody in its place, that means harm."""
 
 import tarfile

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Objects that the API server admits and nobody should send: the operator refuses them and serves the others."""
 
 import http.client

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When an agent stops being one, and how decisions about readers are kept: at a clock that tests turn."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operator on a real API server: its own process, its own rights, agents as processes."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operator's smaller parts: certificates, identity, when a status is written, metrics, views."""
 
 import ssl

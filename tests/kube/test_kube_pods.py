@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent Pod: valid for Kubernetes, restricted, pinned, and what a podTemplate may change of it."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """reconcile: what is done for a job, as a table, and that it comes to rest from anywhere."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ledger and API server that differ: which jobs are taken for deleted, which specs for edited."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first sample, applied with kubectl, trains for real: operator, API server and agents as processes."""
 
 import json

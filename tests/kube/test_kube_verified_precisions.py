@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whose kernel check a FedPipeNode shows, when several jobs' agents ran one."""
 
 from fedpipe_api.job import Precision

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An API server with one FedPipeNode: apply, resource versions and refusals, as far as the probe needs."""
 
 import base64

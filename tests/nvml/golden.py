@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The FedPipeNode that each board yields on a fixed host; `python tests/nvml/golden.py` writes them again."""
 
 import json

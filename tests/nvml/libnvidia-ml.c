@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /*
  * A stand-in for NVIDIA's management library, scripted by a file of `key=value` lines that FEDPIPE_NVML_SCRIPT names.
  * It is read at every init. A key that is missing answers "not supported"; `!N` answers error N, `!hang` never

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each board would carry of one 7B job: golden FedPipeNode → the real planner → a line of the table in
 edge-agent/README.md; `python tests/nvml/plans.py` (`make generate`) writes it, and the table of boards above it."""
 

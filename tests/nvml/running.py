@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starts a real probe process against a stand-in NVML and a test API server."""
 
 import signal

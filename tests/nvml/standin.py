@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the stand-in for libnvidia-ml.so.1 and runs the probe's real NVML path over it."""
 
 import atexit

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rounds written to files, and what METHOD §4 says of them with dense float64 matrices."""
 
 from dataclasses import dataclass, field

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a node may say: claims beyond what it registered and was asked for are refused, and nothing else raised."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages about a node's data depend on where the mistake is, never on the values there."""
 
 import csv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every aggregation rule against dense float64 matrices (METHOD §4)."""
 
 import tempfile

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever somebody writes into Nodes, FedPipeNodes and Pods: the operator reads it or leaves that one out."""
 
 from collections.abc import Callable

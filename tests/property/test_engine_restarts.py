@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever the engine accepts, it can start again from, and nothing of any job's state differs then."""
 
 import asyncio

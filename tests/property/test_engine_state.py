@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state machine under every order of events, with chance in place of agents."""
 
 import pytest

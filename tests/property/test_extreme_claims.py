@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever one node is accepted with, the job's plan, metric and status are made, and the others keep their part."""
 
 import math

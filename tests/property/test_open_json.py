@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Limits of what is stored: whatever is accepted is written as JSON and read again as it was; depth is cut safely."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans against brute force, limits, and monotonicity."""
 
 import itertools

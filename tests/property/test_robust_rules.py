@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Robust means from inner products against the same rules on dense float64 vectors (METHOD §5)."""
 
 import numpy as np

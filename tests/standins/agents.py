@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Agents that speak the real protocol over real HTTP; updates follow from (node, round), not training."""
 
 import asyncio

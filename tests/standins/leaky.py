@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An agent whose libraries quote the data wherever a library can: `python leaky.py FAULT train OPTION...`.
 
 FAULT says what happens once the noise is made: `error` and `panic` in the tokenizer, `step`, `memory` and `nan` in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An engine with its coordinator on a loopback port, and stand-in agents around it."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An object store on loopback that speaks S3's uploads: it keeps what is signed with the one key it knows."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A client that sends any bytes over TLS and reads what comes back."""
 
 import asyncio

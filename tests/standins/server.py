@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A coordinator process of one job without agents: `python server.py DIRECTORY PORT NODES COUNT [SPEC]`.
 
 SPEC is JSON that replaces parts of the job's spec.

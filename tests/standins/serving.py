@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A TLS coordinator process to attack: `python serving.py DIRECTORY PORT [LIMITS]`, jobs job-0 .. job-3.
 
 A token is `JOB/NODE`. LIMITS is JSON of `serving.Limits`. Logs go to standard error as the operator's do.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job's state, its ledger and a clock, moved by hand: no engine, no network, no store."""
 
 from fedpipe_api.wire import AssignmentKind, Blob, Evaluation, NodePlan, Precision, ProfileReport

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the trainer asks NVML, through the real nvidia-ml-py over the stand-in."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an aggregation takes is known before it begins, and what does not fit is refused."""
 
 import pickle

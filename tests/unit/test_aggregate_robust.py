@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hostile updates in whole rounds: what the robust rules make of them."""
 
 import numpy as np

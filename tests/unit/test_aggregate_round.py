@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A round from files to files: checks, bytes, memory, mistakes."""
 
 import hashlib

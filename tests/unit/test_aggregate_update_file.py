@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a received update must be before it is accepted."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Durations, quantities, names as the API writes them, and errors a person can read."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conditions behave as Kubernetes clients expect of metav1.Condition."""
 
 from datetime import UTC, datetime, timedelta

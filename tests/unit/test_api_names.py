@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Child names: deterministic, valid, and never shared by two (job, node) pairs."""
 
 import re

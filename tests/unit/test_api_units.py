@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Texts of sizes, rates and durations; files replaced as a whole."""
 
 from pathlib import Path

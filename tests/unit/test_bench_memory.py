@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The memory bench's side for CUDA, as far as it needs none."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The paper comparison's arithmetic: targets on synthetic results, the virtual clock, BLEU, resuming."""
 
 import gzip

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reader of data files: every format and encoding that people have, or one line that names file and row."""
 
 import gzip

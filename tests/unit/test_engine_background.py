@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Work that must come to its end, even when nobody waits for it any more."""
 
 import asyncio

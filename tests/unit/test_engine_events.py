@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Events name what happened: who failed, who came back, what a change of the spec did."""
 
 import pytest

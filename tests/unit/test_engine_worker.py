@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The worker process: one call at a time, and none that holds up the others for ever."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Uploads to an object store over HTTP: signed with the given credentials, and no answer of the store is quoted."""
 
 import json

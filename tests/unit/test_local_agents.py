@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 from fedpipe_operator.local import agents
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """URLs of object stores: what is one, and what is inside what, against a reference on lists of segments."""
 
 import re

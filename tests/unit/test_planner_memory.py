@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The memory model still says what its committed measurements were compared with."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a plan says to people, and what a wrong request is answered."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each board of the stand-in, through the real nvidia-ml-py, yields its golden FedPipeNode."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fedpipe-agent probe` as a person uses it."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measuring the link: what gives a rate, whom it trusts, and what it says when there is none."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writing a FedPipeNode: what is applied, what is left to others, and how failures are reported."""
 
 from collections.abc import Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the probe makes of an NVML that refuses single questions, and what the operator then plans with."""
 
 from pathlib import Path

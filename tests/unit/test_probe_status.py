@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From facts to status: the rules, and what is worth a write."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What contributors and releases rely on: one version, `make help`, the changelog's section, local hooks."""
 
 import re

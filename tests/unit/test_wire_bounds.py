@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What comes from the wire or stands in the ledger is finite and bounded, whatever it is."""
 
 import inspect

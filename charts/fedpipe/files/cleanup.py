@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Before an uninstall: stop the operator, take away what it made, take its finalizer off every job.
 
 Arguments: namespace and name of the operator's Deployment; comma list of the jobs' namespaces (empty: all);

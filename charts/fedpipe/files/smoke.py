@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Says whether the operator is ready, and that it refuses agents and readers without a token.
 
 Services lead to Pods that are ready, so an answer at all is the operator's word that it is.

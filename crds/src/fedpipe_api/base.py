@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The base of every model on the wire or in the cluster, and the types they share."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kubernetes conditions: their shape, types and reasons."""
 
 from collections.abc import Iterable

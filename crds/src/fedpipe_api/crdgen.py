@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes the generated half of `crds/`: `python -m fedpipe_api.crdgen [--check] DIR`."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which files are a node's data: a file, a directory or a glob of shards; their formats and compression."""
 
 import gzip

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The API reference, `crds/README.md`, written from the models."""
 
 import json

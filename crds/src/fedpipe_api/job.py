@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FedPipeJob: one federated fine-tuning of one language model (`fedpipe.io/v1alpha1`)."""
 
 import re

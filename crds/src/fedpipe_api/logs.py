@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log lines that nobody can forge: whatever a text holds, it stays on its line."""
 
 import logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much memory a process on this machine can have: the machine's, within its control groups' limits."""
 
 from collections.abc import Iterator

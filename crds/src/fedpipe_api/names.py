@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every name that two parts must agree on: the API group, labels, deterministic child names, defaults."""
 
 import hashlib

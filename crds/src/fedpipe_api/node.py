@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FedPipeNode: what one edge node can carry, as its probe reports it (`fedpipe.io/v1alpha1`)."""
 
 from datetime import datetime

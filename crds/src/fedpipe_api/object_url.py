@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """URLs of object stores, such as `s3://bucket/prefix`, and what it means that one is inside another."""
 
 import re

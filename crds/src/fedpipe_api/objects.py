@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What FedPipe's kinds borrow from Kubernetes: metadata, label selectors, volumes."""
 
 from collections.abc import Mapping

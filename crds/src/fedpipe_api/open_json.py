@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a field without a schema of its own may hold: JSON of bounded depth, number of values and size."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of data files: JSON (lines or an array), CSV, Parquet and Arrow; one reader for all of us.
 
 No message quotes a value: a mistake is named by its file and line.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules across the fields of one type, written once for Python and for the API server (CEL)."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From pydantic's JSON schema to the structural OpenAPI v3 schema that a CustomResourceDefinition holds."""
 
 import re

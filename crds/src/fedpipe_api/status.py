@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the operator reports of a FedPipeJob."""
 
 from datetime import datetime

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lines of text files in the encodings that people have: Unicode, and for CSV those before it."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a FedPipeJob trains: its rounds, adapter, optimizer and aggregation."""
 
 from enum import StrEnum

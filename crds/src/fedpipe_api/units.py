@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes, durations and rates as people read them; `base` has the notation of manifests, which is exact."""
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The version of FedPipe: the packages, the chart and the images all have the same one."""
 
 from importlib import metadata

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What agents and the coordinator say to each other: JSON control messages and tensor names.
 
 Protocol (HTTP; every call is idempotent):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """YAML as people write it. Needs PyYAML, which the models do without."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command `fedpipe-agent`: hands its arguments to a subcommand, turns failures into exit codes."""
 
 import importlib

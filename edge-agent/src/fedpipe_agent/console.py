@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the agent says on its terminal, which a cluster stores: its own lines, nothing that a library prints.
 
 A library may quote a row of the data anywhere: in a warning, a log record, a progress bar, a panic of its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that a person wrote: a capacity in place of what the hardware shows, a job's manifest."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ways the agent's work ends early, and what may be said of an error outside the node.
 
 A user's mistake is `fedpipe_api.base.UserError`. An exception of a library may quote a row of the node's

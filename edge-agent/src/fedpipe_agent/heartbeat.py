@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signs of life while an assignment is worked on, and the news that it is no longer wanted."""
 
 import threading

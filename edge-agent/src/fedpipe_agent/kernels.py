@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which precisions really work here: one real kernel of each, forward and backward, in a child process.
 
 Importing bitsandbytes proves nothing on old boards, and a broken kernel can crash or hang its process. This

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent's side of the round protocol (`fedpipe_api.wire`): retries, resumed downloads, paced transfers.
 
 Every call may be repeated, so connection errors, time-outs, 5xx, 408 and 429 are retried with jittered

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The option `--version` of the commands `fedpipe` and `fedpipe-operator`."""
 
 import sys

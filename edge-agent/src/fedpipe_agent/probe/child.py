@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Work that can hang, done in a child process with a timeout.
 
 The probe starts no thread, so forking it is safe and costs a few milliseconds.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fedpipe-agent probe`: the command line of the probe."""
 
 import argparse

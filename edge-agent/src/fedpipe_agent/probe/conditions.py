@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The conditions of a FedPipeNode: which troubles the facts amount to, each with a named reason."""
 
 from collections.abc import Iterable

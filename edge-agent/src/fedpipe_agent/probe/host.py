@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the system itself reports: processor, memory, cache disk, NVIDIA hardware that NVML does not see."""
 
 import contextlib

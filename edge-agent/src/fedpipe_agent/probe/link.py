@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rate of the link to the coordinator, measured by a small download."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The probe's loop: pass after pass, writing what moved. Every trouble is a state; none ends the loop."""
 
 import logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prometheus metrics of one node. Their definitions are data, from which README.md's table is generated."""
 
 from collections.abc import Iterator, Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPU facts through NVML: init, read, shutdown on every pass, in a child process of its own.
 
 A child, because NVML can hang inside the driver, can crash, and keeps the library it loaded first: after a

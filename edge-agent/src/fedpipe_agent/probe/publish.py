@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes this node's FedPipeNode by server-side apply, as the field manager `fedpipe-probe`."""
 
 import base64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From facts to a FedPipeNode's status: pure functions, no clock, no file, no network."""
 
 from collections.abc import Iterable

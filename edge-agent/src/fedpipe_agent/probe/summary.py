@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The texts of the printer columns."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A FedPipeNode as text for people."""
 
 from collections.abc import Iterator

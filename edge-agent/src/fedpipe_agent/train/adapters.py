@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters: from the global adapter to a node's trainable part and frozen remainder, and back to an update.
 
 METHOD §4. The trainable part and, on bases that cannot take it, the remainder are LoRA layers of `peft`; a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One agent's life in one job: register, then profile, train and evaluate as assigned until it is stopped."""
 
 import hashlib

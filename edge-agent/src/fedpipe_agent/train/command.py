@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fedpipe-agent train`: arguments, signals, and the order in which the agent starts."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node's samples: tokenised once, kept as one flat array, handed out as deterministic padded batches."""
 
 from collections.abc import Iterator, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fedpipe-agent describe`: the registration that an agent would send for a job, without a coordinator."""
 
 import argparse

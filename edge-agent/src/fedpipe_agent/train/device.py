@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The device the agent trains on, as it really is and as its declared capacity has it.
 
 Memory is counted for the whole process, runtime included: resident bytes on CPU, allocator and context on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a node's data files give to train on: texts with classes, or prompts with completions, checked."""
 
 from collections.abc import Iterator, Sequence

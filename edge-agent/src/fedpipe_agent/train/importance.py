@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which weight matrices matter: sensitivity × uncertainty of SVD-form increments (METHOD §1).
 
 Each candidate matrix gets an increment P·Λ·Q; scores follow AdaLoRA (Zhang et al. 2023, eq. 5-9).

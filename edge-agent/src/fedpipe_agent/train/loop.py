@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loop and the evaluation: one forward pass, one loss, sums over targets."""
 
 import math

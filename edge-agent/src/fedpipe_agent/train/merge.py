@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fedpipe-agent merge`, for `fedpipe export`: write a base model with a PEFT adapter added in."""
 
 import argparse

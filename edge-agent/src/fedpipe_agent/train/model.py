@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The base model: its shape read without weights, its weights at one of four precisions, its task head."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What NVML says of the GPU that this process trains on: what torch does not know of it."""
 
 import contextlib

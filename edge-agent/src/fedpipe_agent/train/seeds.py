@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random generators that depend on names only, so that work done again gives the same bytes."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a round's updates become the next global adapter (METHOD §4); numpy only, made for a worker process."""
 
 from .messages import AggregationReport, AggregationRequest, MatrixReport, NodeReport, NodeUpdate, StoredFile

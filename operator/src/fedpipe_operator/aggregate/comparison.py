@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes' changes beside each other: all inner products, from which norms, cosines and distances follow."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One matrix of a round: what its aggregation gets from the nodes and gives, whatever the method."""
 
 from collections.abc import Sequence

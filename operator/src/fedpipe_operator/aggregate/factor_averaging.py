@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A matrix aggregated by averaging its factors entry by entry (METHOD §4)."""
 
 import numpy as np

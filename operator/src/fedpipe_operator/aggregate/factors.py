@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums of low-rank matrices in factor space, without a dense d×c matrix (METHOD §4).
 
 A sum M = Σ_i z_i l_i v_iᵀ of R rank-one terms is a stack of left (length d) and right (length c) vectors; the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensor files (the safetensors format) read and written a tensor at a time.
 
 The safetensors package maps whole files into memory, and pages once touched count as resident; with many

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A head tensor (or another that is trained whole) of a round, averaged entry by entry (METHOD §4, §5)."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A matrix aggregated as a sum of products (METHOD §4): stack the terms, cut the sum, compare the nodes."""
 
 from collections.abc import Callable, Mapping

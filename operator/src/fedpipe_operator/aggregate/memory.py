@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much memory an aggregation takes, predicted from shapes, ranks and settings (METHOD §4).
 
 What is counted are the arrays of `low_rank_sum`, `factor_averaging` and `heads` that exist at once; what the

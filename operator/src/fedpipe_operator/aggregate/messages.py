@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What aggregation is asked and what it answers; everything here is frozen and can be pickled."""
 
 from collections.abc import Mapping

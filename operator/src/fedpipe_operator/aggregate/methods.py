@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The aggregation rules: one small function a method (METHOD §4), all with the same argument and answer.
 
 `exact`, `truncate` and `stack` work in factor space on G = B·A, kept in SVD form: A's rows orthonormal, B =

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Robust means from inner products alone (METHOD §5): every rule gives coefficients of the nodes' changes.
 
 All take `products` (K, K), <D_i, D_j>, and the nodes' weights (K,); they return coefficients z ≥ 0 of sum 1:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One round's aggregation from files to files: the entry point of the worker process."""
 
 import math

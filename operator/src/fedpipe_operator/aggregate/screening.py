@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which updates count for less, or for nothing: bounds of `checks`, then the rule of `robust` (METHOD §5)."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The global adapter as nodes receive it: int8 factors, a scale for each component, a quarter of the bytes.
 
 Nothing is lost by it: a node's change is counted from what the node received, and G itself stays float32.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the server does with a round's mean change S: FedAvg, FedAvgM, FedAdam (METHOD §4).
 
 `none`: x ← x + η S. `fedavgm` (Hsu et al. 2019): M ← β M + S, x ← x + η M. `fedadam` (Reddi et al. 2021, with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random projections that stand in for products too large to build: of sums, and of nodes' changes."""
 
 import functools

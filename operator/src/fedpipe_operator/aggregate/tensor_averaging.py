@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Averages of plain tensors, entry by entry, streamed from many files in float64."""
 
 from collections.abc import Callable, Iterator, Sequence

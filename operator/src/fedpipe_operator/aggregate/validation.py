@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a received file is fit to be used as an update; looked at once, when it arrives."""
 
 import os

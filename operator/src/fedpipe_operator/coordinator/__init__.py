@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The HTTP face of the engine that agents talk to."""
 
 from .http import application

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bodies on their way: how much memory they take together, and how long each may take to arrive."""
 
 import asyncio

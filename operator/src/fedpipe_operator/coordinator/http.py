@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routes of the round protocol (see fedpipe_api.wire). Every call is idempotent."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who is asking: a bearer token stands for exactly one (job, node)."""
 
 import hmac

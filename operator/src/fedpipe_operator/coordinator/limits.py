@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much one agent may ask for at a time."""
 
 from collections import Counter

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine: owns rounds. A pure state machine over a durable ledger, driven by one task per job."""
 
 from .accept import Refused

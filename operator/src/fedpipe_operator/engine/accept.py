@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a message from an agent is accepted: pure checks against the state.
 
 A node says only what it may say: what it was asked for, of the round it was asked for, and no more than it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a closed round to its global adapter: what the worker is asked, and what of its answer is recorded."""
 
 import time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Work that goes on in the background for as long as the process: it survives its errors and is counted."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gives a backup of the running engine's store to whom may open its socket beside the ledger."""
 
 import asyncio

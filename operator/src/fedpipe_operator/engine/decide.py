@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What to do next: pure functions of a job's state and the time."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Drives one job: performs what `decide` says, and records it."""
 
 import asyncio

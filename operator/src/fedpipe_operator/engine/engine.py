@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine as a whole: its life, and what the runner of the fleet says."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a person would want to know of a record: the text of Events and log lines."""
 
 from dataclasses import dataclass

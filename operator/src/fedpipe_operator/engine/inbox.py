@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What agents send: each message is checked against the job's state, and recorded if it is new."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether the files of a job are what they were: checked before they are read, made again where possible."""
 
 import asyncio

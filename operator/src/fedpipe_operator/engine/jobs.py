@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job in memory: its state, who waits for it, and what dies with the process."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the engine writes: every change of a job is one durable record, then a change of its state."""
 
 import asyncio

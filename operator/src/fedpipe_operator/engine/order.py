@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """In which order records may come: what is written is checked by the same rules as what is read."""
 
 from .records import (

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a job's state to its next plan: what the planner is asked, and what of its answer is recorded."""
 
 from collections.abc import Mapping

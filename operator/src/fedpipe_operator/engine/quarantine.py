@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Jobs of the ledger that cannot be taken up: each is set aside with the reason, and the others run."""
 
 import json

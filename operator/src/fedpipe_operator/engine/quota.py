@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a job may hold in the store: by its shapes and nodes, and never so much that others find no room."""
 
 from .shapes import trained_bytes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the ledger records: everything that happened to a job, in order. The state is a fold over these."""
 
 from typing import Annotated, Literal

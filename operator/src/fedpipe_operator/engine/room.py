@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The memory that an aggregation may take: what the system allows this process, less what is already held."""
 
 import os

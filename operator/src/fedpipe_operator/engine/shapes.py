@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shapes of the models that nodes registered: which is the job's, and what its tensors take."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Notices agents that no longer call, and a store that is well again."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The status that people see: a pure function of the state and what is live."""
 
 import math

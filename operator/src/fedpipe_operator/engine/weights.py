@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much one node may count for beside the others.
 
 What a node says of itself (its samples, its held-out tokens, its scores) weighs its part of a mean, and

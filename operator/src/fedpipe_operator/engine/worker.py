@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One worker process for what would block the event loop: planning and aggregation."""
 
 import asyncio

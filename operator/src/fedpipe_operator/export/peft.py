@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A standard PEFT directory, written without torch; `peft.PeftModel.from_pretrained` loads it."""
 
 import json

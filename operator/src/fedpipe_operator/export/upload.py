@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes an adapter's files to an object store, and says what keeps them from getting there."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m fedpipe_operator.kube` is `fedpipe-operator`."""
 
 import sys

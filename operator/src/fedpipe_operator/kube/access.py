@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who may read metrics and adapters: TokenReview and SubjectAccessReview, as in Kubernetes itself."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes to the API server, and the few reads that a watch does not give, over `kubernetes.aio`."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keeps the coordinator's certificate current and makes its CA known in the namespaces of jobs."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Performs what `reconcile` says: one task per job looks, acts, and looks again when something changed."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fedpipe-operator deliver`: fetches the adapter and writes it to spec.output, in the job's namespace."""
 
 import shutil

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Events on jobs: what a person would want to know, written in the background and never twice in a row."""
 
 import asyncio

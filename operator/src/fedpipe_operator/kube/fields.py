@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads objects of the cluster, whatever is written in them: a field has its type or is named."""
 
 from collections.abc import Mapping, Sequence

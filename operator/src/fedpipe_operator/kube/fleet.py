@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which nodes a job may use, and why it may not use the others: pure."""
 
 from collections import Counter

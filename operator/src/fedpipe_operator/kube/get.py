@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fedpipe get`: fetches adapters from a cluster through the API server's service proxy.
 
 What the user's kubeconfig logs in with never reaches the operator: the proxy does not hand it on, and a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """kopf's handlers: each hands what it saw to the controller. All decisions are in `reconcile`."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the operator answers besides agents: probes of the kubelet, Prometheus, and who wants an adapter."""
 
 import asyncio

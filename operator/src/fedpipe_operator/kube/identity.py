@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who an agent is: its Pod's ServiceAccount token, checked by TokenReview and mapped to one (job, node)."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the watches have shown: nodes, capacities, Pods, and who holds which GPU node."""
 
 import logging

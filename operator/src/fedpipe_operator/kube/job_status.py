@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The status that the API server gets: the engine's, with what only Kubernetes knows; and when it is due."""
 
 from collections.abc import Mapping, Sequence

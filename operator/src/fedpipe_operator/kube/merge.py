@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merges a podTemplate into a Pod the way `kubectl patch` does: lists of named things by their names."""
 
 from collections.abc import Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Delivers a finished adapter to spec.output by a Pod of the job's namespace; the operator writes nowhere."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Brings each finished adapter to its job's spec.output, once, however often that fails first."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the agent Pod of a job on a node: a pure function of job, node and the operator's settings."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Kubernetes should have for a job: a pure function of the job, its nodes, Pods and engine state.
 
 It says one step; performing it changes what it reads, and it is asked again until nothing is left to do.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists what there is: all before the watches begin, and later to find what vanished while one was broken."""
 
 import asyncio

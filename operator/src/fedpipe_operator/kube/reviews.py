@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the API server says of a bearer token: TokenReview, for callers of the operator."""
 
 import base64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fedpipe-operator run`: engine, coordinator, metrics and kopf in one process and one event loop."""
 
 import asyncio

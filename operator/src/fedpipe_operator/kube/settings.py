@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How this operator is installed."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cuts the API server's JSON of jobs down to a depth that every parser takes.
 
 The API server keeps up to 10,000 levels in a job's podTemplate, and Python's parser ends at about a thousand:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The coordinator's certificate: an own authority in a Secret, renewed with overlap, or a Secret given."""
 
 import base64

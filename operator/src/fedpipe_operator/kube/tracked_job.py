@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the controller keeps of one FedPipeJob."""
 
 import asyncio

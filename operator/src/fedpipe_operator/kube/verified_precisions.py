@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which agent's kernel check a FedPipeNode shows as verified: that of the newest registration on the node."""
 
 from collections.abc import Collection, Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What reconcile reads of Node, FedPipeNode and Pod: small frozen views of the objects."""
 
 from collections.abc import Iterable, Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fleet's agents as processes of this machine: started, watched, started again, ended."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads a job and a fleet and checks, before anything starts, that the one can run on the other."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run measured, round by round: the rows of `metrics.jsonl`, on which report and plots rest."""
 
 import json

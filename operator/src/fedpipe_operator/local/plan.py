@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fedpipe plan`: what each node of a fleet would carry, by its declared capacity; starts nothing."""
 
 import subprocess

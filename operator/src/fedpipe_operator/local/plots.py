@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report's plots, as PNG files. The only module that needs matplotlib."""
 
 import re

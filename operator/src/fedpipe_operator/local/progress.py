@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a person sees while a job runs: a live table on a terminal, timestamped lines anywhere else."""
 
 import sys

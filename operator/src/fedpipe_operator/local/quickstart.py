@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The quickstart's inputs: real text that needs no download, four unequal nodes, a pretrained model.
 
 The text is the docstrings of installed libraries; the task is to name the library of a docstring.

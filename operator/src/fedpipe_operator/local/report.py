@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`report.html`: one file that needs nothing else, for eyes, screen readers and dark rooms."""
 
 import base64

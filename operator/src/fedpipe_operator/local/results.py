@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a finished run leaves: adapter, metrics and report, and the summary on the screen."""
 
 import json

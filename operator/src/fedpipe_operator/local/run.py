@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fedpipe run`: the engine, its coordinator and one agent process for each node, on this machine."""
 
 import asyncio

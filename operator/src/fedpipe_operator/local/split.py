@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cuts one dataset into unequal node shares, as federated data is: by chance, by label or by size."""
 
 import csv
@@ -146,7 +147,6 @@ def _csv_line(cells: Sequence[str]) -> bytes:
 def _table(path: Path, files: Sequence[Path]) -> Any:
     """Return the rows of Parquet or Arrow files as one table, with their own types."""
     import pyarrow
-    import pyarrow.ipc
 
     batches = [batch for file in files for batch in data_rows.batches(file)]
     try:

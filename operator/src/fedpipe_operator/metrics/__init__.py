@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prometheus metrics: jobs are read at scrape time, so their series vanish with them."""
 
 from .definitions import FAMILIES, Family, markdown

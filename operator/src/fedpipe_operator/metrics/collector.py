@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the engine's state into samples."""
 
 from collections import Counter

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every metric of the operator as data: the collector offers no others; documents are made from it."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text of a scrape, written sample by sample.
 
 prometheus_client's families take several times as long to build and print; 2,000 agents have 60,000 samples.

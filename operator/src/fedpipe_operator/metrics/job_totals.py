@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the rounds of a job add up to."""
 
 from collections import Counter

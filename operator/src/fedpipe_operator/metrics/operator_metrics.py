@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the operator measures of itself, and the text of a scrape."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The planner: from a job, a model's shape and the nodes' facts to what each node carries, and why. Pure."""
 
 from .calibration import Calibration

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What measured steps say of the models on one node."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sentences that people read in plans."""
 
 from collections.abc import Iterable, Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much memory training takes (METHOD §2), in bytes.
 
 An upper estimate by intent: sequences count as `maxLength` tokens and the whole global rank is held.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The best plan of one node (METHOD §2, §3): what it is worth, what it may use, and what limits it."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The integer programme of one node at one configuration: a rank for each matrix (METHOD §2)."""
 
 from dataclasses import dataclass

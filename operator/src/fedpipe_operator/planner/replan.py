@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When a plan no longer meets the node it was made for."""
 
 from fedpipe_api import units, wire

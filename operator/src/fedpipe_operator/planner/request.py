@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the planner is asked and what it answers."""
 
 from collections.abc import Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which weight matrices are trained (METHOD §1)."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A plan for a fleet (METHOD §2 and §3).
 
 Each group of like nodes is one mixed-integer programme, solved exactly: the ranks are an integer programme

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long training takes (METHOD §2), in seconds; work is in floating-point operations."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table that `fedpipe plan` prints, as plain text cells."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What training a job takes, as the memory and time models see it (METHOD §2)."""
 
 import math

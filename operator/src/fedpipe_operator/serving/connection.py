@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One connection: between a transport and aiohttp's protocol."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The outermost middleware of every server: what a client sends is refused in one line, never a traceback."""
 
 import logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A listening socket whose connections are bounded in number, time and memory before they are known.
 
 asyncio accepts and shakes hands with any caller, and aiohttp sees a connection only after that. So this
@@ -233,7 +234,7 @@ async def serve(
     """Serve an application, its requests guarded, until its site is closed."""
     asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER
     if context is not None:
-        # asyncio's sendfile puts a protocol of its own in the place of Connection: readers are never too slow,
+        # asyncio's sendfile puts its own protocol in place of Connection: readers are never too slow,
         # and one that leaves is a traceback. aiohttp reads AIOHTTP_NOSENDFILE at its import alone.
         web_fileresponse.NOSENDFILE = True  # type: ignore[misc]
     logging.getLogger("aiohttp.server").addFilter(NO_TRACEBACKS)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What must survive: an append-only SQLite ledger and content-addressed blobs."""
 
 from .blobs import Blobs, Incoming

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backup of a whole store into one tar file, and back: a copy of the ledger and the blobs beside it."""
 
 import contextlib

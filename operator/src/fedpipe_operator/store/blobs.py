@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files named by their sha256, written temp → fsync → rename, so that a name never stands for half a file."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ledger: an append-only table of records, one durable commit each."""
 
 import sqlite3
