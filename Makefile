@@ -35,6 +35,7 @@ check: $(VENV)/installed  ## format, lint, types, layers, generated files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	MYPYPATH=charts:crds/src:operator/src:edge-agent/src $(BIN)/mypy charts images --exclude charts/fedpipe/files
 	$(BIN)/lint-imports
 	$(BIN)/python -m fedpipe_api.crdgen --check crds
 	$(BIN)/python charts/generate.py --check

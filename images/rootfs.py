@@ -57,13 +57,13 @@ def main(environment: Path, root: Path) -> None:
     needed = [interpreter, *(path for path in root.rglob("*.so*") if not path.is_symlink())]
     for library in sorted(libraries(needed, root)):
         copy(library, root)
-    for text, path in ((USER, "etc/passwd"), ("fedpipe:x:65532:", "etc/group")):
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(text + "\n")
+    for text, name in ((USER, "etc/passwd"), ("fedpipe:x:65532:", "etc/group")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
     strip(root)
-    for path in ("/etc/ssl/certs/ca-certificates.crt", "/etc/ld.so.cache"):
-        if Path(path).exists():
-            copy(Path(path), root)
+    for path in map(Path, ("/etc/ssl/certs/ca-certificates.crt", "/etc/ld.so.cache")):
+        if path.exists():
+            copy(path, root)
     (root / "tmp").mkdir(mode=0o1777, exist_ok=True)
     settle(root)
 

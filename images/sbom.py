@@ -3,7 +3,8 @@
 
 The image's environment runs it. It lists every Python distribution, the interpreter, and the Debian packages
 that files under ROOT came from; all that are installed where ROOT is /. The image's label io.fedpipe.sbom
-names the file. It holds no time and no random serial number: the same packages give the same bytes.
+names the file. It holds no time and no random serial number: the same packages give the same bytes. It is
+written without a library, which the image would have to contain and list.
 """
 
 import json

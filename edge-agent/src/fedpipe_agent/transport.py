@@ -302,6 +302,7 @@ class Transport:
         raise RequestRefused(status, refusal.reason, refusal.error)
 
     def _retry(self, attempt: Callable[[], T], what: str) -> T:
+        # Not tenacity: the pause follows Retry-After, and patience begins at the first failure.
         begin = None
         tries = 0
         while True:

@@ -108,6 +108,7 @@ class Factorization:
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
+        # Not scipy.linalg.qr_multiply: what Q is to multiply is known only from R, and for several sums.
         transposed = stack.right.T
         work = int(dgeqrf_lwork(*transposed.shape)[0])
         self._qr, self._tau, _, _ = dgeqrf(transposed, lwork=work, overwrite_a=1)
