@@ -29,7 +29,7 @@ async def aggregate(
     """
     started = time.monotonic()
     request = fitting(request_of(blobs, state), state, available())
-    report = await worker.run(aggregate_round, request)
+    report = await worker.run(state.namespace, aggregate_round, request)
     assert state.current is not None
     counted = weights(state)
     files = [file for file in (report.adapter, report.sent, report.server_state) if file is not None]

@@ -71,7 +71,9 @@ class Integrity:
             return False
         blobs = self._journal.blobs
         adapter = blobs.path(found.adapter.digest)
-        made = await self._worker.run(make_again, adapter, found.sent.size, blobs.temporary)
+        made = await self._worker.run(
+            job.state.namespace, make_again, adapter, found.sent.size, blobs.temporary
+        )
         try:
             if made.digest != digest:
                 return False

@@ -28,7 +28,7 @@ async def make_plan(worker: Worker, state: JobState, reason: str) -> PlanMade:
     """
     # What is registered while the planner works is for the next plan.
     request, shape, considered, odd = request_of(state), state.shape, state.live, _other_models(state)
-    made = await worker.run(plan, request)
+    made = await worker.run(state.namespace, plan, request)
     left_out = odd | {node: why[:REASON] for node, why in made.left_out.items()}
     if len(made.nodes) < state.spec.nodes.min:
         why = "; ".join(f"{node}: {text}" for node, text in sorted(left_out.items())[:3])

@@ -10,6 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import ParamSpec, TypeVar
 
+from .turns import Turns
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -31,7 +33,7 @@ def _warm() -> None:
 
 
 RUN_SECONDS = 900.0
-"""After so long a call is ended with its process: the calls of all other jobs wait behind it."""
+"""After so long a call is ended with its process: the calls of all other namespaces wait behind it."""
 
 
 class Worker:
@@ -39,7 +41,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
-        self._turn = asyncio.Lock()
+        self._turns = Turns()
 
     def start(self) -> None:
         """Start the process and its imports, without waiting for them."""
@@ -58,12 +60,12 @@ class Worker:
             process.terminate()
             process.join()
 
-    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def run(self, namespace: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what the call returns there; arguments and result are pickled.
 
-        One call at a time, in the order they came. Raises TimeoutError for one that takes RUN_SECONDS.
+        One call at a time, in turns of the namespaces. Raises TimeoutError for one that takes RUN_SECONDS.
         """
-        async with self._turn:
+        async with self._turns.turn(namespace):
             if self._pool is None:
                 self.start()
             assert self._pool is not None
