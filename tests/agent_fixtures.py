@@ -133,6 +133,15 @@ def write_rows(path: Path, count: int = 24, seed: int = 0) -> Path:
     return path
 
 
+def sample_of(tokens: list[int], mark: int, task: Task) -> Any:
+    """Return a sample of class `mark`, or with so many tokens of a prompt."""
+    from fedpipe_agent.train.tokens import Sample
+
+    if task is Task.SEQUENCE_CLASSIFICATION:
+        return Sample(tokens, label=mark)
+    return Sample(tokens, [place >= mark for place in range(len(tokens))])
+
+
 def global_adapter(
     shape: wire.ModelShape, rank: int, seed: int = 0, share: float = 1.0
 ) -> dict[str, np.ndarray]:

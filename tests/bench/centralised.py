@@ -38,11 +38,10 @@ def pooled(local: LocalJob, tokenizer: Any, longest: int | None) -> tuple[Any, A
     ]
 
     def joined(parts: list[Any]) -> Any:
-        tokens = [part.tokens(i).tolist() for part in parts for i in range(len(part))]
-        marks = [mark for part in parts for mark in part.marks.tolist()]
-        return agent_data.Samples(tokens, marks, spec.model.task, tokenizer.pad_token_id)
+        samples = [part.sample(i) for part in parts for i in range(len(part))]
+        return agent_data.Samples(samples, spec.model.task, tokenizer.pad_token_id)
 
-    return joined([train for train, _ in shares]), joined([held for _, held in shares])
+    return joined([each.train for each in shares]), joined([each.held_out for each in shares])
 
 
 def centralised(local: LocalJob, steps: int, rank: int, batch_size: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from fedpipe_agent.train import model as base
 from fedpipe_agent.train.adapters import Adapters, GlobalAdapter
 from fedpipe_agent.train.data import Samples, step_order
 from fedpipe_agent.train.device import Device
+from fedpipe_agent.train.tokens import Sample
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision, Task
 
@@ -75,8 +76,8 @@ class Base:
         # Every fourth is cut to the length, as real texts are; the rest make padding, and kernels, of any length.
         lengths = generator.integers(self.length // 4, self.length + 1, count)
         lengths[::4] = self.length
-        tokens = [generator.integers(1, self.shape.vocabulary, length).tolist() for length in lengths]
-        samples = Samples(tokens, [0] * count, self.task, 0)
+        tokens = [generator.integers(1, self.shape.vocabulary, length) for length in lengths]
+        samples = Samples([Sample(ids, np.ones(len(ids), bool)) for ids in tokens], self.task, 0)
         self.device.reset_peak()
         with GlobalAdapter(adapter, self.shape) as opened:
             self.adapters.install(opened, ranks, wire.Start.SPLIT, 1)

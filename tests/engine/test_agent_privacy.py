@@ -152,7 +152,7 @@ async def test_a_damaged_parquet_file_names_the_place_alone(tmp_path, model):
     data = parquet(tmp_path, lambda whole: whole.replace(MARK.encode(), b"\xff" + MARK.encode()[1:], 1))
     returned, said, _ = await leave(tmp_path, model, data, name="train.parquet", fault="")
     assert returned == 2
-    assert "not a readable Parquet file" in said.splitlines()[-1]
+    assert "not a readable Parquet or Arrow file" in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

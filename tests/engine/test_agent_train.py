@@ -229,7 +229,7 @@ def test_a_blob_that_is_gone_leads_to_the_next_assignment(models, tmp_path):
         (lambda d: (d / "train.jsonl").write_text('{"label": 1}\n'), "train.jsonl:1: no field 'text'"),
         (
             lambda d: (d / "train.jsonl").write_text('{"text": "", "label": 9}\n'),
-            "train.jsonl:1: field 'label' is not",
+            "train.jsonl:1: field 'label' is a number, not one of",
         ),
     ],
 )

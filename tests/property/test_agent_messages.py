@@ -43,7 +43,9 @@ def load(tokenizer, name, content, task):
         (Path(directory) / name).write_bytes(content)
         job = registered(task, train=name)
         try:
-            train, held_out = data.load(Path(directory), job.data, job.model, tokenizer, seed=7, longest=None)
+            train, held_out, _ = data.load(
+                Path(directory), job.data, job.model, tokenizer, seed=7, longest=None
+            )
         except Exception as error:
             return Said(describe(error).replace(directory, ""), 0)
         return Said("", len(train) + len(held_out))
@@ -75,7 +77,10 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(SECRETS, inner, max_size=2),
     max_leaves=4,
 )
-FIELDS = st.one_of(st.sampled_from(["text", "label", "prompt", "completion"]), SECRETS)
+FIELDS = st.one_of(
+    st.sampled_from(["text", "label", "prompt", "completion", "messages", "tools", "role", "content"]),
+    SECRETS,
+)
 ROWS = st.lists(st.one_of(VALUES, st.dictionaries(FIELDS, VALUES, max_size=4)), min_size=1, max_size=5)
 
 
@@ -114,25 +119,25 @@ def test_no_message_depends_on_a_value(tokenizer, file, task):
     ("name", "content", "message"),
     [
         ("train.jsonl", f'{{"text": "a", "label": "{FIRST}"}}', ":1: field 'label' is not one of the job's 3 labels"),
-        ("train.jsonl", f'{{"text": "a", "label": ["{FIRST}"]}}', ":1: field 'label' is not one of the job's 3"),
+        ("train.jsonl", f'{{"text": "a", "label": ["{FIRST}"]}}', ":1: field 'label' is a list, not one of the job's 3"),
         ("train.jsonl", '{"text": "a", "label": "\\u00b2"}', ":1: field 'label' is not one of the job's 3 labels"),
-        ("train.jsonl", f'{{"text": {{"{FIRST}": 1}}, "label": 0}}', ":1: field 'text' is dict, not text"),
-        ("train.jsonl", f'{{"{FIRST}": 1}}', ":1: no field 'label'"),
+        ("train.jsonl", f'{{"text": {{"{FIRST}": 1}}, "label": 0}}', ":1: field 'text' is an object, not text"),
+        ("train.jsonl", f'{{"{FIRST}": 1}}', ":1: no field 'text'"),
         ("train.jsonl", f'{{"text": "{FIRST}", "label": 0}} {FIRST}', ":1: not a JSON object: its syntax is wrong at"),
         ("train.jsonl", f'{{"text": "{FIRST}\\q"}}', ":1: not a JSON object: its syntax is wrong at column"),
         ("train.jsonl", f'["{FIRST}"]', ":1: not a JSON object; write one"),
         ("train.jsonl", '{"text": ' + "7" * 5000 + "}", ":1: not a JSON object: a number is too long"),
-        ("train.jsonl", "[" * 100_000, ":1: not a JSON object: it is nested too deep"),
+        ("train.jsonl", "[" * 100_000, ":1: not a JSON array: it is nested too deep"),
         ("train.jsonl", f'{{"text": "{FIRST} \\ud800", "label": 0}}', ":1: field 'text' holds half a surrogate pair"),
         ("train.jsonl", f'{{"text": "{FIRST}\xff"}}', ":1: not a JSON object: byte 19 is not UTF-8"),
         ("train.csv", f"text,label\n{FIRST},0\n{FIRST}\xff,0\n", ":3: not CSV: byte 9 is not UTF-8"),
         ("train.csv", f'text,label\n{FIRST},0\n"{FIRST}" {FIRST},0\n', ":3: not CSV: its quotes or line ends are"),
         ("train.csv", f"{FIRST},{FIRST}\n{FIRST},{FIRST}\n", ":1: two columns have the same name"),
-        ("train.csv", f"text,label\n{FIRST * 20000},0\n", ":2: not CSV: a field is longer than 131072 characters"),
+        ("train.jsonl", '{"text": ' + "[" * 100_000, ":1: not a JSON object: it is nested too deep"),
         ("train.csv", f"text,{FIRST}\n{FIRST},{FIRST}\n", ":2: no field 'label'"),
         ("train.csv", f"text,label\n{FIRST},0,{FIRST}\n", ":2: 3 columns, but the header has 2"),
         ("train.csv.gz", FIRST, ": cannot be read: not a whole gzip file"),
-        ("train.parquet", FIRST, ": not a readable Parquet file"),
+        ("train.parquet", FIRST, ": not a readable Parquet or Arrow file"),
         (FIRST + ".txt", "a", ": unknown suffix"),
     ],
 )  # fmt: skip
@@ -161,7 +166,7 @@ def test_a_parquet_file_of_unreadable_values(tokenizer):
     )
     damaged = whole.replace(FIRST[:2].encode() + b"7vault 2", b"\xff\xfe7vault 2")
     assert load(tokenizer, "train.parquet", damaged, Task.SEQUENCE_CLASSIFICATION).message.startswith(
-        "/train.parquet: not a readable Parquet file"
+        "/train.parquet: not a readable Parquet or Arrow file"
     )
 
 

@@ -15,6 +15,7 @@ from fedpipe_agent.train.device import Device
 from fedpipe_agent.train.importance import Increment, measure
 from fedpipe_agent.train.loop import Settings
 from fedpipe_agent.train.model import Source
+from fedpipe_agent.train.tokens import Sample
 from fedpipe_api import wire
 from fedpipe_api.job import Precision, Task
 from fedpipe_api.node import Capacity
@@ -81,7 +82,8 @@ def prepared(source, precision=Precision.FP32):
 def some_samples():
     random = np.random.default_rng(1)
     tokens = [random.integers(4, 20, random.integers(3, 15)).tolist() for _ in range(24)]
-    return Samples(tokens, random.integers(0, 3, 24).tolist(), TASK, 0)
+    labels = random.integers(0, 3, 24).tolist()
+    return Samples([Sample(each, label=label) for each, label in zip(tokens, labels, strict=True)], TASK, 0)
 
 
 def scores_of(model, shape, samples, steps=4, micro_batch=8):

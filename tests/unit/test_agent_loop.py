@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from agent_fixtures import registered, save_tiny_model
+from agent_fixtures import registered, sample_of, save_tiny_model
 from fedpipe_agent.errors import Failure
 from fedpipe_agent.train import loop
 from fedpipe_agent.train import model as base
@@ -51,7 +51,7 @@ def samples_of(task, count=20, seed=0):
     random = np.random.default_rng(seed)
     tokens = [random.integers(4, 20, random.integers(3, 15)).tolist() for _ in range(count)]
     marks = [int(random.integers(3)) if task is Task.SEQUENCE_CLASSIFICATION else len(t) // 2 for t in tokens]
-    return Samples(tokens, marks, task, 0)
+    return Samples([sample_of(*each, task) for each in zip(tokens, marks, strict=True)], task, 0)
 
 
 def gradients(model):
@@ -77,11 +77,13 @@ def test_gradients_are_those_of_the_mean_over_targets(sources, device, tmp_path,
         tokens = torch.from_numpy(samples.tokens(index).astype(np.int64))[None]
         logits = model(input_ids=tokens).logits[0]
         if task is Task.CAUSAL_LM:
-            mark = int(samples.marks[index])
+            mark = int(samples.predicted(index).argmax())
             losses.append(functional.cross_entropy(logits[mark - 1 : -1], tokens[0, mark:], reduction="none"))
         else:
             losses.append(
-                functional.cross_entropy(logits[None], torch.tensor([samples.marks[index]]), reduction="none")
+                functional.cross_entropy(
+                    logits[None], torch.tensor([samples.classes[index]]), reduction="none"
+                )
             )
     expected_loss = torch.cat(losses).mean()
     expected_loss.backward()
@@ -279,12 +281,12 @@ def test_evaluation_sums_over_targets(sources, device, tmp_path, task):
         batch = samples.batch(np.array([index]), torch.device("cpu"))
         logits = model(**batch.inputs).logits.double()[0]
         if task is Task.CAUSAL_LM:
-            tokens, mark = samples.tokens(index), int(samples.marks[index])
+            tokens, mark = samples.tokens(index), int(samples.predicted(index).argmax())
             chances = logits.log_softmax(-1)
             total -= sum(chances[place - 1, tokens[place]].item() for place in range(mark, len(tokens)))
         else:
-            total -= logits.log_softmax(-1)[samples.marks[index]].item()
-            correct += int(logits.argmax()) == samples.marks[index]
+            total -= logits.log_softmax(-1)[samples.classes[index]].item()
+            correct += int(logits.argmax()) == samples.classes[index]
     assert sums.loss == pytest.approx(total, rel=1e-4)
     assert sums.samples == seen[-1] == 11
     assert sums.correct == (None if task is Task.CAUSAL_LM else correct)
@@ -313,7 +315,7 @@ def test_the_declared_speed_stretches_steps(sources, tmp_path):
 
 def test_a_sample_without_targets_does_no_harm(sources, device, tmp_path):
     model = prepared(sources, Task.CAUSAL_LM, tmp_path)
-    samples = Samples([[5], [6]], [0, 0], Task.CAUSAL_LM, 0)
+    samples = Samples([sample_of([token], 0, Task.CAUSAL_LM) for token in (5, 6)], Task.CAUSAL_LM, 0)
     batch = samples.batch(np.arange(2), torch.device("cpu"))
     assert (batch.labels == IGNORED).all()
     loss, _ = MicroBatches(model, trained(model), samples, device, 2).accumulate(np.arange(2))

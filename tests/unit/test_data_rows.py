@@ -121,9 +121,13 @@ FAULTS = {
     "cut.jsonl.gz": (gzip.compress(GOOD * 99)[:-9], r": cannot be read: not a whole gzip file"),
     "plain.jsonl.gz": (GOOD, r": cannot be read: not a whole gzip file"),
     "plain.jsonl.zst": (b"vault" + GOOD, r": cannot be read: not a whole zstd file"),
-    "no.parquet": (b"PAR1vaultPAR1", r": not a readable Parquet file"),
-    "no.arrow": (b"ARROW1\0\0vault", r": not a readable Arrow file"),
-    "cut.arrow": (arrow(TABLE)[:-150], r": not a readable Arrow file"),
+    "no.parquet": (b"PAR1vaultPAR1", r": not a readable Parquet or Arrow file"),
+    "no.arrow": (b"ARROW1\0\0vault", r": not a readable Parquet or Arrow file"),
+    "cut.arrow": (arrow(TABLE)[:-150], r": not a readable Parquet or Arrow file"),
+    "text.parquet": (
+        parquet(TABLE).replace(b"zwei", b"zw\xff\xfe"),
+        r": not a readable Parquet or Arrow file",
+    ),
     "twice.arrow": (
         arrow(pa.Table.from_arrays([pa.array(["vault"])] * 2, ["a", "a"])),
         r": two columns have the same name",

@@ -123,7 +123,7 @@ def test_an_out_that_is_no_directory_is_named(tmp_path):
         ("x.jsonl", '{"text": "a"}\n', r"x.jsonl:1: no field 'label'"),
         ("x.csv", "text,topic\na,b\n", r"x.csv:2: no field 'label'"),
         ("x.csv", "text,label\na,b,c\n", r"x.csv:2: 3 columns, but the header has 2"),
-        ("x.parquet", "not parquet at all", r"x.parquet: not a readable Parquet file"),
+        ("x.parquet", "not parquet at all", r"x.parquet: not a readable Parquet or Arrow file"),
         ("x.txt", "a", r"x.txt: unknown suffix"),
     ],
 )

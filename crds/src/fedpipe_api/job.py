@@ -155,7 +155,10 @@ class ModelSource(Model):
 
 
 class Fields(Model):
-    """Column names of the data: `text` and `label`, or `prompt` and `completion`."""
+    """Column names of the data: `text` and `label`, `prompt` and `completion`, or `messages` and `tools`.
+
+    A name in another case is found too, and a path such as `sample.text` of nested columns.
+    """
 
     text: ColumnName = Field(
         default="text", description="Text to classify, or to continue if there is no prompt."
@@ -163,6 +166,14 @@ class Fields(Model):
     label: ColumnName = Field(default="label", description="Class name or index.")
     prompt: ColumnName = Field(default="prompt", description="Part of a sample that is given, not learnt.")
     completion: ColumnName = Field(default="completion", description="Part of a sample that is learnt.")
+    text_pair: ColumnName | None = Field(
+        default=None, description="Second text of a pair to classify; default: there is no second text."
+    )
+    messages: ColumnName = Field(
+        default="messages",
+        description="Chat: messages of role and content, of which the assistant's are learnt.",
+    )
+    tools: ColumnName = Field(default="tools", description="Functions that a chat may call.")
 
 
 Encoding = Literal[
@@ -208,6 +219,9 @@ class DataSource(Model):
         description="Encoding of files of text that are not Unicode; UTF-8, UTF-16 and UTF-32 are found.",
     )
     fields: Fields = Fields()
+    on_bad_row: Literal["fail", "skip"] = Field(
+        default="fail", description="What a row does that cannot be used: end the node's work, or be counted."
+    )
     max_length: int = Field(default=256, ge=8, le=131072, description="Tokens kept of each sample.")
     evaluation_share: float = Field(default=0.1, ge=0, lt=1, description="Share of train held out.")
 

@@ -239,7 +239,7 @@ def _table(path: Path) -> Iterator[Row]:
         try:
             rows = batch.to_pylist()
         except (ValueError, OverflowError):  # values that Python cannot hold
-            raise UserError(f"{path}: not readable; the fault is after row {number}") from None
+            raise _unreadable(path, number) from None
         for row in rows:
             number += 1
             for column, classes in names.items():
@@ -269,8 +269,12 @@ def batches(path: Path) -> Iterator[Any]:
             number += batch.num_rows
     # A damaged page may be any of them.
     except (pyarrow.ArrowException, ValueError, OverflowError, OSError):
-        where = f"; the fault is after row {number}" if number else ""
-        raise UserError(f"{path}: not a readable {form_of(path).capitalize()} file{where}") from None
+        raise _unreadable(path, number) from None
+
+
+def _unreadable(path: Path, number: int) -> UserError:
+    where = f"; the fault is after row {number}" if number else ""
+    return UserError(f"{path}: not a readable Parquet or Arrow file{where}")
 
 
 def _batches(path: Path) -> Iterator[Any]:

@@ -70,6 +70,12 @@ class NodeStatus(Model):
     measured_seconds: float | None = Field(default=None, description="Measured time of an optimizer step.")
     last_round: int | None = Field(default=None, description="Latest round its update was counted in.")
     train_loss: float | None = Field(default=None, description="Mean training loss of that round.")
+    skipped_rows: int | None = Field(default=None, description="Rows that could not be used (data.onBadRow).")
+    truncated_rows: int | None = Field(default=None, description="Rows cut to data.maxLength.")
+    repeated_rows: int | None = Field(default=None, description="Held-out rows that are also train data.")
+    numbered_rows: int | None = Field(
+        default=None, description="Rows whose class is a number, taken as its place in model.labels."
+    )
     message: str | None = Field(
         default=None, max_length=1024, description="Why it was left out, or what it needs."
     )

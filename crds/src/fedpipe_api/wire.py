@@ -197,6 +197,15 @@ class DeviceFacts(Model):
     kernels: tuple[KernelResult, ...] = Field(max_length=8)
 
 
+class DataNotes(Model):
+    """What an agent counted in its rows, train and held out; never what they hold."""
+
+    skipped_rows: Count = 0
+    truncated_rows: Count = 0
+    repeated_rows: Count = 0
+    numbered_rows: Count = 0
+
+
 class Registration(Model):
     """An agent presents itself; repeated after every restart of either side."""
 
@@ -205,6 +214,7 @@ class Registration(Model):
     model: ModelShape
     samples: Positive
     evaluation_samples: Count
+    notes: DataNotes = DataNotes()
 
 
 class AgentConfig(Model):

@@ -73,7 +73,7 @@ class Agent:
         tokenizer = base.read_tokenizer(self._source)
         self._config = base.read_config(self._source, job.model, tokenizer.pad_token_id)
         self._shape = base.read_shape(self._config, self._task, job.adapter.modules)
-        self._samples, self._held_out = data.load(
+        self._samples, self._held_out, self._notes = data.load(
             directory,
             job.data,
             job.model,
@@ -86,7 +86,9 @@ class Agent:
     def run(self, check: Check) -> None:
         """Register with the verified precisions, then work until the job stops."""
         counts = len(self._samples), len(self._held_out)
-        self._transport.register(registration(self._device.facts(check.results()), self._shape, counts))
+        self._transport.register(
+            registration(self._device.facts(check.results()), self._shape, counts, self._notes)
+        )
         while True:
             assignment = self._transport.assignment()
             if assignment is None:
@@ -337,7 +339,7 @@ def _reported(loss: float, targets: int = 1) -> float:
 
 
 def registration(
-    device: wire.DeviceFacts, shape: wire.ModelShape, counts: tuple[int, int]
+    device: wire.DeviceFacts, shape: wire.ModelShape, counts: tuple[int, int], notes: wire.DataNotes
 ) -> wire.Registration:
     """Return what an agent presents itself with; `counts` are its samples and those it holds out."""
     return wire.Registration(
@@ -346,6 +348,7 @@ def registration(
         model=shape,
         samples=counts[0],
         evaluation_samples=counts[1],
+        notes=notes,
     )
 
 

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """A node's samples: tokenised once, kept as one flat array, handed out as deterministic padded batches."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fedpipe_api.base import UserError
 from fedpipe_api.data_files import locate
 from fedpipe_api.job import DataSource, ModelSource, Task
+from fedpipe_api.wire import DataNotes
 
-from ..errors import Stopped
-from .examples import check_length, examples, held_out_of, predicted_field
+from .examples import Found, check_length, examples, held_out_of
 from .seeds import generator
+from .tokens import Sample, Tokenization
+
+log = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a position that is not predicted."""
@@ -43,16 +46,28 @@ class Batch:
 class Samples:
     """Tokenised samples in one flat array.
 
-    `marks` holds the class index of each sample, or the number of its prompt tokens, not predicted.
+    `classes` holds the class index of each sample where the task has classes.
     """
 
-    def __init__(self, tokens: list[list[int]], marks: list[int], task: Task, padding: int):
-        lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
+    def __init__(self, samples: Sequence[Sample], task: Task, padding: int):
+        lengths = np.fromiter((len(one.ids) for one in samples), dtype=np.int64, count=len(samples))
         self._ends = np.cumsum(lengths)
-        self._tokens = np.fromiter(chain.from_iterable(tokens), dtype=np.int32, count=int(lengths.sum()))
+        self._tokens = np.empty(int(lengths.sum()), dtype=np.int32)
+        self._classes = task is Task.SEQUENCE_CLASSIFICATION
         self._task = task
         self._padding = padding
-        self.marks = np.asarray(marks, dtype=np.int64)
+        self.classes = np.fromiter((one.label for one in samples), dtype=np.int64, count=len(samples))
+        self._predicted = np.zeros(0 if self._classes else len(self._tokens), dtype=bool)
+        for one, end, length in zip(samples, self._ends, lengths, strict=True):
+            self._tokens[end - length : end] = one.ids
+            if not self._classes:
+                self._predicted[end - length : end] = one.predicted
+        seconds = [one.second for one in samples]
+        # Only pairs have them: all other inputs are of the first type, as models take them without.
+        self._seconds = None
+        if any(second is not None for second in seconds):
+            filled = zip(seconds, lengths, strict=True)
+            self._seconds = np.array([length if second is None else second for second, length in filled])
         self.lengths = lengths
 
     def __len__(self) -> int:
@@ -63,11 +78,18 @@ class Samples:
         end = self._ends[index]
         return self._tokens[end - self.lengths[index] : end]
 
+    def predicted(self, index: int) -> np.ndarray:
+        """Return of each token of one sample whether it is predicted; nothing precedes the first."""
+        end = self._ends[index]
+        found = self._predicted[end - self.lengths[index] : end].copy()
+        found[:1] = False
+        return found
+
     def targets(self, indices: np.ndarray) -> int:
         """Return how many predictions the samples ask for: one each, or their predicted tokens."""
-        if self._task is Task.SEQUENCE_CLASSIFICATION:
+        if self._classes:
             return len(indices)
-        return int((self.lengths[indices] - np.maximum(self.marks[indices], 1)).sum())
+        return sum(int(self.predicted(index).sum()) for index in indices)
 
     def batch(self, indices: np.ndarray, device: torch.device) -> Batch:
         """Return the samples padded on the right, on the device; the host does not wait for the copy."""
@@ -78,9 +100,12 @@ class Samples:
             tokens = self.tokens(index)
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self._seconds is not None:
+            inputs["token_type_ids"] = (np.arange(width) >= self._seconds[indices, None]) * mask
         keep = None
-        if self._task is Task.SEQUENCE_CLASSIFICATION:
-            labels = self.marks[indices]
+        if self._classes:
+            labels = self.classes[indices]
         else:
             labels, keep = self._next_tokens(ids, indices)
 
@@ -89,7 +114,7 @@ class Samples:
             return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
         return Batch(
-            inputs={"input_ids": moved(ids), "attention_mask": moved(mask)},
+            inputs={name: moved(array) for name, array in inputs.items()},
             labels=moved(labels),
             keep=None if keep is None else moved(keep),
             tokens=int(mask.sum()),
@@ -97,32 +122,43 @@ class Samples:
 
     def _next_tokens(self, ids: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the labels (b, k) and the k positions at which at least one sample predicts."""
-        places = np.arange(ids.shape[1])
-        predicted = (places >= np.maximum(self.marks[indices], 1)[:, None]) & (
-            places < self.lengths[indices][:, None]
-        )
+        predicted = np.zeros(ids.shape, dtype=bool)
+        for row, index in enumerate(indices):
+            predicted[row, : self.lengths[index]] = self.predicted(index)
         keep = np.flatnonzero(predicted[:, 1:].any(axis=0))
         if not len(keep):
             keep = np.zeros(1, dtype=np.int64)
         labels = np.where(predicted, ids, IGNORED)[:, keep + 1]
         return np.ascontiguousarray(labels), keep
 
+    def sample(self, index: int) -> Sample:
+        """Return one sample."""
+        ids = self.tokens(index)
+        if not self._classes:
+            return Sample(ids, self.predicted(index))
+        second = None if self._seconds is None else int(self._seconds[index])
+        return Sample(ids, label=int(self.classes[index]), second=second)
+
     def part(self, indices: np.ndarray) -> "Samples":
         """Return the samples of the given indices."""
-        return Samples(
-            [self.tokens(index).tolist() for index in indices],
-            self.marks[indices].tolist(),
-            self._task,
-            self._padding,
-        )
+        return Samples([self.sample(index) for index in indices], self._task, self._padding)
+
+
+class Data(NamedTuple):
+    """What a node trains on and what it holds out, and what was counted in its rows."""
+
+    train: Samples
+    held_out: Samples
+    notes: DataNotes
 
 
 def load(
     directory: Path, source: DataSource, model: ModelSource, tokenizer: Any, *, seed: int, longest: int | None
-) -> tuple[Samples, Samples]:
+) -> Data:
     """Return the train and the held-out samples of a node.
 
-    The held-out part is the evaluation file, else `evaluation_share` of the train file, chosen by the seed.
+    The held-out part is the evaluation data, else `evaluation_share` of the train data, chosen by the seed so
+    that no text is on both sides, as far as texts that are there once allow.
 
     Args:
         directory: the node's data volume.
@@ -136,73 +172,62 @@ def load(
         UserError: a mistake in a file, named with its line, or a maximum length above the model's.
     """
     check_length(source, longest)
-    train_path, evaluation_path = locate(directory, source)
-    train = _tokenised(train_path, source, model, tokenizer)
-    if evaluation_path:
-        return train, _tokenised(evaluation_path, source, model, tokenizer)
-    held_out = held_out_of(len(train), source)
-    order = generator(seed, "evaluation").permutation(len(train))
-    return train.part(np.sort(order[held_out:])), train.part(np.sort(order[:held_out]))
+    train_paths, evaluation_paths = locate(directory, source)
+    found = Found(source.on_bad_row == "skip")
+    train = _tokenised(train_paths, source, model, tokenizer, found)
+    if evaluation_paths:
+        held_out = _tokenised(evaluation_paths, source, model, tokenizer, found)
+    else:
+        chosen = _chosen(train, held_out_of(len(train), source), generator(seed, "evaluation"))
+        held_out = train.part(np.flatnonzero(chosen))
+        train = train.part(np.flatnonzero(~chosen))
+    trained = {train.tokens(index).tobytes() for index in range(len(train))} if len(held_out) else set()
+    found.repeated = sum(held_out.tokens(index).tobytes() in trained for index in range(len(held_out)))
+    _warn(found, model)
+    return Data(train, held_out, found.notes())
 
 
-def _tokenised(paths: Sequence[Path], source: DataSource, model: ModelSource, tokenizer: Any) -> Samples:
-    rows = examples(paths, source, model)
+def _chosen(samples: Samples, count: int, random: np.random.Generator) -> np.ndarray:
+    """Return which `count` samples are held out: in random order, equal ones together where they fit."""
+    groups: dict[bytes, list[int]] = {}
+    for index in random.permutation(len(samples)) if count else ():
+        groups.setdefault(samples.tokens(index).tobytes(), []).append(index)
+    chosen = np.zeros(len(samples), dtype=bool)
+    for group in groups.values():
+        if len(group) <= count - chosen.sum():
+            chosen[group] = True
+    rest = [index for group in groups.values() for index in group if not chosen[index]]
+    chosen[rest[: count - int(chosen.sum())]] = True
+    return chosen
+
+
+def _warn(found: Found, model: ModelSource) -> None:
+    """Log what was counted; none of it is an error."""
+    if found.skipped:
+        log.warning(
+            "%d bad rows were skipped (spec.data.onBadRow); the first: %s", found.skipped, found.first
+        )
+    if found.truncated:
+        log.warning("%d rows were cut to spec.data.maxLength", found.truncated)
+    if found.repeated:
+        log.warning("%d held-out rows are also in the train data", found.repeated)
+    if found.numbered:
+        what = "%d rows give their class as a number: its place in spec.model.labels, from 0 (%s)"
+        log.warning(what, found.numbered, model.labels[0])
+
+
+def _tokenised(
+    paths: Sequence[Path], source: DataSource, model: ModelSource, tokenizer: Any, found: Found
+) -> Samples:
+    rows = examples(paths, source, model, found)
+    tokenization = Tokenization(tokenizer, source.max_length, found)
     classes = model.task is Task.SEQUENCE_CLASSIFICATION
-    tokens: list[list[int]] = []
-    marks: list[int] = []
+    samples: list[Sample] = []
     while chunk := list(islice(rows, READ_ROWS)):
-        texts = [(row.place, row.text) for row in chunk]
-        if classes:
-            marks += [row.label for row in chunk]
-            ids = _ids(tokenizer, texts, source.fields.text, truncation=True, max_length=source.max_length)
-            # A tokenizer without special tokens gives nothing for an empty text.
-            tokens += [sample or [tokenizer.eos_token_id] for sample in ids]
-            continue
-        prompts: list[list[int]] = [[]] * len(chunk)
-        prompted = chunk[0].prompt is not None
-        if prompted:
-            prompts = _ids(tokenizer, [(row.place, row.prompt or "") for row in chunk], source.fields.prompt)
-        predicted = predicted_field(source, prompted)
-        completions = _ids(tokenizer, texts, predicted, add_special_tokens=not prompted)
-        for prompt, completion in zip(prompts, completions, strict=True):
-            sample, mark = _joined(prompt, completion, tokenizer.eos_token_id, source.max_length)
-            tokens.append(sample)
-            marks.append(mark)
-    return Samples(tokens, marks, model.task, tokenizer.pad_token_id)
-
-
-def _ids(tokenizer: Any, texts: list[tuple[str, str]], field: str, **options: Any) -> list[list[int]]:
-    """Return the token ids of texts, each with its row's place and all of one field."""
-    try:
-        ids: list[list[int]] = tokenizer(
-            [text for _, text in texts],
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-            **options,
-        )["input_ids"]
-    except (Stopped, KeyboardInterrupt, MemoryError):
-        raise
-    except BaseException as error:  # a panic of its Rust is no Exception
-        if len(texts) == 1:
-            what = f"{texts[0][0]}: the tokenizer fails at field {field!r}: {type(error).__name__}"
-            raise UserError(f"{what}; fix or remove the row") from None
-        for one in texts:  # which one it is
-            _ids(tokenizer, [one], field, **options)
-        raise
-    return ids
-
-
-def _joined(prompt: list[int], completion: list[int], end: int, longest: int) -> tuple[list[int], int]:
-    """Return prompt + completion + end token within `longest` tokens, and the prompt's length.
-
-    The completion is what is learned, so the prompt gives way first, from its beginning.
-    """
-    if completion[-1:] != [end]:
-        completion = [*completion, end]
-    completion = completion[: longest - 1] if prompt else completion[:longest]
-    prompt = prompt[max(0, len(prompt) + len(completion) - longest) :]
-    return prompt + completion, len(prompt)
+        samples += tokenization.classified(chunk) if classes else tokenization.learned(chunk)
+    if not samples:
+        raise found.no_rows(paths)
+    return Samples(samples, model.task, tokenizer.pad_token_id)
 
 
 def step_order(samples: Samples, size: int, *parts: object) -> Iterator[np.ndarray]:

@@ -69,8 +69,9 @@ def _describe(
     for capacity, directory in zip(capacities, options.data, strict=True):
         device = Device(capacity)
         device.reset_peak()
+        train, held_out, rows = counts[directory]
         facts = device.facts(tuple(kernels[precision] for precision in capacity.precisions))
-        found.append(registration(facts, shape, counts[directory]))
+        found.append(registration(facts, shape, (train, held_out), rows.notes()))
     return found
 
 

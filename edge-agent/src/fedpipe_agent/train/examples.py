@@ -1,66 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a node's data files give to train on: texts with classes, or prompts with completions, checked."""
+"""What a node's data files give to train on: texts with classes, texts, or prompts and chats with answers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from fedpipe_api.base import UserError
 from fedpipe_api.data_files import locate
 from fedpipe_api.job import DataSource, ModelSource, Task
 from fedpipe_api.rows import Row, read
+from fedpipe_api.wire import DataNotes
+
+from .chats import Message, alpaca, has, kind_of, messages_of, sharegpt, text_of, tools_of, value_of
 
 
-class Example(NamedTuple):
-    """One row: `text` is classified as `label`, or predicted; after the prompt, if there is one."""
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row: `text` is classified as `label`, or predicted; after the prompt, if there is one.
+
+    With `messages` it is a chat, whose assistant's messages are predicted, or those from `given` on. Where
+    there is both, a tokenizer with a chat template takes the messages, another the text.
+    """
 
     place: str
-    text: str
-    prompt: str | None = None
+    field: str
+    text: str = ""
+    pair: str | None = None
     label: int = 0
+    prompt: str | None = None
+    messages: tuple[Message, ...] = ()
+    given: int | None = None
+    tools: list[Any] | None = None
 
 
-def examples(paths: Sequence[Path], source: DataSource, model: ModelSource) -> Iterator[Example]:
+@dataclass
+class Found:
+    """What was found in a node's data; `bad` decides by `onBadRow` whether one row's fault is everybody's."""
+
+    skip: bool
+    skipped: int = 0
+    truncated: int = 0
+    repeated: int = 0
+    numbered: int = 0
+    first: UserError | None = None
+
+    def bad(self, error: UserError) -> None:
+        """Count a bad row, or raise what is wrong with it."""
+        if not self.skip:
+            raise error
+        self.skipped += 1
+        self.first = self.first or error
+
+    def no_rows(self, paths: Sequence[Path]) -> UserError:
+        """Return what to raise where no row is left."""
+        if self.first:
+            return UserError(f"{self.first} ({self.skipped} rows were skipped, none is left)")
+        return UserError(f"{paths[0]}: no rows; it needs at least one")
+
+    def notes(self) -> DataNotes:
+        """Return the counts as they are reported."""
+        return DataNotes(
+            skipped_rows=self.skipped,
+            truncated_rows=self.truncated,
+            repeated_rows=self.repeated,
+            numbered_rows=self.numbered,
+        )
+
+
+def examples(
+    paths: Sequence[Path], source: DataSource, model: ModelSource, found: Found
+) -> Iterator[Example]:
     """Yield the examples of files.
 
     Raises:
-        UserError: a mistake in the file, named with its line and field, or no rows.
+        UserError: a mistake in a file, named with its line and field, or no rows.
     """
-    fields = source.fields
-    classes = model.task is Task.SEQUENCE_CLASSIFICATION
-    prompted: bool | None = None
+    make: Callable[[Row], Example] | None = None
     empty = True
-    for row in (row for path in paths for row in read(path, source.format, source.encoding)):
-        empty = False
-        if classes:
-            label = _label(row, fields.label, model.labels)
-            yield Example(row.place, _text(row, fields.text), label=label)
+    for row in (row for path in paths for row in read(path, source.format, source.encoding, found.bad)):
+        try:
+            make = make or _maker(row, source, model, found)
+            example = make(row)
+        except UserError as error:
+            found.bad(error)
             continue
-        if prompted is None:
-            prompted = fields.prompt in row.fields
-        prompt = _text(row, fields.prompt) if prompted else None
-        yield Example(row.place, _text(row, predicted_field(source, prompted)), prompt)
+        empty = False
+        yield example
     if empty:
-        raise UserError(f"{paths[0]}: no rows; it needs at least one")
+        raise found.no_rows(paths)
 
 
-def predicted_field(source: DataSource, prompted: bool) -> str:
-    """Return the field whose tokens a language model learns to predict."""
-    return source.fields.completion if prompted else source.fields.text
-
-
-def count(directory: Path, source: DataSource, model: ModelSource) -> tuple[int, int]:
+def count(directory: Path, source: DataSource, model: ModelSource) -> tuple[int, int, Found]:
     """Return how many samples a node trains on and how many it holds out, from its checked files.
 
     Raises:
         UserError: as `examples`, or a file is missing.
     """
-    train_path, evaluation_path = locate(directory, source)
-    train = _count(train_path, source, model)
-    if evaluation_path:
-        return train, _count(evaluation_path, source, model)
+    found = Found(source.on_bad_row == "skip")
+    train_paths, evaluation_paths = locate(directory, source)
+    train = sum(1 for _ in examples(train_paths, source, model, found))
+    if evaluation_paths:
+        return train, sum(1 for _ in examples(evaluation_paths, source, model, found)), found
     held_out = held_out_of(train, source)
-    return train - held_out, held_out
+    return train - held_out, held_out, found
 
 
 def held_out_of(rows: int, source: DataSource) -> int:
@@ -77,38 +120,143 @@ def check_length(source: DataSource, longest: int | None) -> None:
         )
 
 
-def _count(paths: Sequence[Path], source: DataSource, model: ModelSource) -> int:
-    return sum(1 for _ in examples(paths, source, model))
-
-
-def _text(row: Row, field: str) -> str:
-    value = _value(row, field)
-    if not isinstance(value, str):
-        raise UserError(f"{row.place}: field {field!r} is {type(value).__name__}, not text; write a string")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # JSON can escape half a surrogate pair; no tokenizer takes it
+def _maker(row: Row, source: DataSource, model: ModelSource, found: Found) -> Callable[[Row], Example]:
+    """Return what makes examples of rows such as this first one."""
+    if model.task is Task.SEQUENCE_CLASSIFICATION:
+        if source.format in ("sharegpt", "alpaca"):
             raise UserError(
-                f"{row.place}: field {field!r} holds half a surrogate pair; fix or remove the row"
-            ) from None
-    return value
+                f"spec.data.format: {source.format} is for causal-lm; name the fields of text and label"
+            )
+        return lambda row: _classified(row, source, model.labels, found)
+    fields = source.fields
+    if source.format == "sharegpt":
+        name = "conversations" if fields.messages == "messages" else fields.messages
+        return lambda row: _chat(row, name, sharegpt(row, name), tools_of(row, fields.tools))
+    if source.format == "alpaca":
+        return _alpaca
+    if {"chosen", "rejected"} <= row.fields.keys() and not {"chosen", "rejected"} & set(
+        fields.to_dict().values()
+    ):
+        raise UserError(
+            f"{row.place}: fields 'chosen' and 'rejected' are preference pairs, as for DPO, which FedPipe "
+            "does not train; to learn the chosen, name it in spec.data.fields (completion or messages)"
+        )
+    if has(row, fields.messages):
+        name = fields.messages
+        return lambda row: _chat(row, name, messages_of(row, name), tools_of(row, fields.tools))
+    if fields.prompt in row.fields and (has(row, fields.completion) or not has(row, fields.text)):
+        return lambda row: _completed(row, source)
+    if not has(row, fields.text):
+        for names, layout in ((("conversations",), "sharegpt"), (("instruction", "output"), "alpaca")):
+            if all(name in row.fields for name in names):
+                raise UserError(f"{row.place}: no field {fields.text!r}; set spec.data.format: {layout}")
+    return lambda row: Example(row.place, fields.text, _learned(row, fields.text))
 
 
-def _label(row: Row, field: str, labels: tuple[str, ...]) -> int:
-    value = _value(row, field)
-    if isinstance(value, str) and value in labels:
-        return labels.index(value)
-    if isinstance(value, str) and value.isdecimal() and len(value) < 10:
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
-        return value
+def _classified(row: Row, source: DataSource, labels: tuple[str, ...], found: Found) -> Example:
+    fields = source.fields
+    text = text_of(row, fields.text)
+    pair = text_of(row, fields.text_pair) if fields.text_pair else None
+    label, numbered = _label(row, fields.label, labels)
+    found.numbered += numbered
+    return Example(row.place, fields.text, text, pair, label)
+
+
+def _chat(row: Row, name: str, messages: list[Message], tools: list[Any] | None) -> Example:
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UserError(
+            f"{row.place}: field {name!r} has no message of the assistant; nothing is to be learned"
+        )
+    return Example(row.place, name, messages=tuple(messages), tools=tools)
+
+
+def _completed(row: Row, source: DataSource) -> Example:
+    """Return a prompt with its completion; both are texts, or both messages."""
+    fields = source.fields
+    prompt, completion = value_of(row, fields.prompt), value_of(row, fields.completion)
+    if has(row, "label") and isinstance(value_of(row, "label"), bool):
+        raise UserError(
+            f"{row.place}: field 'label' is true or false, as for KTO, which FedPipe does not train; "
+            "keep the good completions and remove the field"
+        )
+    if isinstance(prompt, list) and isinstance(completion, list):
+        given = messages_of(row, fields.prompt)
+        messages = messages_of(row, fields.completion)
+        if not messages:
+            raise UserError(f"{row.place}: field {fields.completion!r} is empty; nothing is to be learned")
+        tools = tools_of(row, fields.tools)
+        return Example(
+            row.place, fields.completion, messages=(*given, *messages), given=len(given), tools=tools
+        )
+    unread = fields.prompt == "instruction" and fields.completion != "input"
+    if unread and has(row, "input") and value_of(row, "input") != "":
+        raise UserError(f"{row.place}: field 'input' would be left out; set spec.data.format: alpaca")
+    text = _learned(row, fields.completion)
+    return Example(row.place, fields.completion, text, prompt=text_of(row, fields.prompt))
+
+
+def _alpaca(row: Row) -> Example:
+    """Return a row of Alpaca as a chat, and in its authors' words for models without a chat template."""
+    system, instruction, given, answer = alpaca(row)
+    if not answer.strip():
+        raise UserError(f"{row.place}: field 'output' is empty; nothing is to be learned")
+    asked = f"{instruction}\n\n{given}" if given else instruction
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    context = ", paired with an input that provides further context" if given else ""
+    opening = system or (
+        f"Below is an instruction that describes a task{context}. "
+        "Write a response that appropriately completes the request."
+    )
+    more = f"\n\n### Input:\n{given}" if given else ""
+    prompt = f"{opening}\n\n### Instruction:\n{instruction}{more}\n\n### Response:\n"
+    given_messages = len(messages) - 1
+    return Example(row.place, "output", answer, prompt=prompt, messages=tuple(messages), given=given_messages)
+
+
+def _learned(row: Row, name: str) -> str:
+    text = text_of(row, name)
+    if not text.strip():
+        raise UserError(f"{row.place}: field {name!r} is empty; nothing is to be learned")
+    return text
+
+
+def _label(row: Row, name: str, labels: tuple[str, ...]) -> tuple[int, bool]:
+    """Return the index of a row's class, and whether the row itself gives the index.
+
+    A number is a name where names are numbers, else an index.
+    """
+    value = value_of(row, name)
+    written = _names_of(value)
+    for one in written:
+        if one in labels:
+            return labels.index(one), False
+    numbers = not any(_is_number(label) for label in labels)
+    index = next((one for one in written if one.isascii() and one.isdecimal() and len(one) < 10), None)
+    if numbers and index is not None and int(index) < len(labels):
+        return int(index), True
     shown = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
-    raise UserError(f"{row.place}: field {field!r} is not one of the job's {len(labels)} labels: {shown}")
+    what = "is not" if isinstance(value, str) else f"is {kind_of(value)}, not"
+    raise UserError(f"{row.place}: field {name!r} {what} one of the job's {len(labels)} labels: {shown}")
 
 
-def _value(row: Row, field: str) -> object:
-    value: object = row.fields.get(field)
-    if value is None:
-        raise UserError(f"{row.place}: no field {field!r}; add it or correct spec.data.fields")
-    return value
+def _names_of(value: object) -> list[str]:
+    """Return how a class of this value may be called."""
+    match value:
+        case bool():
+            return ["true", "True", "TRUE"] if value else ["false", "False", "FALSE"]
+        case str():
+            return [value]
+        case int():
+            return [str(value)] if abs(value) < 10**9 else []
+        case float():  # columns of whole numbers become these where one is missing
+            return [repr(value), *([str(int(value))] if value.is_integer() and abs(value) < 10**9 else [])]
+    return []
+
+
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True

@@ -74,6 +74,7 @@ def registration(state: JobState, node: str, message: Registration) -> Verdict:
         and known.device == message.device
         and known.samples == message.samples
         and known.evaluation_samples == message.evaluation_samples
+        and known.notes == message.notes
         and known.shape == shape
     )
     return Verdict.KNOWN if same else Verdict.NEW

@@ -85,6 +85,7 @@ class Inbox:
                         device=message.device,
                         samples=message.samples,
                         evaluation_samples=message.evaluation_samples,
+                        notes=message.notes,
                         shape=(shape := digest_of(message.model)),
                         model=None if shape in state.models else message.model,
                     ),

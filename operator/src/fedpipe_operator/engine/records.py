@@ -25,6 +25,7 @@ from fedpipe_api.job import FedPipeJobSpec
 from fedpipe_api.status import Phase
 from fedpipe_api.wire import (
     Blob,
+    DataNotes,
     DeviceFacts,
     Evaluation,
     ModelShape,
@@ -98,6 +99,7 @@ class AgentRegistered(Model):
     device: DeviceFacts
     samples: Positive
     evaluation_samples: Count
+    notes: DataNotes = DataNotes()
     shape: Sha256 | None = None
     model: ModelShape | None = None
 

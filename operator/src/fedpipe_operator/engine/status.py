@@ -187,8 +187,15 @@ def _node(state: JobState, name: str, heard: Progress | None) -> NodeStatus:
         measured_seconds=measured,
         last_round=last,
         train_loss=manifest.train_loss if manifest else None,
+        **_counted(state, name),
         message=state.lost.get(name) or left_out or _capped(state, name),
     )
+
+
+def _counted(state: JobState, name: str) -> dict[str, int]:
+    """Return the counts of a node's rows that are not 0, by the names of their fields."""
+    agent = state.agents.get(name)
+    return {field: count for field, count in agent.notes.model_dump().items() if count} if agent else {}
 
 
 def _capped(state: JobState, name: str) -> str | None:

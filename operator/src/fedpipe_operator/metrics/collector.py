@@ -139,6 +139,9 @@ def _add_node(
         if live.progress is not None:
             samples.add("fedpipe_node_step", key, live.progress.step)
             samples.add("fedpipe_node_tokens_per_second", key, live.progress.tokens_per_second)
+    if node in state.agents:
+        for kind, count in state.agents[node].notes.model_dump().items():
+            samples.add("fedpipe_node_rows", (*key, kind.removesuffix("_rows")), count)
     plan = state.plan.nodes.get(node) if state.plan else None
     if plan is not None:
         samples.add("fedpipe_node_plan_info", (*key, plan.precision.value, plan.limited_by), 1)

@@ -72,6 +72,11 @@ FAMILIES: tuple[Family, ...] = (
     # A node's part in a job
     _gauge("fedpipe_node_up", NODE, "1 while the node's agent answers."),
     _gauge("fedpipe_node_silence_seconds", NODE, "Seconds since its agent last called."),
+    _gauge(
+        "fedpipe_node_rows",
+        (*NODE, "kind"),
+        "Rows of its data that were skipped, truncated, repeated (also train data) or numbered (class).",
+    ),
     _gauge("fedpipe_node_plan_info", (*NODE, "precision", "limited_by"), "1; its plan."),
     _gauge("fedpipe_node_micro_batch", NODE, "Planned samples of one forward pass."),
     _gauge("fedpipe_node_accumulation", NODE, "Planned forward passes of one optimizer step."),
