@@ -362,3 +362,30 @@ def test_bad_rows_are_skipped_and_counted_where_asked(tokenizer_of, tmp_path, ca
         UserError, match=r"train.jsonl:1: no field 'text'.*\(2 rows were skipped, none is left\)"
     ):
         load(tokenizer_of(CHATML), tmp_path, [{}, {}], on_bad_row="skip")
+
+
+def test_a_directory_with_sentencepiece_alone_works(tmp_path):
+    import sentencepiece
+
+    from fedpipe_agent.train.model import Source, read_tokenizer
+
+    model = tmp_path / "model"
+    model.mkdir()
+    sentences = ["The capital of France is Paris.", "What is the weather today?", "It is sunny and warm."] * 5
+    with (model / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=file,
+            vocab_size=48,
+            model_type="bpe",
+            minloglevel=2,
+        )
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"})
+    )
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = read_tokenizer(Source(str(model)))
+    (row,) = ours(tokenizer, tmp_path, [{"prompt": "The capital of France is", "completion": " Paris."}])
+    # As one text: no blank more before the completion.
+    assert row[0][:-1] == tokenizer("The capital of France is Paris.")["input_ids"]
+    assert decoded(tokenizer, row)[1].strip() == "Paris.</s>"
