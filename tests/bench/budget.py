@@ -224,7 +224,8 @@ def agent(pair: Pair, directory: Path, spans: list[Span], link: Connection) -> N
 
     from fedpipe_agent.train.device import Device
     from fedpipe_agent.train.loop import Settings
-    from fedpipe_agent.train.model import Source, read_config, read_shape
+    from fedpipe_agent.train.model import Source, read_config
+    from fedpipe_agent.train.shape import read_shape
 
     map_in(spans)
     device = Device(Capacity(threads=1))
@@ -277,7 +278,7 @@ def write(pair: Pair, directory: Path) -> None:
     """Write a pair's model and global adapter."""
     from memory_run import write_global_adapter, write_model
 
-    from fedpipe_agent.train.model import read_shape
+    from fedpipe_agent.train.shape import read_shape
 
     write_model(pair.config(), pair.task, directory)
     write_global_adapter(read_shape(pair.config(), pair.task), pair.global_rank, directory / "global")
@@ -387,7 +388,7 @@ def register() -> None:
     """Import what an agent has imported when it registers."""
     import memory_run  # noqa: F401
 
-    from fedpipe_agent.train.model import read_shape
+    from fedpipe_agent.train.shape import read_shape
 
     for kind in ("bert", "gpt2", "llama"):
         pair = Pair(kind, hidden=32, heads=2, inner=64, layers=1, vocabulary=64, length=16)

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedpipe_agent.train import data as agent_data
 from fedpipe_agent.train.loop import losses
-from fedpipe_agent.train.model import Source, longest_input, read_config, read_tokenizer
+from fedpipe_agent.train.model import Source, read_config, read_tokenizer
+from fedpipe_agent.train.shape import longest_input, read_shape
 from fedpipe_api.job import Task
-from fedpipe_api.names import ATTENTION_MODULES
 from fedpipe_operator.local.manifest import LocalJob, read
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,6 +50,7 @@ def centralised(local: LocalJob, steps: int, rank: int, batch_size: int) -> dict
     tokenizer = read_tokenizer(source)
     config = read_config(source, spec.model, tokenizer.pad_token_id)
     train, held_out = pooled(local, tokenizer, longest_input(config))
+    shape = read_shape(config, spec.model.task, spec.adapter.modules, source)
     torch.manual_seed(spec.seed)
     classify = spec.model.task is Task.SEQUENCE_CLASSIFICATION
     kind = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
@@ -57,8 +58,8 @@ def centralised(local: LocalJob, steps: int, rank: int, batch_size: int) -> dict
     lora = LoraConfig(
         r=rank,
         lora_alpha=spec.adapter.alpha,
-        target_modules=list(ATTENTION_MODULES[config.model_type]),
-        modules_to_save=["classifier"] if classify else None,
+        target_modules=[matrix.name for matrix in shape.matrices],
+        modules_to_save=list(shape.head_modules) or None,
     )
     model = get_peft_model(base, lora)
     trained = [p for p in model.parameters() if p.requires_grad]

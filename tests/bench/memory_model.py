@@ -95,7 +95,8 @@ def write(name: str, directory: Path) -> None:
 
 
 def shape(name: str, directory: Path) -> wire.ModelShape:
-    from fedpipe_agent.train.model import Source, read_config, read_shape
+    from fedpipe_agent.train.model import Source, read_config
+    from fedpipe_agent.train.shape import read_shape
 
     return read_shape(read_config(Source(str(directory)), job(name).model, 0), TASKS[name])
 

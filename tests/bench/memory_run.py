@@ -14,6 +14,7 @@ from fedpipe_agent.train import model as base
 from fedpipe_agent.train.adapters import Adapters, GlobalAdapter
 from fedpipe_agent.train.data import Samples, step_order
 from fedpipe_agent.train.device import Device
+from fedpipe_agent.train.shape import read_shape
 from fedpipe_agent.train.tokens import Sample
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision, Task
@@ -60,8 +61,8 @@ class Base:
         task = spec.model.task
         source = base.Source(str(directory))
         config = base.read_config(source, spec.model, 0)
-        shape = base.read_shape(config, task)
-        model: Any = base.load(source, config, task, precision, device.torch)
+        shape = read_shape(config, task)
+        model: Any = base.load(source, config, task, precision, device.torch, seed=7)
         model.get_input_embeddings().weight.sum()
         pristine = directory if precision is Precision.FP32 else None
         adapters = Adapters(model, shape, alpha=16, rs_lora=False, names=(0,), pristine=pristine)

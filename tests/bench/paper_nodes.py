@@ -14,6 +14,7 @@ from fedpipe_agent.train import data, importance, loop
 from fedpipe_agent.train import model as base
 from fedpipe_agent.train.adapters import Adapters, GlobalAdapter, save
 from fedpipe_agent.train.device import Device
+from fedpipe_agent.train.heads import head_tensors, set_head
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision
 from fedpipe_api.wire import HEAD, Start, uploaded_as_bf16
@@ -56,12 +57,12 @@ class Trainer:
         self._install(adapter, plan.precision, plan.ranks, rule, number)
         settings = self._settings(plan, steps)
         outcome = loop.train(self.model, self.samples, self._order(plan, number), settings, self._device)
-        head = base.head_parameters(self.model, self._spec.model.task)
+        head = head_tensors(self.model, self._task.shape.head)
         path = self._work / "update.safetensors"
         save(
             path,
             self._adapters.tensors(),
-            {name: _array(value) for name, value in head},
+            head,
             uploaded_as_bf16(rule),
         )
         return path, outcome.loss
@@ -75,7 +76,10 @@ class Trainer:
     ) -> None:
         task, spec = self._task, self._spec
         if precision is not self._precision:
-            self.model = base.load(task.source, task.config, spec.model.task, precision, self._device.torch)
+            self.model = base.load(
+                task.source, task.config, spec.model.task, precision, self._device.torch, seed=spec.seed
+            )
+            self._head = head_tensors(self.model, task.shape.head)
             self._precision = precision
             self._adapters = Adapters(
                 self.model,
@@ -85,14 +89,14 @@ class Trainer:
                 names=(spec.seed, self.name),
                 pristine=self._work if precision is Precision.FP32 else None,
             )
-        head = base.fresh_head(task.shape.head, spec.seed)
+        head = dict(self._head)
         if path is None:
             self._adapters.install(None, ranks, rule, number)
         else:
             with GlobalAdapter(path, task.shape) as adapter:
                 self._adapters.install(adapter, ranks, rule, number)
                 head.update(adapter.head())
-        base.set_head(self.model, head)
+        set_head(self.model, head)
 
     def _order(self, plan: wire.NodePlan, number: int) -> Any:
         size = plan.micro_batch * plan.accumulation
@@ -113,9 +117,10 @@ class FullTrainer:
         self._spec, self._device = spec, device
         self._work = work / name
         self._work.mkdir(parents=True)
-        self.model = base.load(task.source, task.config, spec.model.task, Precision.FP32, device.torch)
+        self.model = base.load(
+            task.source, task.config, spec.model.task, Precision.FP32, device.torch, seed=spec.seed
+        )
         self.model.requires_grad_(True)
-        base.set_head(self.model, base.fresh_head(task.shape.head, spec.seed))
         self._rate = FULL_LEARNING_RATE[task.name]
 
     def train(
@@ -138,7 +143,7 @@ class FullTrainer:
         """Give the model the global parameters."""
         with safe_open(adapter, framework="np") as file:
             names = list(file.keys())
-            base.set_head(self.model, {name.removeprefix(HEAD): file.get_tensor(name) for name in names})
+            set_head(self.model, {name.removeprefix(HEAD): file.get_tensor(name) for name in names})
 
 
 def settings(spec: FedPipeJobSpec, plan: wire.NodePlan, steps: int, rate: float) -> loop.Settings:

@@ -20,6 +20,7 @@ from bench.paper_fleet import deadline
 from fedpipe_agent.train import data, loop
 from fedpipe_agent.train import model as base
 from fedpipe_agent.train.device import Device
+from fedpipe_agent.train.shape import longest_input, read_shape
 from fedpipe_api import wire
 from fedpipe_api.base import UserError
 from fedpipe_api.job import FedPipeJobSpec
@@ -116,7 +117,7 @@ def prepare(scenario: Scenario, setting: Setting, root: Path, nodes: tuple[str, 
         directory = work / "data" / name
         directory.mkdir(parents=True)
         (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-        longest = base.longest_input(config)
+        longest = longest_input(config)
         return data.load(directory, spec.data, spec.model, tokenizer, seed=0, longest=longest)[0]
 
     references: dict[str, list[str]] = {}
@@ -125,7 +126,7 @@ def prepare(scenario: Scenario, setting: Setting, root: Path, nodes: tuple[str, 
             references.setdefault(row["meaning_representation"], []).append(row["reference"])
         chosen = random.Random("bleu").sample(sorted(references), min(GENERATED, len(references)))
         references = {meaning: references[meaning] for meaning in chosen}
-    shape = base.read_shape(config, spec.model.task, spec.adapter.modules)
+    shape = read_shape(config, spec.model.task, spec.adapter.modules)
     limit = deadline(shape, spec, setting.steps)
     return Task(
         name=kind,
@@ -162,7 +163,9 @@ def job(scenario: Scenario, setting: Setting, labels: list[str]) -> FedPipeJobSp
         },
         "adapter": {
             "ranks": {"min": 2, "max": 16},
-            "modules": [] if news else ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+            "modules": ["query", "key", "value", "attention.output.dense"]
+            if news
+            else ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
             "selection": {"mode": "all", "keep": setting.keep, "warmupSteps": setting.warmup},
         },
         "optimizer": {"learningRate": CENTRAL_LEARNING_RATE[scenario.task] if central else LEARNING_RATE},

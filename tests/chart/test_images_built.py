@@ -20,6 +20,7 @@ import yaml
 from agent_fixtures import Coordinator, registered, save_tiny_model, write_rows
 from chart.rendering import CHART, REPOSITORY
 from fedpipe_agent.train import model as base
+from fedpipe_agent.train.shape import read_shape
 from fedpipe_api.job import Precision, Task
 from fedpipe_api.wire import Assignment, AssignmentKind, NodePlan
 
@@ -118,7 +119,7 @@ def test_the_agent_trains_a_round(tmp_path: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)  # the image's user is not the owner
     job = registered()
     source = base.Source(str(tmp_path / "model"))
-    shape = base.read_shape(base.read_config(source, job.model, 0), Task.SEQUENCE_CLASSIFICATION)
+    shape = read_shape(base.read_config(source, job.model, 0), Task.SEQUENCE_CLASSIFICATION)
     plan = NodePlan(
         precision=Precision.FP32, ranks={matrix.name: 2 for matrix in shape.matrices}, micro_batch=4,
         accumulation=2, local_steps=3, predicted_bytes=0, predicted_step_seconds=0, predicted_round_seconds=0,

@@ -72,9 +72,10 @@ def plan(ranks, precision=Precision.FP32, **more):
 
 def shape_of(model, task=Task.SEQUENCE_CLASSIFICATION):
     from fedpipe_agent.train import model as base
+    from fedpipe_agent.train.shape import read_shape
 
     config = base.read_config(base.Source(str(model)), registered(task).model, 0)
-    return base.read_shape(config, task)
+    return read_shape(config, task)
 
 
 def train_assignment(number, ranks, adapter=None, **more):

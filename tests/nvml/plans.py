@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[2] / "charts"))
 
 from generate import filled
 
-from fedpipe_agent.train.model import read_shape
+from fedpipe_agent.train.shape import read_shape
 from fedpipe_api import units, wire
 from fedpipe_api.job import FedPipeJobSpec, Task
 from fedpipe_api.node import READY, FedPipeNode

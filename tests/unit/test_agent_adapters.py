@@ -12,6 +12,7 @@ from fedpipe_agent.errors import Failure
 from fedpipe_agent.train import model as base
 from fedpipe_agent.train.adapters import ROW_NORM, Adapters, GlobalAdapter, fresh_rows, save, start
 from fedpipe_agent.train.model import Source
+from fedpipe_agent.train.shape import read_shape
 from fedpipe_api import wire
 from fedpipe_api.job import Precision, Task
 from fedpipe_api.wire import Start
@@ -29,14 +30,13 @@ def bases(tmp_path_factory):
     for kind in KINDS:
         source = Source(str(save_tiny_model(kind, tmp_path_factory.mktemp(kind))))
         config = base.read_config(source, registered(TASK).model, 0)
-        found[kind] = source, config, base.read_shape(config, TASK)
+        found[kind] = source, config, read_shape(config, TASK)
     return found
 
 
 def loaded(bases, kind, precision, tmp_path, rs_lora=False):
     source, config, shape = bases[kind]
-    model = base.load(source, config, TASK, precision, CPU)
-    base.set_head(model, base.fresh_head(shape.head, 7))
+    model = base.load(source, config, TASK, precision, CPU, seed=7)
     pristine = tmp_path if precision is Precision.FP32 else None
     return model, Adapters(model, shape, alpha=ALPHA, rs_lora=rs_lora, names=(7, "edge"), pristine=pristine)
 
@@ -55,8 +55,7 @@ def opened(tmp_path, shape, tensors):
 def dense_logits(bases, kind, tensors):
     """Return the logits of base + global adapter with dense increments, float32."""
     source, config, shape = bases[kind]
-    model = base.load(source, config, TASK, Precision.FP32, CPU)
-    base.set_head(model, base.fresh_head(shape.head, 7))
+    model = base.load(source, config, TASK, Precision.FP32, CPU, seed=7)
     with torch.no_grad():
         for matrix in shape.matrices:
             if matrix.name + wire.LORA_A in tensors:

@@ -15,6 +15,7 @@ from fedpipe_agent.train.device import Device
 from fedpipe_agent.train.importance import Increment, measure
 from fedpipe_agent.train.loop import Settings
 from fedpipe_agent.train.model import Source
+from fedpipe_agent.train.shape import read_shape
 from fedpipe_agent.train.tokens import Sample
 from fedpipe_api import wire
 from fedpipe_api.job import Precision, Task
@@ -73,9 +74,8 @@ def source(tmp_path_factory):
 
 def prepared(source, precision=Precision.FP32):
     config = base.read_config(source, registered(TASK).model, 0)
-    shape = base.read_shape(config, TASK)
-    model = base.load(source, config, TASK, precision, CPU)
-    base.set_head(model, base.fresh_head(shape.head, 7))
+    shape = read_shape(config, TASK)
+    model = base.load(source, config, TASK, precision, CPU, seed=7)
     return model, shape
 
 

@@ -18,6 +18,7 @@ from fedpipe_agent.train.data import IGNORED, Samples, step_order
 from fedpipe_agent.train.device import Device, is_out_of_memory
 from fedpipe_agent.train.loop import MicroBatches, Settings, evaluate, train
 from fedpipe_agent.train.model import Source
+from fedpipe_agent.train.shape import read_shape
 from fedpipe_api.job import Precision, Task
 from fedpipe_api.node import Capacity
 from fedpipe_api.wire import Start
@@ -39,9 +40,8 @@ def device():
 
 def prepared(sources, task, tmp_path, precision=Precision.FP32, where="cpu"):
     config = base.read_config(sources[task], registered(task).model, 0)
-    shape = base.read_shape(config, task)
-    model = base.load(sources[task], config, task, precision, torch.device(where))
-    base.set_head(model, base.fresh_head(shape.head, 7))
+    shape = read_shape(config, task)
+    model = base.load(sources[task], config, task, precision, torch.device(where), seed=7)
     adapters = Adapters(model, shape, alpha=8, rs_lora=False, names=(7, "edge"), pristine=None)
     adapters.install(None, {matrix.name: 4 for matrix in shape.matrices}, Start.SPLIT, 1)
     return model

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import gc
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from agent_fixtures import KINDS, registered, save_tiny_model
 from fedpipe_agent.train import model as base
+from fedpipe_agent.train.heads import head_modules, head_parameters, head_tensors
 from fedpipe_agent.train.model import Source
+from fedpipe_agent.train.shape import read_shape
 from fedpipe_api.base import UserError
 from fedpipe_api.job import Precision, Task
 
@@ -30,8 +31,8 @@ def config_of(path, task):
 @pytest.mark.parametrize(("kind", "task"), TASKS)
 def test_the_shape_is_that_of_the_loaded_model(models, kind, task):
     config = config_of(models[kind], task)
-    shape = base.read_shape(config, task)
-    model = base.load(Source(str(models[kind])), config, task, Precision.FP32, CPU)
+    shape = read_shape(config, task)
+    model = base.load(Source(str(models[kind])), config, task, Precision.FP32, CPU, seed=7)
     parameters = dict(model.named_parameters())
     head = {tensor.name: tensor.shape for tensor in shape.head}
     assert {name: tuple(parameters[name].shape) for name in head} == head
@@ -47,15 +48,12 @@ def test_the_shape_is_that_of_the_loaded_model(models, kind, task):
     assert {name for name, p in parameters.items() if p.requires_grad} == set(head)
 
 
-def test_the_default_candidates_are_the_attention_matrices(models):
-    expected = {
-        "bert": ["query", "key", "value", "attention.output.dense"],
-        "gpt2": ["attn.c_attn", "attn.c_proj"],
-        "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    }
+def test_the_default_candidates_are_those_of_peft(models):
+    expected = {"bert": ["query", "value"], "gpt2": ["attn.c_attn"], "llama": ["q_proj", "v_proj"]}
     for kind, suffixes in expected.items():
         task = Task.SEQUENCE_CLASSIFICATION
-        shape = base.read_shape(config_of(models[kind], task), task)
+        shape = read_shape(config_of(models[kind], task), task)
+        assert shape.modules_from == "peft"
         assert len(shape.matrices) == 2 * len(suffixes)
         assert all(any(matrix.name.endswith(s) for s in suffixes) for matrix in shape.matrices)
 
@@ -63,22 +61,10 @@ def test_the_default_candidates_are_the_attention_matrices(models):
 def test_named_modules_become_the_candidates(models):
     task = Task.SEQUENCE_CLASSIFICATION
     config = config_of(models["bert"], task)
-    shape = base.read_shape(config, task, ("intermediate.dense",))
+    shape = read_shape(config, task, ("intermediate.dense",))
     assert [(m.rows, m.columns) for m in shape.matrices] == [(64, 32)] * 2
     with pytest.raises(UserError, match=r"no linear layer of 'bert' ends with 'q_proj'"):
-        base.read_shape(config, task, ("q_proj",))
-
-
-def test_an_unknown_architecture_needs_named_modules(tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps(
-            {"model_type": "opt", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 20, "ffn_dim": 64}
-        )
-    )
-    config = config_of(tmp_path, Task.CAUSAL_LM)
-    config.num_attention_heads, config.word_embed_proj_dim = 2, 32
-    with pytest.raises(UserError, match=r"spec.adapter.modules: 'opt' models have no default"):
-        base.read_shape(config, Task.CAUSAL_LM)
+        read_shape(config, task, ("q_proj",))
 
 
 @pytest.mark.parametrize("precision", Precision)
@@ -87,24 +73,23 @@ def test_every_precision_runs_forward_and_backward(models, kind, task, precision
     config = config_of(models[kind], task)
     ids = torch.tensor([[4, 5, 6, 7, 8, 9]])
     source = Source(str(models[kind]))
-    head = base.fresh_head(base.read_shape(config, task).head, 7)
+    shape = read_shape(config, task)
     outputs = []
     for chosen in (Precision.FP32, precision):
-        model = base.load(source, config, task, chosen, CPU)
-        base.set_head(model, head)
+        model = base.load(source, config, task, chosen, CPU, seed=7)
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
         # With embeddings alone GPT-2's and Llama's classifiers look at the last position.
         logits = model(inputs_embeds=embedded, attention_mask=torch.ones_like(ids)).logits.float()
         logits.square().sum().backward()
         outputs.append((logits.detach(), embedded.grad.float()))
-        for name, parameter in base.head_parameters(model, task):
+        for name, parameter in head_parameters(model, shape.head_modules):
             assert parameter.dtype == torch.float32, name
             assert parameter.grad is not None
-        linear = model.get_submodule(base.read_shape(config, task).matrices[0].name)
+        linear = model.get_submodule(shape.matrices[0].name)
         kept = {Precision.INT8: "Linear8bitLt", Precision.NF4: "Linear4bit"}.get(chosen)
         assert kept is None or type(linear).__name__ == kept
-        outside = next(base._outside(model))
-        assert type(model.get_submodule(outside)) is torch.nn.Linear
+        for kept in base.kept_modules(model, shape.head_modules):
+            assert type(model.get_submodule(kept)) is torch.nn.Linear
     (exact, exact_gradient), (found, gradient) = outputs
     tolerance = {Precision.FP32: 0, Precision.BF16: 0.05, Precision.INT8: 0.1, Precision.NF4: 0.6}[precision]
     assert (found - exact).norm() <= tolerance * exact.norm()
@@ -113,12 +98,14 @@ def test_every_precision_runs_forward_and_backward(models, kind, task, precision
 
 @pytest.mark.parametrize(("kind", "task"), TASKS)
 def test_float32_is_what_transformers_computes(models, kind, task):
-    model = base.load(Source(str(models[kind])), config_of(models[kind], task), task, Precision.FP32, CPU)
+    model = base.load(
+        Source(str(models[kind])), config_of(models[kind], task), task, Precision.FP32, CPU, seed=7
+    )
     causal = task is Task.CAUSAL_LM
     plain = (AutoModelForCausalLM if causal else AutoModelForSequenceClassification).from_pretrained(
         models[kind], pad_token_id=0, **({} if causal else {"num_labels": 3})
     )
-    state = {name: p.detach() for name, p in base.head_parameters(model, task)}
+    state = {name: p.detach() for name, p in head_parameters(model, head_modules(model, task))}
     plain.load_state_dict({**plain.state_dict(), **state})
     ids = torch.tensor([[4, 5, 6, 7], [8, 9, 0, 0]])
     mask = (ids != 0).long()
@@ -131,8 +118,13 @@ def test_float32_is_what_transformers_computes(models, kind, task):
 
 def test_the_head_starts_equal_on_every_node_and_precision(models):
     task = Task.SEQUENCE_CLASSIFICATION
-    shape = base.read_shape(config_of(models["bert"], task), task)
-    head, again, other = (base.fresh_head(shape.head, seed) for seed in (7, 7, 8))
+    config, source = config_of(models["bert"], task), Source(str(models["bert"]))
+    head, again, other = (
+        head_tensors(
+            base.load(source, config, task, precision, CPU, seed=seed), read_shape(config, task).head
+        )
+        for precision, seed in ((Precision.FP32, 7), (Precision.NF4, 7), (Precision.FP32, 8))
+    )
     weight = head["classifier.weight"]
     assert np.array_equal(weight, again["classifier.weight"])
     assert not np.array_equal(weight, other["classifier.weight"])
@@ -155,7 +147,7 @@ def test_a_directory_without_a_model_is_named(tmp_path, models):
     (tmp_path / "config.json").write_bytes((models["bert"] / "config.json").read_bytes())
     config = config_of(tmp_path, Task.SEQUENCE_CLASSIFICATION)
     with pytest.raises(UserError, match="cannot be loaded"):
-        base.load(Source(str(tmp_path)), config, Task.SEQUENCE_CLASSIFICATION, Precision.FP32, CPU)
+        base.load(Source(str(tmp_path)), config, Task.SEQUENCE_CLASSIFICATION, Precision.FP32, CPU, seed=7)
 
 
 def test_an_incomplete_model_is_refused(tmp_path, models):
@@ -168,7 +160,7 @@ def test_an_incomplete_model_is_refused(tmp_path, models):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     config = config_of(tmp_path, Task.SEQUENCE_CLASSIFICATION)
     with pytest.raises(UserError, match=r"bert.encoder.layer.1.output.dense.weight is missing"):
-        base.load(Source(str(tmp_path)), config, Task.SEQUENCE_CLASSIFICATION, Precision.FP32, CPU)
+        base.load(Source(str(tmp_path)), config, Task.SEQUENCE_CLASSIFICATION, Precision.FP32, CPU, seed=7)
 
 
 def test_a_repository_may_name_its_revision():
@@ -181,7 +173,7 @@ def test_a_repository_may_name_its_revision():
 def test_a_smaller_base_does_not_keep_the_checkpoint_in_memory(models, precision):
     task = Task.CAUSAL_LM
     source = Source(str(models["gpt2"]))
-    model = base.load(source, config_of(models["gpt2"], task), task, precision, CPU)
+    model = base.load(source, config_of(models["gpt2"], task), task, precision, CPU, seed=7)
     gc.collect()
     assert model is not None
     mapped = Path("/proc/self/maps").read_text()

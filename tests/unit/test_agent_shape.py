@@ -2,15 +2,16 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
-from fedpipe_agent.train.model import Source, read_config, read_shape
+from fedpipe_agent.train.model import Source, read_config
+from fedpipe_agent.train.shape import read_shape
 from fedpipe_api.base import UserError
 from fedpipe_api.job import HostPath, ModelSource, Task
-from fedpipe_api.names import ATTENTION_MODULES
 
 LABELS = 3
 TINY = {
@@ -92,11 +93,9 @@ def test_the_shape_is_that_of_the_real_modules(name, task, modules, tmp_path):
 
     shape = shape_of(tmp_path, task, suffixes)
 
-    wanted = suffixes or ATTENTION_MODULES[architecture]
+    mapping = peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    wanted = suffixes or mapping.get(architecture)
     linear = list(linear_layers(model))
-    assert [(matrix.name, (matrix.rows, matrix.columns)) for matrix in shape.matrices] == [
-        (layer, sides) for layer, sides in linear if any(f".{layer}".endswith(f".{end}") for end in wanted)
-    ]
     beside = {child for child, _ in model.named_children()} - {model.base_model_prefix}
     head = {
         parameter: tuple(value.shape)
@@ -104,6 +103,14 @@ def test_the_shape_is_that_of_the_real_modules(name, task, modules, tmp_path):
         if parameter.split(".")[0] in beside and task is Task.SEQUENCE_CLASSIFICATION
     }
     assert {tensor.name: tensor.shape for tensor in shape.head} == head
+    assert set(shape.head_modules) == {parameter.split(".")[0] for parameter in head}
+    assert [(matrix.name, (matrix.rows, matrix.columns)) for matrix in shape.matrices] == [
+        (layer, sides)
+        for layer, sides in linear
+        if layer.split(".")[0] not in beside
+        and (wanted is None or any(f".{layer}".endswith(f".{end}") for end in wanted))
+    ]
+    assert shape.modules_from == ("job" if suffixes else "peft" if wanted else "all-linear")
     assert shape.parameters == sum(
         value.numel() for parameter, value in model.named_parameters() if parameter not in head
     )
@@ -130,7 +137,7 @@ def written(directory: Path, **changes) -> Path:
             {"num_attention_heads": 3},
             "spec.model: the bert configuration makes no sequence-classification model",
         ),
-        ({"num_hidden_layers": 0}, "spec.adapter.modules: no linear layer of 'bert' ends with"),
+        ({"num_hidden_layers": 0}, "configuration of the bert model: layers"),
         ({"model_type": "t6"}, "not a model: .*t6"),
         ({"model_type": ["bert"]}, "not a model: "),
     ],

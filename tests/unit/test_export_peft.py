@@ -60,6 +60,7 @@ def shape_of(model):
         architecture=config.model_type, layers=2, hidden=24, heads=2, key_value_heads=2, intermediate=32,
         vocabulary=50, causal=config.model_type == "gpt2", parameters=1, linear_parameters=1,
         matrices=(MatrixShape(name="m", rows=1, columns=1),),
+        head_modules=tuple(name for name, _ in model.named_children() if name in ("classifier", "score")),
     )  # fmt: skip
 
 

@@ -35,10 +35,8 @@ JOB = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model of which a plan reads the configuration and the tokenizer, not the weights."""
-    path = save_tiny_model("bert", tmp_path_factory.mktemp("bert"))
-    (path / "model.safetensors").write_bytes(b"weights")
-    return path
+    """A model of which a plan reads the configuration, the tokenizer and the names of the weights."""
+    return save_tiny_model("bert", tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture
@@ -72,7 +70,11 @@ def test_every_node_of_the_fleet_is_accounted_for(planned):
     assert [line.split()[0] for line in lines[1:4]] == ["edge-0", "edge-1", "edge-2"]
     assert "does not fit: needs" in lines[3]
     assert lines[4].startswith("round deadline 5m · slowest planned node ")
-    assert lines[5:] == [
+    assert lines[5] == (
+        "20,960 parameters; weights to adapt: query, value "
+        "(peft's choice for bert; spec.adapter.modules names others)"
+    )
+    assert lines[6:] == [
         "edge-0, edge-1: ranks: the highest ranks that spec.adapter.ranks allows fit at this precision",
         "edge-3, edge-4: left out: spec.nodes.max is 3",
     ]

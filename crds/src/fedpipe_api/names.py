@@ -34,18 +34,6 @@ CA_CONFIGMAP = "fedpipe-ca"
 OPERATOR_KEY = "operator"
 """Its key with the operator's Service as NAMESPACE/NAME."""
 
-ATTENTION_MODULES: dict[str, tuple[str, ...]] = {
-    "bert": ("query", "key", "value", "attention.output.dense"),
-    "roberta": ("query", "key", "value", "attention.output.dense"),
-    "distilbert": ("q_lin", "k_lin", "v_lin", "out_lin"),
-    "gpt2": ("attn.c_attn", "attn.c_proj"),
-    "llama": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mistral": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "qwen2": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "qwen3": ("q_proj", "k_proj", "v_proj", "o_proj"),
-}
-"""Suffixes of the matrices that are candidates by default, by transformers' model_type (METHOD §1)."""
-
 
 def child_name(job: str, node: str) -> str:
     """Return the deterministic name of the agent Pod of a job on a node; at most 63 characters.

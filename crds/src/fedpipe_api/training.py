@@ -119,7 +119,7 @@ class Adapter(Model):
     modules: tuple[ModuleName, ...] = Field(
         default=(),
         max_length=100,
-        description="Module suffixes to adapt; default: attention, by architecture.",
+        description="Suffixes of the linear layers to adapt; default: peft's for the architecture, else all.",
     )
     ranks: Ranks = Ranks()
     alpha: float = Field(default=16.0, gt=0, le=65536, description="LoRA alpha; scale is alpha/r.")

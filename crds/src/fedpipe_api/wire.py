@@ -130,6 +130,14 @@ class TensorShape(Model):
         return math.prod(self.shape)
 
 
+class ModulesFrom(StrEnum):
+    """Who chose the weights that are candidates for adaptation."""
+
+    JOB = "job"
+    PEFT = "peft"
+    ALL_LINEAR = "all-linear"
+
+
 class ModelShape(Model):
     """What the planner needs to know of a base model, read from its configuration without its weights."""
 
@@ -146,8 +154,24 @@ class ModelShape(Model):
     linear_parameters: int = Field(
         ge=0, le=2**43, description="Those in linear layers that quantization shrinks."
     )
+    active_parameters: int | None = Field(
+        default=None,
+        ge=0,
+        le=2**43,
+        description="Those that one token is multiplied with: of experts, the ones it is sent to.",
+    )
     matrices: tuple[MatrixShape, ...] = Field(min_length=1, max_length=10000, description="The candidates.")
+    modules_from: ModulesFrom = ModulesFrom.JOB
     head: tuple[TensorShape, ...] = Field(default=(), max_length=100)
+    head_modules: tuple[Word, ...] = Field(
+        default=(),
+        max_length=100,
+        description="The modules that hold it, as peft's modules_to_save names them.",
+    )
+    precisions: tuple[Precision, ...] = Field(
+        default=tuple(Precision), min_length=1, max_length=8, description="Those that differ for this model."
+    )
+    checkpointing: bool = Field(default=True, description="Whether it can compute activations again.")
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:

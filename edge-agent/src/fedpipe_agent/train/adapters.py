@@ -21,6 +21,7 @@ from torch import nn
 from fedpipe_api import wire
 
 from ..errors import Failure
+from .candidates import is_transposed
 from .seeds import generator
 
 TRAINED, FROZEN = "trained", "frozen"
@@ -311,11 +312,8 @@ class Adapters:
                     factors[adapter] = _Factor(factor, trained=adapter == TRAINED)
 
     def _is_transposed(self, name: str) -> bool:
-        """Whether a layer stores its weight as (inputs, outputs), as GPT-2's Conv1D does unless quantized."""
-        from transformers.pytorch_utils import Conv1D
-
         layer: Any = self._model.get_submodule(name)
-        return isinstance(layer.get_base_layer() if name in self._layers else layer, Conv1D)
+        return is_transposed(layer.get_base_layer() if name in self._layers else layer)
 
     @torch.no_grad()
     def _write(self, name: str, adapter: str, factors: Factors | None) -> None:

@@ -25,6 +25,8 @@ from . import data, importance, loop
 from . import model as base
 from .adapters import Adapters, GlobalAdapter, save
 from .device import Device, is_out_of_memory
+from .heads import head_tensors, set_head
+from .shape import longest_input, read_shape
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class Agent:
         self._precision: Precision | None = None
         self._model: Any = None
         self._adapters: Any = None
+        self._start_head: dict[str, np.ndarray] = {}
         self._upload_seconds = 0.0
         self.current: wire.Assignment | None = None
 
@@ -72,14 +75,14 @@ class Agent:
         job = self._job
         tokenizer = base.read_tokenizer(self._source)
         self._config = base.read_config(self._source, job.model, tokenizer.pad_token_id)
-        self._shape = base.read_shape(self._config, self._task, job.adapter.modules)
+        self._shape = read_shape(self._config, self._task, job.adapter.modules, self._source)
         self._samples, self._held_out, self._notes = data.load(
             directory,
             job.data,
             job.model,
             tokenizer,
             seed=job.seed,
-            longest=base.longest_input(self._config),
+            longest=longest_input(self._config),
         )
         log.info("%s: %d samples, %d held out", job.node, len(self._samples), len(self._held_out))
 
@@ -215,10 +218,7 @@ class Agent:
         bf16: bool,
     ) -> None:
         number = assignment.round
-        head = {
-            name: parameter.detach().cpu().numpy()
-            for name, parameter in base.head_parameters(self._model, self._task)
-        }
+        head = head_tensors(self._model, self._shape.head)
         tensors = self._adapters.tensors()
         if not all(np.isfinite(value).all() for value in (*tensors.values(), *head.values())):
             raise Failure(f"round {number}: the update is not finite; lower spec.optimizer.learningRate")
@@ -292,7 +292,10 @@ class Agent:
             return
         self._model = self._adapters = None
         self._device.reset_peak()
-        self._model = base.load(self._source, self._config, self._task, precision, self._device.torch)
+        self._model = base.load(
+            self._source, self._config, self._task, precision, self._device.torch, seed=self._job.seed
+        )
+        self._start_head = head_tensors(self._model, self._shape.head)
         self._precision = precision
         pristine = None
         if precision is Precision.FP32:
@@ -311,8 +314,7 @@ class Agent:
         self, adapter: GlobalAdapter | None, ranks: dict[str, int], rule: wire.Start, number: int
     ) -> None:
         self._adapters.install(adapter, ranks, rule, number)
-        head = base.fresh_head(self._shape.head, self._job.seed)
-        base.set_head(self._model, {**head, **(adapter.head() if adapter else {})})
+        set_head(self._model, {**self._start_head, **(adapter.head() if adapter else {})})
 
     def _order(self, plan: wire.NodePlan, number: int) -> Any:
         size = plan.micro_batch * plan.accumulation

@@ -77,7 +77,6 @@ def _config(tensors: Mapping[str, np.ndarray], spec: FedPipeJobSpec, shape: Mode
     highest = max(ranks.values(), default=1)
     # PEFT reads these keys as regular expressions that end at the module's name.
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != highest}
-    head = {n.removeprefix(HEAD).rpartition(".")[0] for n in tensors if n.startswith(HEAD)}
     name, revision = base_of(spec.model)
     return {
         "peft_type": "LORA",
@@ -93,7 +92,7 @@ def _config(tensors: Mapping[str, np.ndarray], spec: FedPipeJobSpec, shape: Mode
         "bias": "none",
         "fan_in_fan_out": shape.architecture in _FAN_IN_FAN_OUT,
         "target_modules": sorted(ranks),
-        "modules_to_save": sorted(head) or None,
+        "modules_to_save": sorted(shape.head_modules) or None,
     }
 
 

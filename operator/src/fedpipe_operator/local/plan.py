@@ -12,7 +12,7 @@ from rich.table import Table
 from fedpipe_api.base import UserError
 from fedpipe_api.wire import Registration
 
-from ..planner import NodeFacts, Plan, PlanRequest, plan, rows, summary_line
+from ..planner import NodeFacts, Plan, PlanRequest, modules_line, plan, rows, summary_line
 from .agents import agent_command, capacity_of, environment, last_line
 from .manifest import LocalJob
 
@@ -24,7 +24,8 @@ _WIDE = 92
 
 def plan_job(local: LocalJob) -> int:
     """Print the plan; UserError when too few nodes fit."""
-    made = make(local)
+    registrations = describe(local)
+    made = make(local, registrations)
     console = Console(highlight=False)
     table = Table(box=None, padding=(0, 2 if console.width >= _WIDE else 1, 0, 0), header_style="dim")
     ranks = f"ranks (of {made.candidates} matrices)"
@@ -35,6 +36,7 @@ def plan_job(local: LocalJob) -> int:
         table.add_row(row.node, row.precision, row.batch, row.ranks, row.memory, row.round, row.limited_by)
     console.print(table)
     console.print(summary_line(made), soft_wrap=True)
+    console.print(modules_line(registrations[0].model), soft_wrap=True)
     reasons = {name: f"{node.limited_by}: {node.reason}" for name, node in made.nodes.items()}
     for line in _why(reasons | {name: f"left out: {why}" for name, why in local.excluded.items()}):
         console.print(line, soft_wrap=True)
@@ -58,9 +60,9 @@ def _why(reasons: Mapping[str, str]) -> Iterator[str]:
         yield f"{', '.join(names[:_NAMED])}{more}: {reason}"
 
 
-def make(local: LocalJob) -> Plan:
-    """Return the plan; UserError when an agent would refuse the model or a node's data, in its words."""
-    found = [(member.node.name, each) for member, each in zip(local.members, describe(local), strict=True)]
+def make(local: LocalJob, registrations: list[Registration]) -> Plan:
+    """Return the plan by what the members' agents would register with."""
+    found = [(member.node.name, each) for member, each in zip(local.members, registrations, strict=True)]
     nodes = tuple(NodeFacts(name, each.device, each.samples, each.evaluation_samples) for name, each in found)
     return plan(PlanRequest(model=found[0][1].model, spec=local.job.spec, nodes=nodes))
 

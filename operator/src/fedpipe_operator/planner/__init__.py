@@ -6,7 +6,7 @@ from .replan import needs_replan
 from .request import NodeFacts, Plan, PlanRequest
 from .selection import select_matrices
 from .solve import asked_steps, calibrate, plan
-from .table import PlanRow, rows, summary_line
+from .table import PlanRow, modules_line, rows, summary_line
 
 __all__ = [
     "Calibration",
@@ -16,6 +16,7 @@ __all__ = [
     "PlanRow",
     "asked_steps",
     "calibrate",
+    "modules_line",
     "needs_replan",
     "plan",
     "rows",

@@ -43,9 +43,12 @@ def no_time(
     )
 
 
-def no_precision(device: wire.DeviceFacts, wanted: Iterable[Precision]) -> str:
+def no_precision(device: wire.DeviceFacts, model: wire.ModelShape, wanted: Iterable[Precision]) -> str:
     """Return why no precision can be used."""
     found = {kernel.precision: kernel.message or "does not work" for kernel in device.kernels}
+    found |= {
+        precision: _without_effect(precision, model) for precision in set(Precision) - set(model.precisions)
+    }
     faults = [f"{precision}: {found.get(precision, 'the node does not report it')}" for precision in wanted]
     return f"no precision allowed by spec.quantization works there ({'; '.join(faults)})"[:1024]
 
@@ -53,3 +56,9 @@ def no_precision(device: wire.DeviceFacts, wanted: Iterable[Precision]) -> str:
 def fewer_steps(asked: int, planned: int, deadline: float) -> str:
     """Return why a node does fewer local steps."""
     return f"{asked} local steps do not fit the deadline of {duration(deadline)}; it does {planned}"
+
+
+def _without_effect(precision: Precision, model: wire.ModelShape) -> str:
+    if len(model.precisions) == 1:
+        return f"the model's weights are stored at {model.precisions[0]}"
+    return f"a {model.architecture} model has no layer that {precision} would shrink"

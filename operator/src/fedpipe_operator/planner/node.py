@@ -160,6 +160,7 @@ class Problem:
     @property
     def _precisions(self) -> tuple[Precision, ...]:
         works = {kernel.precision for kernel in self.case.device.kernels if kernel.usable}
+        works &= set(self._work.shape.precisions)
         return tuple(precision for precision in PRECISIONS[self._spec.quantization] if precision in works)
 
     def _configurations(self) -> Iterator[_Option]:
@@ -171,7 +172,7 @@ class Problem:
             for precision in self._precisions
             for size in range(1, batch + 1)
             if batch % size == 0
-            for checkpointing in (False, True)
+            for checkpointing in ((False, True) if work.shape.checkpointing else (False,))
         ]
         factor = self.case.seconds_factor
         seconds = {choice: factor * speed.fixed_time(work, device, choice) for choice in choices}
@@ -196,7 +197,9 @@ class Problem:
     def solve(self) -> Choice | Infeasible:
         """Return the best choice and what limits it, or why there is none."""
         if not self._options:
-            return Infeasible(format.no_precision(self.case.device, PRECISIONS[self._spec.quantization]))
+            return Infeasible(
+                format.no_precision(self.case.device, self._work.shape, PRECISIONS[self._spec.quantization])
+            )
         partial = not any(option.bytes(self._ranks[:, 0]) <= self.case.room for option in self._options)
         smallest = self._smallest() if partial else self._ranks[:, 0]
         roomy = [option for option in self._options if option.bytes(smallest) <= self.case.room]

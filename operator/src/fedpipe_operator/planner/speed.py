@@ -77,7 +77,8 @@ def fixed_time(work: Workload, device: wire.DeviceFacts, configuration: Configur
     """
     shape = work.shape
     tokens = work.batch * work.length
-    weights = shape.linear_parameters + (shape.vocabulary * shape.hidden if shape.causal else 0)
+    weights = shape.active_parameters or shape.linear_parameters
+    weights += shape.vocabulary * shape.hidden if shape.causal else 0
     attention = 3 * shape.layers * work.length * shape.hidden
     operations = tokens * 4 * (weights + attention)
     recomputed = 1.5 if configuration.checkpointing else 1.0

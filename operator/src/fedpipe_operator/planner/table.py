@@ -3,7 +3,8 @@
 
 from dataclasses import dataclass
 
-from fedpipe_api import units
+from fedpipe_api import units, wire
+from fedpipe_api.job import Precision
 
 from .format import batch, ranks
 from .request import Plan
@@ -62,3 +63,16 @@ def summary_line(plan: Plan) -> str:
     if plan.provisional:
         parts.append("matrices are chosen after profiling; until then the largest are assumed")
     return " · ".join(parts)
+
+
+def modules_line(model: wire.ModelShape) -> str:
+    """Return which layers can be adapted and who chose them, and which precisions differ."""
+    layers = dict.fromkeys(matrix.name.rpartition(".")[2] for matrix in model.matrices)
+    chosen = {
+        wire.ModulesFrom.JOB: "as spec.adapter.modules names them",
+        wire.ModulesFrom.PEFT: f"peft's choice for {model.architecture}; spec.adapter.modules names others",
+        wire.ModulesFrom.ALL_LINEAR: "all linear layers; spec.adapter.modules names others",
+    }[model.modules_from]
+    text = f"{model.parameters:,} parameters; weights to adapt: {', '.join(layers)} ({chosen})"
+    left = [precision for precision in Precision if precision not in model.precisions]
+    return text + (f"; {', '.join(left)} would change nothing" if left else "")
