@@ -118,6 +118,11 @@ BAD = {
         GOOD.to_json().replace("encoder.1.query", "encoder.0.query"),
         "model.matrices: a name is given twice",
     ),
+    "two kernels of a precision": (
+        Registration,
+        changed(GOOD, '"precision":"bf16"', '"precision":"fp32"'),
+        "device.kernels: a precision is given twice",
+    ),
     "a matrix named as the head": (
         Registration,
         GOOD.to_json().replace("encoder.1.query", "head.query"),

@@ -220,6 +220,13 @@ class DeviceFacts(Model):
     link_rate: Positive | None = Field(default=None, description="Bytes per second.")
     kernels: tuple[KernelResult, ...] = Field(max_length=8)
 
+    @model_validator(mode="after")
+    def _has_each_precision_once(self) -> Self:
+        """Refuse two results of one precision: a FedPipeNode lists each once, and could not show them."""
+        if len({kernel.precision for kernel in self.kernels}) < len(self.kernels):
+            raise _impossible("kernels", "a precision is given twice")
+        return self
+
 
 class DataNotes(Model):
     """What an agent counted in its rows, train and held out; never what they hold."""
