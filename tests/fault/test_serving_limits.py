@@ -299,7 +299,17 @@ async def test_adapters_are_sent_from_disk_a_few_at_a_time(
                 assert found.status == 200
                 with tarfile.open(fileobj=io.BytesIO(await found.read())) as archive:
                     names = archive.getnames()
-            monkeypatch.setattr(http, "SENT_AT_ONCE_OF_JOB", 0)
+            with monkeypatch.context() as fast:
+                fast.setattr(http, "GRACE_SECONDS", 0.0)
+                fast.setattr(http, "SLOWEST", 1 << 60)
+                with pytest.raises(aiohttp.ClientError):
+                    async with session.get(url) as found:
+                        await found.read()
+            for limit in ("SENT_AT_ONCE_OF_JOB", "SENT_AT_ONCE_OF_TENANT"):
+                with monkeypatch.context() as none:
+                    none.setattr(http, limit, 0)
+                    async with session.get(url) as found:
+                        assert (found.status, found.headers["Retry-After"]) == (429, "5")
             async with session.get(url) as found:
                 assert (found.status, found.headers["Retry-After"]) == (429, "5")
         await place.close()

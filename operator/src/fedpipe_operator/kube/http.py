@@ -3,6 +3,7 @@
 
 import asyncio
 import copy
+import logging
 import tarfile
 import tempfile
 from collections import Counter
@@ -21,9 +22,16 @@ from ..export import write_adapter
 from ..metrics import OperatorMetrics
 from .access import METRICS, Access, adapter_right, bearer
 
+log = logging.getLogger(__name__)
+
 OWN_ADAPTER_PATH = "/v1/adapter"
-SENT_AT_ONCE, SENT_AT_ONCE_OF_JOB = 8, 2
+SENT_AT_ONCE, SENT_AT_ONCE_OF_TENANT, SENT_AT_ONCE_OF_JOB = 8, 4, 2
 """Adapters being sent: to readers, and as many again to the Pods that write spec.output."""
+
+SLOWEST = 128 * 1024
+"""Bytes per second at which an adapter must be read at least: a slow reader stands in others' way."""
+
+GRACE_SECONDS = 60.0
 
 _CHUNK = 128 * 1024
 
@@ -101,15 +109,24 @@ class _Sending:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._now: Counter[str] = Counter()
+        self._tenants: Counter[str] = Counter()
 
     async def send(self, request: web.Request, job: Job) -> web.StreamResponse:
-        """Answer with the job's adapter as a tar; Refused 429 when too many are being sent."""
+        """Answer with the job's adapter as a tar; Refused 429 when too many are being sent.
+
+        Who has not read it after GRACE_SECONDS and its size at SLOWEST is cut off.
+        """
         # The state as it is now: the job goes on while its adapter is written and sent.
         state = copy.copy(job.state)
         assert state.adapter is not None
-        if self._now.total() >= SENT_AT_ONCE or self._now[state.uid] >= SENT_AT_ONCE_OF_JOB:
+        if (
+            self._now.total() >= SENT_AT_ONCE
+            or self._tenants[state.namespace] >= SENT_AT_ONCE_OF_TENANT
+            or self._now[state.uid] >= SENT_AT_ONCE_OF_JOB
+        ):
             raise Refused(429, "TooManyRequests", "too many adapters are being read", retry_after=5)
         self._now[state.uid] += 1
+        self._tenants[state.namespace] += 1
         try:
             with tempfile.TemporaryDirectory() as temporary:
                 path = Path(temporary) / "adapter.tar"
@@ -117,12 +134,25 @@ class _Sending:
                 response = web.StreamResponse(headers={"FedPipe-Digest": state.adapter.digest})
                 response.content_type, response.content_length = "application/x-tar", path.stat().st_size
                 await response.prepare(request)
-                with path.open("rb") as file:
-                    while chunk := await asyncio.to_thread(file.read, _CHUNK):
-                        await response.write(chunk)
+                try:
+                    async with asyncio.timeout(GRACE_SECONDS + path.stat().st_size / SLOWEST):
+                        await _write(response, path)
+                except TimeoutError:
+                    log.warning("adapter of %s/%s: its reader was too slow", state.namespace, state.name)
+                    if request.transport:
+                        request.transport.abort()
             return response
         finally:
             self._now[state.uid] -= 1
+            self._tenants[state.namespace] -= 1
+            # Without those that are 0: jobs and namespaces come and go.
+            self._now, self._tenants = +self._now, +self._tenants
+
+
+async def _write(response: web.StreamResponse, path: Path) -> None:
+    with path.open("rb") as file:
+        while chunk := await asyncio.to_thread(file.read, _CHUNK):
+            await response.write(chunk)
 
 
 def _find(engine: Engine, namespace: str, name: str) -> Job | None:
