@@ -72,7 +72,7 @@ def application(
         middlewares=[
             _without_room(engine),
             _authentication(identify, frozenset(open_to_others.values())),
-            _limited(Callers()),
+            _limited(Callers(lambda uid: engine.job(uid).state.namespace)),
         ],
         handler_args={"max_field_size": HEADER_LIMIT, "max_line_size": 8190},
     )

@@ -2,7 +2,7 @@
 """How much one agent may ask for at a time."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from aiohttp import web
@@ -19,9 +19,10 @@ BODIES = 2
 
 
 class Callers:
-    """Counts each agent's requests under way."""
+    """Counts each agent's requests under way; `tenant` returns the namespace of a job."""
 
-    def __init__(self) -> None:
+    def __init__(self, tenant: Callable[[str], str]) -> None:
+        self._tenant = tenant
         self._requests: Counter[Identity] = Counter()
         self._bodies: Counter[Identity] = Counter()
 
@@ -29,7 +30,7 @@ class Callers:
     def calling(self, request: web.Request, who: Identity) -> Iterator[None]:
         """Count a request while it is under way; Refused 429 when it is one too many."""
         connection = connection_of(request)
-        if connection and not connection.know(who):
+        if connection and not connection.know(who, self._tenant(who.job)):
             raise Refused(429, "TooManyConnections", f"{who.node}: too many connections", retry_after=2)
         body = int(request.can_read_body)
         if self._requests[who] >= REQUESTS or self._bodies[who] + body > BODIES:

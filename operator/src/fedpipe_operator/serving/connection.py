@@ -28,11 +28,11 @@ class Keeper(Protocol):
 
     stranger_seconds: float
 
-    def know(self, connection: "Connection", address: str, identity: Hashable) -> bool:
-        """Move a connection from the strangers to an identity's; False when that has enough."""
+    def know(self, connection: "Connection", address: str, identity: Hashable, tenant: Hashable) -> bool:
+        """Move a connection from the strangers to an identity of a tenant; False when either has enough."""
         ...
 
-    def forget(self, address: str, identity: Hashable | None) -> None:
+    def forget(self, connection: "Connection", address: str) -> None:
         """Count a connection no longer."""
         ...
 
@@ -54,6 +54,7 @@ class Connection(asyncio.Protocol):
         self._expiry: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
         self.identity: Hashable | None = None
+        self.tenant: Hashable | None = None
         self.made = False
 
     # Called by the middlewares
@@ -70,13 +71,13 @@ class Connection(asyncio.Protocol):
         else:
             self._left = self._known_bytes
 
-    def know(self, identity: Hashable) -> bool:
-        """Note whose connection this is; False when it is one too many of that identity."""
+    def know(self, identity: Hashable, tenant: Hashable) -> bool:
+        """Note whose connection this is; False when it is one too many of that identity or its tenant."""
         if self.identity == identity:
             return True
-        if not self._site.know(self, self._address, identity):
+        if not self._site.know(self, self._address, identity, tenant):
             return False
-        self.identity = identity
+        self.identity, self.tenant = identity, tenant
         return True
 
     # Called by the transport
@@ -122,7 +123,7 @@ class Connection(asyncio.Protocol):
         if self._stall:
             self._stall.cancel()
         self._transport = None
-        self._site.forget(self._address, self.identity)
+        self._site.forget(self, self._address)
         self._inner.connection_lost(exc)
 
     def _expire_later(self) -> None:

@@ -49,6 +49,8 @@ class Limits:
     strangers: int = 2048
     strangers_per_address: int = 1024
     per_identity: int = 16
+    per_tenant: float = 0.5
+    """Of all connections, the share that all identities of one tenant may have."""
     handshake_seconds: float = 10.0
     stranger_seconds: float = 10.0
     """From the handshake, or the last response, to a whole request."""
@@ -72,7 +74,9 @@ class Site(web.BaseSite):
         self._context = context
         self._most = min(limits.connections, _open_files() - _SPARE_FILES)
         self._strangers: Counter[str] = Counter()
+        self._most_of_tenant = int(self._most * limits.per_tenant)
         self._known: Counter[Hashable] = Counter()
+        self._tenants: Counter[Hashable] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
         self._reported: dict[str, tuple[float, int]] = {}
@@ -153,25 +157,26 @@ class Site(web.BaseSite):
             )
         except (OSError, asyncio.CancelledError):
             if not connection.made:
-                self.forget(address, None)
+                self.forget(connection, address)
 
-    def know(self, connection: Connection, address: str, identity: Hashable) -> bool:
-        """Move a connection from the strangers to an identity's; False when that has enough."""
+    def know(self, connection: Connection, address: str, identity: Hashable, tenant: Hashable) -> bool:
+        """Move a connection from the strangers to an identity of a tenant; False when either has enough."""
         if self._known[identity] >= self.limits.per_identity:
             return False
+        if self._tenants[tenant] - (tenant == connection.tenant) >= self._most_of_tenant:
+            return False
+        self.forget(connection, address)
         self._known[identity] += 1
-        self._subtract(address, connection.identity)
+        self._tenants[tenant] += 1
         return True
 
-    def forget(self, address: str, identity: Hashable | None) -> None:
+    def forget(self, connection: Connection, address: str) -> None:
         """Count a connection no longer."""
-        self._subtract(address, identity)
-
-    def _subtract(self, address: str, identity: Hashable | None) -> None:
-        if identity is None:
+        if connection.identity is None:
             _decrement(self._strangers, address)
         else:
-            _decrement(self._known, identity)
+            _decrement(self._known, connection.identity)
+            _decrement(self._tenants, connection.tenant)
 
     def report(self, what: str) -> None:
         """Log what was refused, once in a while with its number: who is refused may come again at once."""
