@@ -15,7 +15,7 @@ from fedpipe_api.wire import LORA_A, LORA_B, MANIFEST_HEADER, Assignment
 from fedpipe_operator.coordinator import bodies
 from fedpipe_operator.engine import Engine
 from fedpipe_operator.engine.events import JobEvent
-from fedpipe_operator.engine.jobs import Allowance
+from fedpipe_operator.engine.jobs import Allowance, Registrations
 from fedpipe_operator.engine.status import status
 from standins.agents import StandIn, make_update, manifest_of, model_shape, registration
 from standins.local import Local, local, working
@@ -362,3 +362,16 @@ async def test_coming_and_going_in_a_loop_does_not_fill_the_ledger(tmp_path: Pat
         async with session("node-1") as agent:
             async with agent.post(served.address + "/v1/agents", data=good) as response:
                 assert response.status == 200, "another node's allowance is its own"
+
+
+async def test_registrations_that_repeat_what_is_known_are_limited_before_they_are_read(
+    tmp_path: Path,
+) -> None:
+    async with local(tmp_path, nodes=1, count=1) as served, session("node-0") as agent:
+        good = registration(SHAPE).to_json()
+        for _ in range(Registrations.BURST):
+            async with agent.post(served.address + "/v1/agents", data=good) as response:
+                assert response.status == 200, "one that comes back often is served"
+        async with agent.post(served.address + "/v1/agents", data="unreadable") as response:
+            assert await refusal(response) == (429, "TooManyRegistrations")
+            assert response.headers["Retry-After"] == "10"

@@ -12,6 +12,8 @@ import socket
 import ssl
 import sys
 import tarfile
+import threading
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
@@ -24,11 +26,13 @@ from aiohttp import web
 
 import standins.serving
 from fedpipe_api.logs import one_line
+from fedpipe_api.wire import CONTROL_LIMIT, Registration, read_message
 from fedpipe_operator.coordinator import Identity, application, bodies
 from fedpipe_operator.coordinator.bodies import Bodies
 from fedpipe_operator.engine import Refused
 from fedpipe_operator.kube import http
 from fedpipe_operator.serving import Limits, connection, listen, serve
+from standins.agents import model_shape, registration
 from standins.local import local, working
 from standins.raw_http import Stream, answer, connect, request
 from standins.server import UID, job
@@ -189,6 +193,39 @@ async def test_agents_of_one_tenant_leave_connections_to_others(tmp_path: Path) 
         for _, writer in streams:
             writer.transport.abort()
         await place.close()
+
+
+async def test_large_messages_are_read_beside_the_loop_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, reading, at_once = threading.Event(), Counter[str](), list[int]()
+
+    def slow(kind: type[Registration], body: bytes) -> Registration:
+        reading["now"] += 1
+        at_once.append(reading["now"])
+        assert gate.wait(20), "the event loop goes on meanwhile"
+        reading["now"] -= 1
+        return read_message(kind, body)
+
+    monkeypatch.setattr("fedpipe_operator.coordinator.http.read_message", slow)
+    body = registration(model_shape(2000)).to_json()
+    assert len(body) > CONTROL_LIMIT
+    async with local(tmp_path, nodes=4) as served, aiohttp.ClientSession() as session:
+
+        async def register(node: str) -> int:
+            headers = {"Authorization": f"Bearer token-{node}"}
+            async with session.post(f"{served.address}/v1/agents", data=body, headers=headers) as found:
+                return found.status
+
+        tasks = [asyncio.create_task(register(node)) for node in served.nodes]
+        async with asyncio.timeout(20):
+            while not at_once:
+                await asyncio.sleep(0.01)
+            async with session.get(f"{served.address}/v1/link") as found:
+                assert found.status == 200
+        gate.set()
+        assert await asyncio.gather(*tasks) == [200] * 4
+    assert at_once == [1] * 4
 
 
 async def test_a_head_that_drips_in_is_cut_off(tmp_path: Path) -> None:

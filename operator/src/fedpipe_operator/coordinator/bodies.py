@@ -5,6 +5,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from weakref import WeakValueDictionary
 
 from aiohttp import web
 
@@ -46,6 +47,7 @@ class Bodies:
         self._held: Counter[str] = Counter()
         self._released = Signal()
         self._uploads = 0
+        self._reading: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
     async def hold(self, tenant: str, size: int) -> AsyncIterator[None]:
@@ -71,6 +73,10 @@ class Bodies:
 
     def _fits(self, tenant: str, size: int) -> bool:
         return self._held[tenant] + size <= self._of_tenant and self._held.total() + size <= self._total
+
+    def reading(self, tenant: str) -> asyncio.Lock:
+        """Return what a tenant holds while a large message of it is read in a thread: one at a time."""
+        return self._reading.setdefault(tenant, asyncio.Lock())
 
     @contextmanager
     def uploading(self) -> Iterator[Callable[[], int]]:

@@ -167,6 +167,7 @@ class _Routes:
 
     async def register(self, request: web.Request) -> web.Response:
         who = request[_IDENTITY]
+        self._engine.require_registration(who.job, who.node)
         message = await self._body(request, Registration, REGISTRATION_LIMIT)
         return _json(await self._engine.register(who.job, who.node, message))
 
@@ -279,7 +280,10 @@ class _Routes:
                 if len(body) > limit:
                     raise too_large
             try:
-                return read_message(kind, bytes(body))
+                if len(body) <= CONTROL_LIMIT:
+                    return read_message(kind, bytes(body))
+                async with self._bodies.reading(tenant):
+                    return await asyncio.to_thread(read_message, kind, bytes(body))
             except BadMessage as error:
                 raise Refused(422, "Invalid", str(error)) from None
 

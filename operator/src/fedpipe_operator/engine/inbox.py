@@ -70,13 +70,17 @@ class Inbox:
             optimizer=spec.optimizer, adapter=spec.adapter, seed=spec.seed,
         )  # fmt: skip
 
+    def require_registration(self, uid: str, node: str) -> None:
+        """Refuse a node that registers too often, before its message is read."""
+        _require_allowed(self.job(uid).registrations, node)
+
     async def register(self, uid: str, node: str, message: Registration) -> AgentConfig:
         """Take an agent in."""
         job = self.job(uid)
         async with job.lock:
             state = job.state
             if not state.finished and accept.registration(state, node, message) is Verdict.NEW:
-                _require_allowed(job, node)
+                _require_allowed(job.returns, node)
                 await self._journal.commit(
                     job,
                     AgentRegistered(
@@ -205,7 +209,7 @@ class Inbox:
         job.live.setdefault(node, Live(self.clock())).seen = self.clock()
         if known is not None and node in job.state.lost:
             async with job.lock:
-                _require_allowed(job, node)
+                _require_allowed(job.returns, node)
                 sequence = job.state.sequence + 1
                 await self._journal.commit(
                     job, known.model_copy(update={"sequence": sequence, "model": None})
@@ -222,7 +226,7 @@ class Inbox:
                 await self._journal.commit(job, record)
 
 
-def _require_allowed(job: Job, node: str) -> None:
-    if not job.returns.take(node):
+def _require_allowed(allowance: Allowance, node: str) -> None:
+    if not allowance.take(node):
         text = f"{node} registers too often; it is taken in again after a pause"
-        raise Refused(429, "TooManyRegistrations", text, retry_after=round(Allowance.SECONDS))
+        raise Refused(429, "TooManyRegistrations", text, retry_after=round(allowance.SECONDS))

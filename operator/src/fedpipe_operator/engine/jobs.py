@@ -44,6 +44,12 @@ class Allowance:
         return allowed
 
 
+class Registrations(Allowance):
+    """How many registrations of a node are read, whether or not they cause a record: each may take long."""
+
+    SECONDS = 10.0
+
+
 class Signal:
     """Wakes all who wait for its next firing."""
 
@@ -73,6 +79,7 @@ class Job:
     uploads: dict[str, int] = field(default_factory=dict)
     """Bytes of the update that each node is sending now."""
     returns: Allowance = field(default_factory=Allowance)
+    registrations: Registrations = field(default_factory=Registrations)
     task: asyncio.Task[None] | None = None
 
     def set_waiting(self, wait: Wait) -> None:
