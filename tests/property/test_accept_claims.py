@@ -28,7 +28,7 @@ from fedpipe_operator.engine.accept import Refused, Verdict
 from fedpipe_operator.engine.decide import MakePlan, Wait, decide
 from fedpipe_operator.engine.quota import held, quota
 from fedpipe_operator.engine.records import AgentRegistered, Offered, Submitted, UpdateAccepted
-from fedpipe_operator.engine.shapes import MODELS_PER_NODE, digest_of
+from fedpipe_operator.engine.shapes import MODELS, MODELS_PER_NODE, digest_of
 from fedpipe_operator.engine.state import JobState, apply, evaluation_of, submitted
 from fedpipe_operator.engine.weights import CAP, capped
 from standins.agents import make_update, manifest_of, registration
@@ -264,9 +264,27 @@ def test_a_node_brings_only_so_many_models() -> None:
                 evaluation_samples=0, shape=digest_of(shape), model=shape,
             )
         )  # fmt: skip
-    with pytest.raises(Refused, match="has registered 4 models"):
+    with pytest.raises(Refused, match=f"has registered {MODELS_PER_NODE} models"):
         accept.registration(world.state, "node-0", registration(shapes[-1]))
     assert accept.registration(world.state, "node-0", registration(SHAPE)) is Verdict.NEW, "the job knows it"
+
+
+def test_a_job_keeps_only_so_many_models() -> None:
+    """The largest shapes take 6 MiB of memory each, and a hundred nodes may bring them."""
+    world = gathered(MODELS + 1, {})
+    shapes = [SHAPE.model_copy(update={"layers": 10 + i}) for i in range(MODELS + 1)]
+    for number, shape in enumerate(shapes[:-1]):
+        node, message = f"node-{number}", registration(shape)
+        assert accept.registration(world.state, node, message) is Verdict.NEW
+        world.record(
+            AgentRegistered(
+                sequence=world.state.sequence + 1, node=node, device=message.device, samples=1,
+                evaluation_samples=0, shape=digest_of(shape), model=shape,
+            )
+        )  # fmt: skip
+    with pytest.raises(Refused, match=f"have registered {MODELS} different models"):
+        accept.registration(world.state, f"node-{MODELS}", registration(shapes[-1]))
+    assert accept.registration(world.state, f"node-{MODELS}", registration(shapes[0])) is Verdict.NEW
 
 
 def test_a_ledger_without_digests_is_read_as_before() -> None:

@@ -22,7 +22,7 @@ from fedpipe_api.wire import (
 )
 
 from .records import AgentRegistered
-from .shapes import MODELS_PER_NODE, difference, digest_of, trained_bytes
+from .shapes import MODELS, MODELS_PER_NODE, difference, digest_of, trained_bytes
 from .state import JobState
 
 UPDATE_LIMIT = 4 << 30
@@ -66,6 +66,9 @@ def registration(state: JobState, node: str, message: Registration) -> Verdict:
         raise Refused(409, "ModelDiffers", f"{node}: its model has another {field} than the other nodes'")
     if shape not in state.models and state.models_of.get(node, 0) >= MODELS_PER_NODE:
         text = f"{node} has registered {MODELS_PER_NODE} models; give it the one that the other nodes have"
+        raise Refused(409, "TooManyModels", text)
+    if shape not in state.models and len(state.models) >= MODELS:
+        text = f"{node}: the job's nodes have registered {MODELS} different models; give all the same one"
         raise Refused(409, "TooManyModels", text)
     known = state.agents.get(node)
     same = (

@@ -80,7 +80,7 @@ def request_of(blobs: Blobs, state: JobState) -> AggregationRequest:
     result = before.result if before else None
     norms = [
         check.norm
-        for number in sorted(state.rounds, reverse=True)
+        for number in reversed(state.rounds)
         if (known := state.rounds[number].result) is not None
         for _, check in sorted(known.checks.items())
         if check.verdict == "ok"

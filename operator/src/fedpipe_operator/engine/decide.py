@@ -207,7 +207,8 @@ def _stop(state: JobState) -> Finish | None:
             if reached:
                 text = f"{until.metric} {value:.4g} after round {last} (target {until.reaches:.4g})"
                 return Finish(Phase.SUCCEEDED, Reason.TARGET_REACHED, text)
-            best = next(n for n, v in known if v == better(v for _, v in known))
+            top = better(v for _, v in known)
+            best = next(n for n, v in known if v == top)
             if until.patience is not None and last - best >= until.patience:
                 text = f"no better {until.metric} since round {best}"
                 return Finish(Phase.SUCCEEDED, Reason.NO_IMPROVEMENT, text)

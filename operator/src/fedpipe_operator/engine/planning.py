@@ -108,7 +108,7 @@ def _facts(state: JobState, node: str) -> NodeFacts:
 
 def _calibration(state: JobState, request: PlanRequest, node: str) -> Calibration | None:
     """Return what the node's latest measurement says: its update, its silence in a round, or its profile."""
-    for number in sorted(state.rounds, reverse=True):
+    for number in reversed(state.rounds):
         known = state.rounds[number]
         plan = state.plans[known.opened.plan].nodes.get(node)
         report = _report(known, node, plan) if plan else None

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping
 
 from fedpipe_api.wire import ModelShape
 
-MODELS_PER_NODE = 4
+MODELS_PER_NODE = 2
 """Shapes new to the job that one node may bring in its life: the ledger keeps each, up to 1 MiB."""
+
+MODELS = 16
+"""Different shapes that a job keeps: the largest take 6 MiB of memory each."""
 
 
 def digest_of(model: ModelShape) -> str:

@@ -71,6 +71,8 @@ class JobState:
     accepted: dict[str, int] = field(default_factory=dict)
     """The round of every update that was accepted, by its digest."""
     evaluations: dict[int, dict[str, Evaluation]] = field(default_factory=dict)
+    added: dict[int, "Evaluations | None"] = field(default_factory=dict)
+    """What the evaluations of each round but the latest add up to."""
     finished: Finished | None = None
     finished_at: float | None = None
     sequence: int = 0
@@ -78,7 +80,7 @@ class JobState:
     @property
     def plan(self) -> PlanMade | None:
         """The plan in force."""
-        return self.plans[max(self.plans)] if self.plans else None
+        return next(reversed(self.plans.values()), None)
 
     @property
     def shape(self) -> str | None:
@@ -98,7 +100,7 @@ class JobState:
     @property
     def current(self) -> Round | None:
         """The latest round, done or not."""
-        return self.rounds[max(self.rounds)] if self.rounds else None
+        return next(reversed(self.rounds.values()), None)
 
     @property
     def done(self) -> int:
@@ -183,12 +185,12 @@ def apply(state: JobState, record: Record, at: float) -> None:
             _drop(state.rounds[record.round], record)
         case Evaluated():
             state.evaluations.setdefault(record.evaluation.round, {})[record.node] = record.evaluation
+            state.added.pop(record.evaluation.round, None)
         case RoundClosed():
             state.rounds[record.round].closed = record
             state.rounds[record.round].closed_at = at
         case RoundAggregated():
-            state.rounds[record.round].result = record
-            state.rounds[record.round].result_at = at
+            _finish_round(state, record, at)
         case Finished():
             state.finished, state.finished_at = record, at
 
@@ -206,6 +208,16 @@ def _register(state: JobState, record: AgentRegistered, at: float) -> None:
     state.registered_at[record.node] = at
     state.lost.pop(record.node, None)
     state.sequence = record.sequence
+
+
+def _finish_round(state: JobState, record: RoundAggregated, at: float) -> None:
+    state.rounds[record.round].result = record
+    state.rounds[record.round].result_at = at
+    # A job may have ten thousand rounds: of those before, what is never read again is not kept.
+    before = state.rounds.get(record.round - 1)
+    if before is not None and before.result is not None:
+        before.result = before.result.model_copy(update={"matrices": {}})
+    state.added[record.round - 1] = evaluation_of(state, record.round - 1)
 
 
 def _drop(known: Round, record: UpdateDropped) -> None:
@@ -272,6 +284,8 @@ def evaluation_of(state: JobState, round_number: int) -> Evaluations | None:
 
     No node counts for more than its capped share of them.
     """
+    if round_number in state.added:
+        return state.added[round_number]
     found = dict(sorted(state.evaluations.get(round_number, {}).items()))
     if not found:
         return None

@@ -165,7 +165,7 @@ def _latest(state: JobState) -> float:
 def _node(state: JobState, name: str, heard: Progress | None) -> NodeStatus:
     plan = state.plan.nodes.get(name) if state.plan else None
     left_out = state.plan.left_out.get(name) if state.plan else None
-    last = next((n for n in sorted(state.rounds, reverse=True) if name in state.rounds[n].updates), None)
+    last = next((n for n in reversed(state.rounds) if name in state.rounds[n].updates), None)
     manifest = state.rounds[last].updates[name] if last else None
     profile = state.profiles.get(name)
     measured = manifest.step_seconds if manifest else profile.report.step_seconds if profile else None
@@ -200,7 +200,7 @@ def _counted(state: JobState, name: str) -> dict[str, int]:
 
 def _capped(state: JobState, name: str) -> str | None:
     """Return that the node counted for less than it claims in the latest round with its update."""
-    results = (state.rounds[n].result for n in sorted(state.rounds, reverse=True))
+    results = (known.result for known in reversed(state.rounds.values()))
     check = next((r.checks[name] for r in results if r and name in r.checks), None)
     return check.reason if check and check.capped else None
 

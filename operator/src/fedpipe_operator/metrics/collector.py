@@ -42,7 +42,7 @@ def _latest_updates(state: JobState) -> dict[str, tuple[int, UpdateManifest]]:
     """Return the latest round in which each offered node's update counted, and the update."""
     found: dict[str, tuple[int, UpdateManifest]] = {}
     wanted = set(state.offered)
-    for number in sorted(state.rounds, reverse=True):
+    for number in reversed(state.rounds):
         updates = state.rounds[number].updates
         found |= {node: (number, updates[node]) for node in wanted & updates.keys()}
         wanted -= updates.keys()
