@@ -4,11 +4,12 @@
 import asyncio
 import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fedpipe_api.job import FedPipeJob
-from fedpipe_operator.engine import Engine
+from fedpipe_operator.engine import Engine, jobs
 from fedpipe_operator.engine.background import uninterrupted
 from standins.agents import model_shape, registration
 from standins.local import local
@@ -72,6 +73,22 @@ async def test_only_a_new_generation_changes_the_spec(tmp_path: Path) -> None:
         assert (state.spec.rounds.count, state.generation) == (9, 3)
         await served.engine.submit(at_generation(2, job(1, 5)))
         assert (state.spec.rounds.count, state.generation) == (9, 3), "an old watch event"
+
+
+async def test_what_is_edited_in_a_loop_does_not_fill_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now))
+    async with local(tmp_path, nodes=1, count=5) as served:
+        state = served.engine.jobs[UID].state
+        for generation in range(2, 5000):
+            await served.engine.submit(at_generation(generation, job(1, 5 + generation)))
+        kept = [entry for entry in served.engine._journal._ledger.replay() if entry.key.startswith("spec/")]
+        assert len(kept) == jobs.Edits.BURST
+        now += jobs.Edits.SECONDS
+        await served.engine.submit(at_generation(5000, job(1, 7)))
+        assert (state.generation, state.spec.rounds.count) == (5000, 7), "the newest, once its time has come"
 
 
 def at_generation(generation: int, changed: FedPipeJob) -> FedPipeJob:

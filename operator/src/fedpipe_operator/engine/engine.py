@@ -82,7 +82,10 @@ class Engine(Inbox):
         async with known.lock:
             # A spec that differs within its generation was written by nobody: another version of the operator
             # has other defaults. The job keeps those that it began with.
-            if generation > known.state.generation and not known.state.finished:
+            if generation <= known.state.generation or known.state.finished:
+                return
+            # What is edited in a loop is taken later, as it is then: the next look asks again.
+            if known.edits.take(meta.uid):
                 await self._journal.commit(known, SpecChanged(generation=generation, spec=job.spec))
 
     async def _take_in(self, uid: str, record: Submitted) -> None:

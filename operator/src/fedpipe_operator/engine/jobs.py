@@ -50,6 +50,13 @@ class Registrations(Allowance):
     SECONDS = 10.0
 
 
+class Edits(Allowance):
+    """How many edits of a spec are recorded: each record holds the whole spec, up to a megabyte."""
+
+    BURST = 50
+    SECONDS = 300.0
+
+
 class Signal:
     """Wakes all who wait for its next firing."""
 
@@ -79,6 +86,7 @@ class Job:
     uploads: dict[str, int] = field(default_factory=dict)
     """Bytes of the update that each node is sending now."""
     returns: Allowance = field(default_factory=Allowance)
+    edits: Edits = field(default_factory=Edits)
     registrations: Registrations = field(default_factory=Registrations)
     task: asyncio.Task[None] | None = None
 
