@@ -90,6 +90,14 @@ PANELS = [
         "timeseries", "Size of updates", [(of_job("fedpipe_node_update_bytes"), "{{node}}")], "bytes", low=0
     ),
     Panel(
+        "table",
+        "Rows of the data",
+        [(f"max by (namespace, job, node, kind) ({of_job('fedpipe_node_rows')})", "rows")],
+        width=24,
+        text="Rows of a node's data that were skipped or cut, come twice, or have a number as label.",
+        hide=("namespace",),
+    ),
+    Panel(
         "timeseries",
         "Free memory",
         [('fedpipe_node_memory_bytes{kind="free"}', "{{node}} {{device}}")],
