@@ -204,10 +204,11 @@ class Coordinator:
             site = web.TCPSite(self._runner, "127.0.0.1", 0)
             await site.start()
             self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-            ready.set()
 
         def run() -> None:
             self._loop.run_until_complete(serve())
+            # Not before the loop runs for good: a stop that comes earlier would be lost.
+            self._loop.call_soon(ready.set)
             self._loop.run_forever()
             self._loop.run_until_complete(self._runner.cleanup())
             self._loop.close()

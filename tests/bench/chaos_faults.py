@@ -52,7 +52,7 @@ class Direct(Worker):
     def stop(self) -> None:
         """Nothing to end."""
 
-    async def run(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+    async def run(self, namespace: str, call: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what the call returns."""
         return await asyncio.to_thread(call, *args, **kwargs)
 
