@@ -24,6 +24,7 @@ from fedpipe_api.job import (
     Task,
     Volume,
 )
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B
 
 WORDS = [
     *("alpha", "beta", "gamma", "delta", "eat", "drink", "run", "walk"),
@@ -152,10 +153,10 @@ def global_adapter(
         left = np.linalg.qr(random.normal(size=(matrix.rows, rank)))[0]
         right = np.linalg.qr(random.normal(size=(matrix.columns, rank)))[0]
         values = np.sort(random.uniform(0.5, 3, rank))[::-1]
-        tensors[matrix.name + wire.LORA_B] = (left * values).astype(np.float32)
-        tensors[matrix.name + wire.LORA_A] = right.T.astype(np.float32).copy()
+        tensors[matrix.name + LORA_B] = (left * values).astype(np.float32)
+        tensors[matrix.name + LORA_A] = right.T.astype(np.float32).copy()
     for tensor in shape.head:
-        tensors[wire.HEAD + tensor.name] = random.normal(size=tensor.shape).astype(np.float32)
+        tensors[HEAD + tensor.name] = random.normal(size=tensor.shape).astype(np.float32)
     return tensors
 
 

@@ -26,9 +26,9 @@ from bench_machine import machine
 from safetensors.numpy import load_file, save_file
 
 from fedpipe_api.job import Aggregation, Method
-from fedpipe_api.wire import LORA_A, LORA_B, scale
+from fedpipe_api.lora.codec import received
+from fedpipe_api.lora.format import LORA_A, LORA_B, scale
 from fedpipe_operator.aggregate import AggregationReport, AggregationRequest, NodeUpdate, aggregate_round
-from fedpipe_operator.aggregate.sent import received
 
 RESULTS = Path(__file__).parent / "results"
 ALPHA, GLOBAL_RANK = 16.0, 32
@@ -37,7 +37,6 @@ DRIFT_RANKS, DRIFT_ROUNDS = (2, 2, 4, 4, 8, 16), 30
 MEASURE = """
 import json, pickle, re, sys, time
 import numpy as np
-from fedpipe_api.wire import LORA_A, LORA_B, scale
 from fedpipe_operator.aggregate import aggregate_round
 from fedpipe_operator.aggregate.files import TensorFile
 def peak():

@@ -30,9 +30,9 @@ from bench_machine import machine
 from safetensors.numpy import load_file, save_file
 
 from fedpipe_api.job import Aggregation, Checks, Robust
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B, scale
+from fedpipe_api.lora.codec import received
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B, scale
 from fedpipe_operator.aggregate import AggregationRequest, NodeUpdate, aggregate_round
-from fedpipe_operator.aggregate.sent import received
 from fedpipe_operator.engine.weights import capped
 from fedpipe_operator.local.split import split
 

@@ -9,7 +9,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,10 @@ NODES = ["node-0", "node-1", "node-2"]
 COUNT, LONGEST = 3, 5
 PATIENCE = 60.0
 """Seconds for what takes a fraction of one: the machine may be busy."""
+
+
+async def _stream(content: bytes) -> AsyncIterator[bytes]:
+    yield content
 
 
 @dataclass
@@ -215,13 +219,7 @@ class Chaos:
         state = self.state
         content = make_update(SHAPE, task.plan, node, task.round)
         manifest = manifest_of(content, task.plan, task.round, task.adapter)
-        incoming = self.engine.blobs.incoming()
-        try:
-            incoming.write(content)
-            incoming.finish()
-            await self.engine.update(UID, node, task.round, manifest, incoming)
-        finally:
-            incoming.discard()
+        await self.engine.receive_update(UID, node, task.round, manifest, _stream(content))
         # Nothing comes between the engine's answer and this: the job is that of the update, or is gone.
         if self.state is state:
             self.witness.say("answered", [node, task.round, manifest.digest])

@@ -32,7 +32,12 @@ from bench_machine import machine
 from safetensors.numpy import save
 
 import standins.server
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B, MANIFEST_HEADER, Assignment, ModelShape
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B
+from fedpipe_api.wire import (
+    MANIFEST_HEADER,
+    Assignment,
+    ModelShape,
+)
 from standins.agents import StandIn, manifest_of, model_shape
 
 MATRICES, RANK, CHUNK = 48, 8, 1 << 20

@@ -24,6 +24,7 @@ from bench.families_models import LABELS, cases, save, write_data
 from fedpipe_api import wire
 from fedpipe_api.base import UserError
 from fedpipe_api.job import FedPipeJobSpec, Precision, Task
+from fedpipe_api.lora.methods import Start
 from fedpipe_api.node import Capacity
 
 RESULTS = Path(__file__).parent / "results"
@@ -161,7 +162,7 @@ def _compare(agent: Any, adapter: Path, spec: FedPipeJobSpec, work: Path) -> str
     from fedpipe_agent.train.heads import set_head
 
     with GlobalAdapter(adapter, agent._shape) as opened:
-        agent._adapters.install(opened, {}, wire.Start.SPLIT, 3)
+        agent._adapters.install(opened, {}, Start.SPLIT, 3)
         set_head(agent._model, opened.head())
     batch = agent._samples.batch(list(range(4)), torch.device("cpu"))
     inputs = dict(batch.inputs)

@@ -144,7 +144,7 @@ def measure(name: str, directory: Path, precision: Precision, facts: wire.Device
 def predict(point: dict[str, Any], model: wire.ModelShape, device: wire.DeviceFacts) -> float:
     """Return the predicted peak of a point above the runtime, in MiB."""
     work = workload(model, job(point["model"], point.get("length", LENGTH)), model.matrices)
-    configuration = Configuration(Precision(point["precision"]), point["microBatch"])
+    configuration = Configuration(Precision.of(point["precision"]), point["microBatch"])
     ranks = {matrix.name: point["rank"] for matrix in model.matrices}
     return (memory.peak_bytes(work, device, configuration, ranks) - device.overhead) / MIB
 

@@ -18,6 +18,8 @@ from fedpipe_agent.train.shape import read_shape
 from fedpipe_agent.train.tokens import Sample
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision, Task
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B
+from fedpipe_api.lora.methods import Start
 
 
 def write_model(config: Any, task: Task, directory: Path) -> None:
@@ -37,10 +39,10 @@ def write_global_adapter(shape: wire.ModelShape, rank: int, path: Path) -> None:
     tensors = {}
     for matrix in shape.matrices:
         full = min(rank, matrix.rows, matrix.columns)
-        tensors[matrix.name + wire.LORA_B] = generator.normal(0, 1e-3, (matrix.rows, full))
-        tensors[matrix.name + wire.LORA_A] = generator.normal(0, 1, (full, matrix.columns))
+        tensors[matrix.name + LORA_B] = generator.normal(0, 1e-3, (matrix.rows, full))
+        tensors[matrix.name + LORA_A] = generator.normal(0, 1, (full, matrix.columns))
     for tensor in shape.head:
-        tensors[wire.HEAD + tensor.name] = generator.normal(0, 0.02, tensor.shape)
+        tensors[HEAD + tensor.name] = generator.normal(0, 0.02, tensor.shape)
     save_file({name: value.astype(np.float32) for name, value in tensors.items()}, path)
 
 
@@ -81,7 +83,7 @@ class Base:
         samples = Samples([Sample(ids, np.ones(len(ids), bool)) for ids in tokens], self.task, 0)
         self.device.reset_peak()
         with GlobalAdapter(adapter, self.shape) as opened:
-            self.adapters.install(opened, ranks, wire.Start.SPLIT, 1)
+            self.adapters.install(opened, ranks, Start.SPLIT, 1)
         if evaluate:
             loop.evaluate(self.model, samples, settings.micro_batch, self.device, after=lambda done: None)
         peak = self.device.peak()

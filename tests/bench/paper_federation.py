@@ -19,8 +19,9 @@ from fedpipe_agent.train.device import Device
 from fedpipe_agent.train.importance import RANK
 from fedpipe_api import wire
 from fedpipe_api.job import Method
+from fedpipe_api.lora.format import LORA_A, LORA_B
+from fedpipe_api.lora.methods import Start
 from fedpipe_api.node import Capacity
-from fedpipe_api.wire import LORA_A, LORA_B, START_OF_METHOD, Start, uploaded_as_bf16
 from fedpipe_operator.aggregate import AggregationReport, AggregationRequest, NodeUpdate, aggregate_round
 from fedpipe_operator.engine.decide import CALIBRATION_STEPS
 from fedpipe_operator.planner import memory, speed
@@ -57,7 +58,7 @@ class Federation:
             for name, samples in self.task.nodes.items()
         }
         self.server: Any = make("server", self.task, self.spec, self.task.test, self._device, work)
-        self._start = START_OF_METHOD[self.system.method]
+        self._start = self.system.method.start
         self.seconds, self.down, self.up = 0.0, 0, 0
 
     def run(self, show: Show) -> dict[str, Any]:
@@ -196,7 +197,7 @@ class Federation:
         head = sum(int(np.prod(tensor.shape)) for tensor in self.task.shape.head)
         if self.system.layout == "full":
             return 4 * (head + self.task.shape.parameters)
-        return 4 * head + (2 if uploaded_as_bf16(self._start) else 4) * self._values(plan)
+        return 4 * head + self._start.upload.width * self._values(plan)
 
     def _values(self, plan: wire.NodePlan) -> int:
         """Return how many values the factors of a plan have."""

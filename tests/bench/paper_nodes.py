@@ -17,7 +17,8 @@ from fedpipe_agent.train.device import Device
 from fedpipe_agent.train.heads import head_tensors, set_head
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision
-from fedpipe_api.wire import HEAD, Start, uploaded_as_bf16
+from fedpipe_api.lora.format import HEAD, Encoding
+from fedpipe_api.lora.methods import Start
 
 
 class Trainer:
@@ -63,7 +64,7 @@ class Trainer:
             path,
             self._adapters.tensors(),
             head,
-            uploaded_as_bf16(rule),
+            rule.upload,
         )
         return path, outcome.loss
 
@@ -136,7 +137,9 @@ class FullTrainer:
             self.model, self.samples, order, settings(self._spec, plan, steps, self._rate), self._device
         )
         path = self._work / "update.safetensors"
-        save(path, {}, {name: _array(value) for name, value in self.model.named_parameters()}, False)
+        save(
+            path, {}, {name: _array(value) for name, value in self.model.named_parameters()}, Encoding.FLOAT32
+        )
         return path, outcome.loss
 
     def hold(self, adapter: Path) -> None:

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B
 from fedpipe_operator.local.directory import RunDirectory
 
 FEDPIPE = str(Path(sys.executable).with_name("fedpipe"))

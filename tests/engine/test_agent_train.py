@@ -15,9 +15,14 @@ from safetensors.torch import load as load_tensors
 
 from agent_fixtures import Coordinator, global_adapter, refusal, registered, save_tiny_model, write_rows
 from fedpipe_agent import cli
-from fedpipe_api import wire
 from fedpipe_api.job import Precision, Task
-from fedpipe_api.wire import Assignment, AssignmentKind, NodePlan, Start
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B
+from fedpipe_api.lora.methods import Start
+from fedpipe_api.wire import (
+    Assignment,
+    AssignmentKind,
+    NodePlan,
+)
 
 STOP = Assignment(kind=AssignmentKind.STOP, reason="done")
 
@@ -136,11 +141,11 @@ def test_a_whole_job(models, tmp_path):
             assert hashlib.sha256(body).hexdigest() == manifest.digest
             assert manifest.samples == 36
             update = load_tensors(body)
-            assert update.keys() == {m + part for m in ranks for part in (wire.LORA_A, wire.LORA_B)} | {
+            assert update.keys() == {m + part for m in ranks for part in (LORA_A, LORA_B)} | {
                 "head.classifier.weight",
                 "head.classifier.bias",
             }
-            types = {n.startswith(wire.HEAD): tensor.dtype for n, tensor in update.items()}
+            types = {n.startswith(HEAD): tensor.dtype for n, tensor in update.items()}
             assert types == {True: torch.float32, False: torch.bfloat16 if split else torch.float32}
         # Work that is assigned again gives the same bytes.
         assert coordinator.updates[1][1] == coordinator.updates[2][1]
@@ -164,7 +169,7 @@ def test_a_causal_language_model(models, tmp_path):
         assert (evaluation.samples, evaluation.tokens, evaluation.correct) == (2, 6, None)
         ((manifest, body),) = coordinator.updates
         assert manifest.train_loss < evaluation.loss_sum / evaluation.tokens
-        assert not any(name.startswith(wire.HEAD) for name in load_tensors(body))
+        assert not any(name.startswith(HEAD) for name in load_tensors(body))
 
 
 def test_a_round_closed_meanwhile_is_left(models, tmp_path):

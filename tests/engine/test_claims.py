@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, load_file
 
-from fedpipe_api.wire import LORA_A, LORA_B, MANIFEST_HEADER, Assignment
+from fedpipe_api.lora.format import LORA_A, LORA_B
+from fedpipe_api.wire import (
+    MANIFEST_HEADER,
+    Assignment,
+)
 from fedpipe_operator.coordinator import bodies
 from fedpipe_operator.engine import Engine
 from fedpipe_operator.engine.events import JobEvent

@@ -15,7 +15,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, load_file, save
 
-from fedpipe_api.wire import LORA_A, LORA_B, MANIFEST_HEADER, Assignment, UpdateManifest
+from fedpipe_api.lora.format import LORA_A, LORA_B
+from fedpipe_api.wire import (
+    MANIFEST_HEADER,
+    Assignment,
+    UpdateManifest,
+)
 from fedpipe_operator.engine.status import status
 from standins.agents import make_update, manifest_of, model_shape, registration
 from standins.local import Local, local, working

@@ -44,7 +44,7 @@ def test_every_precision_runs_on_the_gpu() -> None:
     assert all(result.usable for result in results), results
 
 
-@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("precision", list(Precision))
 @pytest.mark.parametrize("task", Task)
 def test_training_learns_on_the_gpu(sources, tmp_path, task, precision) -> None:
     device = Device(Capacity())

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 
 from fedpipe_api.job import Aggregation, Method
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B, scale
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B, scale
 from fedpipe_operator.aggregate import AggregationReport, AggregationRequest, NodeUpdate, aggregate_round
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpipe_api.job import Aggregation, Checks, Method, Robust, ServerOptimizer
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B
 from fedpipe_operator.aggregate import low_rank_sum
 from fedpipe_operator.aggregate.sketches import probes
 from property.aggregate_reference import MATRICES, Node, Round, product_of, rounds, svd_form

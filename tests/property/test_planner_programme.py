@@ -13,7 +13,6 @@ from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision
 from fedpipe_operator.planner import Calibration, NodeFacts, PlanRequest, memory, plan, speed
 from fedpipe_operator.planner.node import (
-    PRECISION_VALUE,
     SPEED_VALUE,
     STEPS_FOR_RANKS,
     UNTRAINED_PENALTY,
@@ -104,7 +103,7 @@ def worth(times, importance, configuration, ranks):
         for name in importance
     )
     own = times[configuration.precision, configuration.micro_batch, configuration.checkpointing]
-    return value + PRECISION_VALUE[configuration.precision] + SPEED_VALUE * min(times.values()) / own
+    return value + configuration.precision.worth + SPEED_VALUE * min(times.values()) / own
 
 
 def brute_force(spec, shape, facts, importance, headroom):

@@ -10,10 +10,8 @@ import aiohttp
 import numpy as np
 from safetensors.numpy import save
 
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B
 from fedpipe_api.wire import (
-    HEAD,
-    LORA_A,
-    LORA_B,
     MANIFEST_HEADER,
     Assignment,
     AssignmentKind,

@@ -15,8 +15,9 @@ from fedpipe_agent.train.model import Source
 from fedpipe_agent.train.shape import read_shape
 from fedpipe_api import wire
 from fedpipe_api.job import Precision, Task
-from fedpipe_api.wire import Start
-from fedpipe_operator.aggregate.sent import quantize, received
+from fedpipe_api.lora.codec import quantize, received
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B, SCALE, Encoding, scale
+from fedpipe_api.lora.methods import Start
 
 CPU = torch.device("cpu")
 TASK = Task.SEQUENCE_CLASSIFICATION
@@ -58,10 +59,8 @@ def dense_logits(bases, kind, tensors):
     model = base.load(source, config, TASK, Precision.FP32, CPU, seed=7)
     with torch.no_grad():
         for matrix in shape.matrices:
-            if matrix.name + wire.LORA_A in tensors:
-                delta = torch.from_numpy(
-                    tensors[matrix.name + wire.LORA_B] @ tensors[matrix.name + wire.LORA_A]
-                )
+            if matrix.name + LORA_A in tensors:
+                delta = torch.from_numpy(tensors[matrix.name + LORA_B] @ tensors[matrix.name + LORA_A])
                 weight = model.get_submodule(matrix.name).weight
                 weight.add_(delta.T if kind == "gpt2" else delta)
     return logits(model)
@@ -88,7 +87,7 @@ def product(factors, shape):
 
 
 @settings(max_examples=100, deadline=None)
-@given(splits(), st.sampled_from(Start))
+@given(splits(), st.sampled_from(list(Start)))
 def test_start_rules(case, rule):
     matrix, factors, fresh, scale = case
     rank, total = len(fresh), len(factors[1])
@@ -190,32 +189,33 @@ def test_an_update_is_the_increment_of_what_was_trained(bases, tmp_path):
     logits(model).square().sum().backward()
     optimizer.step()
     after = logits(model).detach()
-    save(tmp_path / "update", adapters.tensors(), {"score.weight": np.ones((3, 32))}, bf16=False)
+    save(tmp_path / "update", adapters.tensors(), {"score.weight": np.ones((3, 32))}, Encoding.FLOAT32)
     update = load_file(tmp_path / "update")
     assert {value.dtype for value in update.values()} == {np.dtype(np.float32)}
-    assert set(update) == {m.name + s for m in shape.matrices for s in (wire.LORA_A, wire.LORA_B)} | {
+    assert set(update) == {m.name + s for m in shape.matrices for s in (LORA_A, LORA_B)} | {
         "head.score.weight"
     }
     moved = dict(tensors)
     for matrix in shape.matrices:
         rank = ranks[matrix.name]
-        assert update[matrix.name + wire.LORA_A].shape == (rank, matrix.columns)
-        assert update[matrix.name + wire.LORA_B].shape == (matrix.rows, rank)
-        trained = (
-            wire.scale(ALPHA, rank, True)
-            * update[matrix.name + wire.LORA_B]
-            @ update[matrix.name + wire.LORA_A]
-        )
-        b, a = tensors[matrix.name + wire.LORA_B], tensors[matrix.name + wire.LORA_A]
+        assert update[matrix.name + LORA_A].shape == (rank, matrix.columns)
+        assert update[matrix.name + LORA_B].shape == (matrix.rows, rank)
+        trained = scale(ALPHA, rank, True) * update[matrix.name + LORA_B] @ update[matrix.name + LORA_A]
+        b, a = tensors[matrix.name + LORA_B], tensors[matrix.name + LORA_A]
         delta = trained - b[:, :rank] @ a[:rank]
-        moved[matrix.name + wire.LORA_B] = (b @ a + delta).astype(np.float32)
-        moved[matrix.name + wire.LORA_A] = np.eye(matrix.columns, dtype=np.float32)
+        moved[matrix.name + LORA_B] = (b @ a + delta).astype(np.float32)
+        moved[matrix.name + LORA_A] = np.eye(matrix.columns, dtype=np.float32)
     torch.testing.assert_close(after, dense_logits(bases, "gpt2", moved), atol=2e-4, rtol=1e-4)
 
 
 def test_an_update_may_hold_its_factors_as_bfloat16(tmp_path):
     values = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    save(tmp_path / "update", {"m.lora_B": values, "m.lora_A": values.T}, {"score.weight": values}, bf16=True)
+    save(
+        tmp_path / "update",
+        {"m.lora_B": values, "m.lora_A": values.T},
+        {"score.weight": values},
+        Encoding.BFLOAT16,
+    )
     with safe_open(tmp_path / "update", framework="pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert found["m.lora_B"].dtype == found["m.lora_A"].dtype == torch.bfloat16
@@ -224,7 +224,7 @@ def test_an_update_may_hold_its_factors_as_bfloat16(tmp_path):
     assert np.array_equal(found["head.score.weight"].numpy(), values)
 
 
-@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("precision", list(Precision))
 def test_only_the_trained_part_and_the_head_get_gradients(bases, tmp_path, precision):
     shape = bases["bert"][2]
     model, adapters = loaded(bases, "bert", precision, tmp_path)
@@ -252,7 +252,7 @@ def test_equal_ranks_keep_their_layers(bases, tmp_path):
     again = adapters.tensors()
     assert all(np.array_equal(again[name], first[name]) for name in first)
     adapters.install(None, {**ranks, shape.matrices[0].name: 4}, Start.SPLIT, 1)
-    assert adapters.tensors()[shape.matrices[0].name + wire.LORA_A].shape[0] == 4
+    assert adapters.tensors()[shape.matrices[0].name + LORA_A].shape[0] == 4
 
 
 def test_a_plan_for_an_unknown_matrix_is_refused(bases, tmp_path):
@@ -266,18 +266,18 @@ def test_a_global_adapter_sent_as_int8_is_what_the_engine_counts_from(bases, tmp
     tensors = global_adapter(shape, 4)
     with opened(tmp_path, shape, as_sent(tensors)) as adapter:
         for matrix in shape.matrices:
-            wanted = received({s: tensors[matrix.name + s] for s in (wire.LORA_A, wire.LORA_B)})
+            wanted = received({s: tensors[matrix.name + s] for s in (LORA_A, LORA_B)})
             b, a = adapter.factors(matrix.name)
             assert a.dtype == b.dtype == np.float32
-            assert np.array_equal(a, wanted[wire.LORA_A])
-            assert np.array_equal(b, wanted[wire.LORA_B])
+            assert np.array_equal(a, wanted[LORA_A])
+            assert np.array_equal(b, wanted[LORA_B])
 
 
 def as_sent(tensors):
     """Return the tensors of a global adapter as the engine sends them."""
-    found = {name: value for name, value in tensors.items() if name.startswith(wire.HEAD)}
+    found = {name: value for name, value in tensors.items() if name.startswith(HEAD)}
     for name in tensors.keys() - found.keys():
-        stem = name.removesuffix(wire.LORA_A).removesuffix(wire.LORA_B)
+        stem = name.removesuffix(LORA_A).removesuffix(LORA_B)
         suffix = name.removeprefix(stem)
         found |= {stem + end: value for end, value in quantize({suffix: tensors[name]}).items()}
     return found
@@ -286,7 +286,7 @@ def as_sent(tensors):
 def test_scales_of_a_float32_factor_are_refused(bases, tmp_path):
     shape = bases["bert"][2]
     tensors = global_adapter(shape, 4)
-    tensors[shape.matrices[0].name + wire.LORA_A + wire.SCALE] = np.ones(3, np.float32)
+    tensors[shape.matrices[0].name + LORA_A + SCALE] = np.ones(3, np.float32)
     with pytest.raises(Failure, match="does not fit the model"):
         opened(tmp_path, shape, tensors)
 
@@ -295,11 +295,11 @@ def test_scales_of_a_float32_factor_are_refused(bases, tmp_path):
 def test_int8_without_its_scales_is_refused(bases, tmp_path, change):
     shape = bases["bert"][2]
     tensors = as_sent(global_adapter(shape, 4))
-    name = shape.matrices[0].name + wire.LORA_A
-    scales = tensors.pop(name + wire.SCALE)
+    name = shape.matrices[0].name + LORA_A
+    scales = tensors.pop(name + SCALE)
     if change != "none":
         others = {"short": scales[:-1], "type": scales.astype(np.float64), "orphan": scales}
-        tensors[name + wire.SCALE] = others[change]
+        tensors[name + SCALE] = others[change]
     if change == "orphan":
         del tensors[name]
     with pytest.raises(Failure, match="does not fit the model"):
@@ -331,7 +331,7 @@ def test_a_global_adapter_of_another_model_is_refused(bases, tmp_path, change):
 def test_a_global_adapter_must_be_finite_safetensors(bases, tmp_path):
     shape = bases["bert"][2]
     tensors = global_adapter(shape, 4)
-    tensors[shape.matrices[0].name + wire.LORA_B][0, 0] = np.nan
+    tensors[shape.matrices[0].name + LORA_B][0, 0] = np.nan
     with opened(tmp_path, shape, tensors) as adapter, pytest.raises(Failure, match="not finite"):
         adapter.factors(shape.matrices[0].name)
     (tmp_path / "pickle").write_bytes(b"\x80\x04K\x01.")

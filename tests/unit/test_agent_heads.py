@@ -17,7 +17,7 @@ from fedpipe_agent.train.model import Source
 from fedpipe_agent.train.shape import read_shape
 from fedpipe_api.base import UserError
 from fedpipe_api.job import FedPipeJobSpec, Precision, Task
-from fedpipe_api.wire import Start
+from fedpipe_api.lora.methods import Start
 from fedpipe_operator.export import write_adapter
 
 CPU, TASK = torch.device("cpu"), Task.SEQUENCE_CLASSIFICATION

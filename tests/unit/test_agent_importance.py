@@ -145,7 +145,7 @@ def test_scores_agree_with_a_float64_reference(source):
         assert found[name] == pytest.approx(expected, rel=2e-2)
 
 
-@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("precision", list(Precision))
 def test_scores_repeat_and_leave_the_model_as_it_was(source, precision):
     samples = some_samples()
     found = []

@@ -139,9 +139,12 @@ def test_what_libraries_print_in_the_child_is_no_result(tmp_path):
 
 
 def test_an_exception_is_a_reason(monkeypatch):
-    monkeypatch.setattr(
-        kernels, "_layer", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel image\nmore"))
-    )
+    from fedpipe_agent.train.precisions import IMPLEMENTATIONS, Implementation
+
+    def layer(*_):
+        raise RuntimeError("no kernel image\nmore")
+
+    monkeypatch.setitem(IMPLEMENTATIONS, Precision.NF4, Implementation(layer))
     written = io.StringIO()
     kernels._child(["nf4"], written)
     assert '"usable": false, "message": "no kernel image"' in written.getvalue()

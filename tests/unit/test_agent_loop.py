@@ -20,8 +20,8 @@ from fedpipe_agent.train.loop import MicroBatches, Settings, evaluate, train
 from fedpipe_agent.train.model import Source
 from fedpipe_agent.train.shape import read_shape
 from fedpipe_api.job import Precision, Task
+from fedpipe_api.lora.methods import Start
 from fedpipe_api.node import Capacity
-from fedpipe_api.wire import Start
 
 KIND = {Task.SEQUENCE_CLASSIFICATION: "bert", Task.CAUSAL_LM: "gpt2"}
 
@@ -154,7 +154,7 @@ def test_no_micro_batch_or_evaluated_batch_is_held_beside_the_next(sources, devi
     assert held == [[]] * 7
 
 
-@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("precision", list(Precision))
 def test_after_a_step_memory_goes_back_unless_all_is_float32(sources, tmp_path, monkeypatch, precision):
     task = Task.CAUSAL_LM
     model, samples = prepared(sources, task, tmp_path, precision), samples_of(task)
@@ -179,7 +179,7 @@ def test_a_passed_memory_budget_halves_the_micro_batch(sources, tmp_path):
     assert outcomes[0].loss == pytest.approx(outcomes[1].loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("precision", list(Precision))
 @pytest.mark.parametrize("task", Task)
 def test_training_learns_at_every_precision_and_repeats_exactly(sources, device, tmp_path, task, precision):
     samples = samples_of(task, 8)

@@ -67,7 +67,7 @@ def test_named_modules_become_the_candidates(models):
         read_shape(config, task, ("q_proj",))
 
 
-@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("precision", list(Precision))
 @pytest.mark.parametrize(("kind", "task"), TASKS)
 def test_every_precision_runs_forward_and_backward(models, kind, task, precision):
     config = config_of(models[kind], task)

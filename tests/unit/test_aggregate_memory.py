@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from fedpipe_api import memory
 from fedpipe_api.base import UserError
 from fedpipe_api.job import Aggregation, Method, ServerOptimizer
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B
 from fedpipe_operator.aggregate import AggregationRequest, NodeUpdate
 from fedpipe_operator.aggregate.memory import MatrixSize, peak_bytes
 from fedpipe_operator.engine import aggregation as engine_aggregation

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fedpipe_api.job import Aggregation, Checks, Method, Robust
-from fedpipe_api.wire import HEAD
+from fedpipe_api.lora.format import HEAD
 from fedpipe_operator.aggregate import low_rank_sum
 from property.aggregate_reference import Node, Round, product_of, svd_form
 from unit.test_aggregate_round import M, honest, poisoned, verdicts

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedpipe_api.base import UserError
 from fedpipe_api.job import Aggregation, Checks, Method, Robust, ServerOptimizer
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B, SCALE
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B, SCALE
 from fedpipe_operator.aggregate import AggregationRequest, NodeUpdate, aggregate_round
 from fedpipe_operator.aggregate.files import MalformedFileError
 from property.aggregate_reference import Node, Round, product_of, svd_form

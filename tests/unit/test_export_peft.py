@@ -16,7 +16,11 @@ from transformers import (
 )
 
 from fedpipe_api.job import FedPipeJobSpec
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B, MatrixShape, ModelShape
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B
+from fedpipe_api.wire import (
+    MatrixShape,
+    ModelShape,
+)
 from fedpipe_operator.export import write_adapter
 
 

@@ -9,8 +9,9 @@ import pytest
 from fedpipe_agent.probe import status
 from fedpipe_agent.probe.nvml import Reading
 from fedpipe_agent.probe.publish import Cluster, Publisher, PublishError
-from fedpipe_api.base import Precision, UserError
+from fedpipe_api.base import UserError
 from fedpipe_api.node import Capacity, FedPipeNodeStatus
+from fedpipe_api.precisions import Precision
 from nvml import apiserver, golden
 
 

@@ -13,7 +13,6 @@ from fedpipe_agent.probe import status
 from fedpipe_agent.probe.host import Host
 from fedpipe_agent.probe.loop import Schedule
 from fedpipe_agent.probe.nvml import Fault, Lost, Reading
-from fedpipe_api.base import Precision
 from fedpipe_api.node import (
     DEVICE_LOST,
     DRIVER_FAULT,
@@ -27,6 +26,7 @@ from fedpipe_api.node import (
     NodeReason,
     PrecisionSupport,
 )
+from fedpipe_api.precisions import Precision
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 GIB = 2**30

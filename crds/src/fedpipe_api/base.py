@@ -3,7 +3,6 @@
 
 import re
 from collections.abc import Iterable
-from enum import StrEnum
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Self
 
@@ -254,12 +253,3 @@ Score = Annotated[float, Field(ge=0, le=1e30)]
 """Importance of a weight matrix; sums over nodes and matrices stay finite."""
 Figure = Annotated[float, Field(ge=0, le=1e300)]
 """A norm, a ratio or another figure that is not negative and whose square root is all that is taken."""
-
-
-class Precision(StrEnum):
-    """Precision of the frozen base (METHOD §3)."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    INT8 = "int8"
-    NF4 = "nf4"

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, StringConstraints
 
-from .base import Model, ModuleName, Name, Precision
+from .base import Model, ModuleName, Name
+from .lora.methods import Method
 from .object_url import EXAMPLES, OBJECT_URL_PATTERN
 from .objects import (
     Claim,
@@ -18,6 +19,7 @@ from .objects import (
     Volume,
 )
 from .open_json import check_open_json
+from .precisions import AUTO, Precision, Quantization
 from .rules import IMMUTABLE, Rule, exactly_one, immutable, inside, min_not_above_max
 from .status import (
     AdapterStatus,
@@ -33,7 +35,6 @@ from .training import (
     Adapter,
     Aggregation,
     Checks,
-    Method,
     Optimizer,
     Ranks,
     Robust,
@@ -301,8 +302,8 @@ class FedPipeJobSpec(Model):
     nodes: Nodes = Nodes()
     rounds: Rounds
     adapter: Adapter = Adapter()
-    quantization: Literal["auto", "none", "bf16", "int8", "nf4"] = Field(
-        default="auto",
+    quantization: Quantization = Field(
+        default=AUTO,
         description="Precision of the frozen base; auto: the highest that leaves room, per node.",
     )
     optimizer: Optimizer = Optimizer()

@@ -8,9 +8,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from .base import Model, Name, Precision, Quantity, keyed
+from .base import Model, Name, Quantity, keyed
 from .conditions import Advice, Condition
 from .objects import LabelValue, ObjectMeta
+from .precisions import Precision
 
 HEARTBEAT_SECONDS = 120.0
 """A probe reports at least this often, even when nothing has changed."""

@@ -7,8 +7,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from .base import Model, ModuleName, Name, Precision, keyed
+from .base import Model, ModuleName, Name, keyed
 from .conditions import Condition
+from .precisions import Precision
 
 Figure = Annotated[float, AfterValidator(lambda value: float(f"{value:.4g}"))]
 """A number kept to the four significant digits that a printer column can show."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a FedPipeJob trains: its rounds, adapter, optimizer and aggregation."""
 
-from enum import StrEnum
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from .base import Duration, Model, ModuleName
+from .lora.methods import Method
 from .rules import Rule, immutable, min_not_above_max
 
 
@@ -138,16 +138,6 @@ class Optimizer(Model):
     warmup_rounds: int = Field(default=0, ge=0, le=10000, description="Rounds of linear warm-up.")
     max_grad_norm: float = Field(default=1.0, gt=0, le=1e6, description="Gradients are clipped to this norm.")
     proximal: float = Field(default=0.0, ge=0, le=1e6, description="FedProx mu; 0 switches it off.")
-
-
-class Method(StrEnum):
-    """How unequal adapters are aggregated (METHOD §4)."""
-
-    EXACT = "exact"
-    ZERO_PAD = "zero-pad"
-    AVERAGE = "average"
-    TRUNCATE = "truncate"
-    STACK = "stack"
 
 
 class ServerOptimizer(Model):

@@ -11,11 +11,10 @@ Any refusal is a `Refusal` with a 4xx status.
 """
 
 import json
-import math
 from enum import StrEnum
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from .base import (
@@ -27,7 +26,6 @@ from .base import (
     ModuleName,
     Name,
     Positive,
-    Precision,
     RoundNumber,
     Score,
     Seconds,
@@ -37,7 +35,10 @@ from .base import (
     explain,
     given_twice,
 )
-from .job import Adapter, DataSource, Method, ModelSource, Optimizer
+from .job import Adapter, DataSource, ModelSource, Optimizer
+from .lora.format import HEAD, MatrixShape, Side, TensorShape
+from .lora.methods import Start
+from .precisions import Precision
 
 MANIFEST_HEADER = "FedPipe-Manifest"
 """HTTP header of an update: the UpdateManifest as compact JSON."""
@@ -50,31 +51,6 @@ REGISTRATION_LIMIT = 1024 * 1024
 
 HEADER_LIMIT = 16 * 1024
 """Bytes of the largest HTTP header line."""
-
-LORA_A = ".lora_A"
-LORA_B = ".lora_B"
-HEAD = "head."
-"""Tensor names. Of matrix m (a full module name): `m.lora_B` (d, r), `m.lora_A` (r, c); of a fully trained
-tensor t: `head.t`. In the global adapter the matrix is the plain product lora_B @ lora_A, scale included. In
-an update the increment is scale(r) * lora_B @ lora_A. All are float32; the factors of an update may be
-bfloat16, those of the global adapter int8."""
-
-SCALE = ".scale"
-"""Ending of the float32 scales (r,) of a factor sent as int8: a value is int8 * its component's scale."""
-
-
-def sent_as_int8(method: Method) -> bool:
-    """Return whether the global adapter's factors travel to the nodes as int8, not as float32.
-
-    Only where a node's change is counted from what it received; the methods of other papers send float32.
-    """
-    return method is Method.EXACT
-
-
-def scale(alpha: float, rank: int, rs_lora: bool) -> float:
-    """Return the LoRA scale s: alpha/r, or alpha/sqrt(r) for rsLoRA (METHOD, symbols)."""
-    return alpha / math.sqrt(rank) if rs_lora else alpha / rank
-
 
 M = TypeVar("M", bound=Model)
 
@@ -100,34 +76,8 @@ def _once(pairs: list[tuple[str, Any]]) -> None:
         raise BadMessage(f"{twice if twice.isprintable() else ascii(twice)}: given twice; send it once")
 
 
-Side = Annotated[int, Field(ge=1, le=2**20)]
-"""Rows or columns of a tensor; the largest vocabularies have a quarter of it."""
-
 HEAD_LIMIT = 2**28
 """Parameters that all fully trained tensors may have together: 1 GiB as float32."""
-
-
-TensorName = Annotated[ModuleName, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]
-
-
-class MatrixShape(Model):
-    """A weight matrix (d rows = outputs, c columns = inputs)."""
-
-    name: TensorName
-    rows: Side
-    columns: Side
-
-
-class TensorShape(Model):
-    """A fully trained tensor of the task head."""
-
-    name: TensorName
-    shape: tuple[Side, ...] = Field(max_length=8)
-
-    @property
-    def size(self) -> int:
-        """Its parameters."""
-        return math.prod(self.shape)
 
 
 class ModulesFrom(StrEnum):
@@ -258,32 +208,6 @@ class AgentConfig(Model):
     optimizer: Optimizer
     adapter: Adapter
     seed: int = Field(ge=0, le=2**31 - 1)
-
-
-class Start(StrEnum):
-    """How a node's trainable adapter starts from the global adapter (METHOD §4)."""
-
-    SPLIT = "split"  # best rank-r part trainable, the remainder frozen (exact)
-    TRUNCATE = "truncate"  # best rank-r part trainable, the remainder dropped (FlexLoRA)
-    PREFIX = "prefix"  # first r rows and columns as they are (FedIT, HetLoRA)
-    FRESH = "fresh"  # a fresh adapter, the whole global adapter frozen (FLoRA)
-
-
-START_OF_METHOD = {
-    Method.EXACT: Start.SPLIT,
-    Method.TRUNCATE: Start.TRUNCATE,
-    Method.AVERAGE: Start.PREFIX,
-    Method.ZERO_PAD: Start.PREFIX,
-    Method.STACK: Start.FRESH,
-}
-
-
-def uploaded_as_bf16(start: Start) -> bool:
-    """Return whether nodes upload the factors they trained as bfloat16, not as float32.
-
-    Rounding is a thousandth of a value, at random; the methods of other papers send float32.
-    """
-    return start is Start.SPLIT
 
 
 Rank = Annotated[int, Field(ge=0, le=4096)]

@@ -18,7 +18,7 @@ from typing import IO, Any
 from pydantic import ValidationError
 
 from fedpipe_api import wire
-from fedpipe_api.job import Precision
+from fedpipe_api.precisions import Precision
 
 TIMEOUT = 60.0
 """Seconds for one kernel; for the first of a child process its start and the import of torch are among them.
@@ -28,9 +28,6 @@ KILL_SECONDS = 5.0
 SAID_LIMIT = 2**20
 """Bytes that are read of one child: a result has some hundred, but libraries talk too."""
 WIDTH, ROWS, REPEATS = 512, 128, 3
-
-TOLERANCES = {Precision.FP32: 5e-3, Precision.BF16: 3e-2, Precision.INT8: 5e-2, Precision.NF4: 0.25}
-"""Relative error (Frobenius) against the exact product above which a kernel counts as broken."""
 
 
 class Check:
@@ -120,64 +117,26 @@ def check(
     return Check(precisions, timeout).results()
 
 
-def import_bitsandbytes() -> Any:
-    """Import bitsandbytes without its use of `torch.compile`.
-
-    It would compile its CPU fallbacks at first use wherever a C compiler happens to be present: seconds of
-    work, and other rounding than on the next machine.
-    """
-    import torch
-
-    def as_it_is(function: Any = None, **_: Any) -> Any:
-        return function if function is not None else as_it_is
-
-    patched: Any = torch
-    compiler, patched.compile = patched.compile, as_it_is
-    try:
-        import bitsandbytes
-    finally:
-        patched.compile = compiler
-    return bitsandbytes
-
-
-def _layer(precision: Precision, exact: Any, device: Any) -> Any:
-    import torch
-
-    if precision in (Precision.FP32, Precision.BF16):
-        layer = torch.nn.Linear(WIDTH, WIDTH, bias=False)
-    else:
-        bitsandbytes = import_bitsandbytes()
-        if precision is Precision.INT8:
-            layer = bitsandbytes.nn.Linear8bitLt(
-                WIDTH, WIDTH, bias=False, has_fp16_weights=False, threshold=6.0
-            )
-        else:
-            layer = bitsandbytes.nn.Linear4bit(
-                WIDTH, WIDTH, bias=False, compress_statistics=True, quant_type="nf4"
-            )
-    layer.load_state_dict({"weight": exact})
-    return (layer.bfloat16() if precision is Precision.BF16 else layer).to(device).requires_grad_(False)
-
-
-def _run(precision: Precision) -> wire.KernelResult:
+def run(precision: Precision) -> wire.KernelResult:
     """Run one kernel and compare its output and input gradient with the exact ones."""
     import torch
 
+    from .train.precisions import IMPLEMENTATIONS, compute_type
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda" and precision is Precision.BF16 and not torch.cuda.is_bf16_supported(False):
+    bfloat16 = precision.computes_in == "bfloat16"
+    if device.type == "cuda" and bfloat16 and not torch.cuda.is_bf16_supported(False):
         return wire.KernelResult(
-            precision=precision, usable=False, message="bf16 is only emulated on this GPU"
+            precision=precision, usable=False, message=f"{precision} is only emulated on this GPU"
         )
     torch.manual_seed(0)
     exact, x = torch.randn(WIDTH, WIDTH) / WIDTH**0.5, torch.randn(ROWS, WIDTH)
-    layer = _layer(precision, exact, device)
-    # bitsandbytes computes in half precision on CUDA; on CPU it takes float32.
-    half = precision is Precision.BF16 or (device.type == "cuda" and precision is not Precision.FP32)
-    dtype = (
-        torch.bfloat16
-        if half and (device.type == "cpu" or torch.cuda.is_bf16_supported(False))
-        else torch.float32
-    )
+    layer = IMPLEMENTATIONS[precision].layer(WIDTH, WIDTH)
+    layer.load_state_dict({"weight": exact})
+    dtype = compute_type(precision, device)
+    if not precision.quantized:
+        layer.to(dtype)
+    layer.to(device).requires_grad_(False)
     seconds = []
     for _ in range(REPEATS):
         inputs = x.to(device, dtype, copy=True).requires_grad_()
@@ -189,7 +148,7 @@ def _run(precision: Precision) -> wire.KernelResult:
             _distance(inputs.grad, exact.sum(0).expand_as(x)),
         )
         seconds.append(time.perf_counter() - begin)
-    if not error < TOLERANCES[precision]:
+    if not error < precision.tolerance:
         message = f"wrong result: relative error {error:.2g}"
         return wire.KernelResult(precision=precision, usable=False, message=message)
     return wire.KernelResult(precision=precision, usable=True, seconds=sorted(seconds)[len(seconds) // 2])
@@ -203,10 +162,10 @@ def _child(names: list[str], results: IO[str]) -> None:
     """Write one KernelResult per precision; a Python error is a result, a crash ends the process."""
     for name in names:
         try:
-            result = _run(Precision(name))
+            result = run(Precision.of(name))
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:1024]
-            result = wire.KernelResult(precision=Precision(name), usable=False, message=reason)
+            result = wire.KernelResult(precision=Precision.of(name), usable=False, message=reason)
         results.write(json.dumps(result.to_dict()) + "\n")
         results.flush()
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Literal
 
-from fedpipe_api.base import Precision
 from fedpipe_api.node import (
     Capacity,
     Cpu,
@@ -13,15 +12,12 @@ from fedpipe_api.node import (
     GpuDevice,
     PrecisionSupport,
 )
+from fedpipe_api.precisions import Precision
 
 from . import summary
 from .conditions import judge, silent, usable_devices
 from .host import Host
 from .nvml import Reading
-
-CAPABILITY_NEEDED = {Precision.BF16: (8, 0), Precision.INT8: (7, 5), Precision.NF4: (6, 0)}
-"""CUDA compute capability from which a precision runs: bf16 tensor cores came with Ampere, the int8 ones that
-LLM.int8 needs with Turing; bitsandbytes builds its 4-bit kernels for Pascal and later."""
 
 FREE_MOVED = 0.05
 LINK_RATE_MOVED = 0.20
@@ -144,7 +140,7 @@ def _derived_precisions(devices: tuple[GpuDevice, ...]) -> list[PrecisionSupport
 
 def _derived(precision: Precision, devices: tuple[GpuDevice, ...]) -> PrecisionSupport:
     """Return whether every device has the precision: an agent may land on any of them."""
-    needed = CAPABILITY_NEEDED.get(precision)
+    needed = precision.capability
     if needed is None:
         return PrecisionSupport(precision=precision)
     for device in devices:

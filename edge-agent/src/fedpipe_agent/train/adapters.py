@@ -19,6 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedpipe_api import wire
+from fedpipe_api.lora.codec import dequantize
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B, SCALE, Encoding, MatrixShape, adapter_ranks, scale
+from fedpipe_api.lora.methods import Start
 
 from ..errors import Failure
 from .candidates import is_transposed
@@ -28,6 +31,8 @@ TRAINED, FROZEN = "trained", "frozen"
 """Names of the two peft adapters."""
 ROW_NORM = 1 / math.sqrt(3)
 """Expected row norm c of a fresh A: uniform in ±1/√columns (kaiming_uniform with a = √5)."""
+
+TYPES = {Encoding.FLOAT32: torch.float32, Encoding.BFLOAT16: torch.bfloat16}
 
 Factors = tuple[np.ndarray, np.ndarray]
 """(B, A): a (d, r) and a (r, c) matrix, float32, whose product is an increment."""
@@ -42,16 +47,19 @@ class GlobalAdapter:
         Raises:
             Failure: the file is not a global adapter of this model.
         """
-        self._matrices = {matrix.name: matrix for matrix in shape.matrices}
-        self._head = {tensor.name: tensor.shape for tensor in shape.head}
+        self._head = tuple(tensor.name for tensor in shape.head)
         try:
             self._file: Any = safe_open(path, framework="np")
         except SafetensorError as error:
             raise Failure(f"global adapter: not a safetensors file: {error}") from error
-        self._names = set(self._file.keys())
-        self.ranks: dict[str, int] = {}
-        for name in sorted(self._names):
-            self._check(name)
+        names = self._file.keys()
+        parts = {name: self._file.get_slice(name) for name in names}
+        found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+        self._names = found.keys()
+        try:
+            self.ranks = adapter_ranks(found, shape.matrices, shape.head)
+        except ValueError as error:
+            raise Failure(f"global adapter: {error}") from None
 
     def __enter__(self) -> Self:
         self._file.__enter__()
@@ -62,57 +70,20 @@ class GlobalAdapter:
     ) -> None:
         self._file.__exit__(kind, error, trace)
 
-    def _check(self, name: str) -> None:
-        kind, shape = self._look(name)
-        if name.startswith(wire.HEAD):
-            fits = kind == "F32" and self._head.get(name.removeprefix(wire.HEAD)) == shape
-        elif name.endswith(wire.SCALE):
-            # The factor itself then wants scales of this type and one for each component.
-            fits = self._look(name.removesuffix(wire.SCALE))[0] == "I8"
-        else:
-            fits = self._is_factor(name, kind, shape)
-        if not fits:
-            raise Failure(f"global adapter: tensor {name} {kind}{list(shape)} does not fit the model")
-
-    def _is_factor(self, name: str, kind: str, shape: tuple[int, ...]) -> bool:
-        """Return whether a tensor is one of a matrix's two factors, with its scales if it is int8."""
-        matrix = self._matrices.get(name.removesuffix(wire.LORA_A).removesuffix(wire.LORA_B))
-        if matrix is None or len(shape) != 2:
-            return False
-        rank = self.ranks.setdefault(matrix.name, shape[0 if name.endswith(wire.LORA_A) else 1])
-        wanted = {
-            matrix.name + wire.LORA_A: (rank, matrix.columns),
-            matrix.name + wire.LORA_B: (matrix.rows, rank),
-        }
-        if kind == "I8" and self._look(name + wire.SCALE) != ("F32", (rank,)):
-            return False
-        return kind in {"F32", "I8"} and wanted.get(name) == shape and wanted.keys() <= self._names
-
-    def _look(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Return a tensor's type and shape."""
-        if name not in self._names:
-            return "", ()
-        part = self._file.get_slice(name)
-        return part.get_dtype(), tuple(part.get_shape())
-
     def factors(self, matrix: str) -> Factors | None:
         """Return B and A of a matrix, None where it has none."""
         if matrix not in self.ranks:
             return None
-        return self._factor(matrix + wire.LORA_B, 0), self._factor(matrix + wire.LORA_A, 1)
+        return self._factor(matrix, LORA_B), self._factor(matrix, LORA_A)
 
-    def _factor(self, name: str, axis: int) -> np.ndarray:
-        """Return a factor; one sent as int8 has a scale for each component, along `axis`."""
+    def _factor(self, matrix: str, suffix: str) -> np.ndarray:
+        name = matrix + suffix
         value = self._tensor(name)
-        if name + wire.SCALE not in self._names:
-            return value
-        return value * np.expand_dims(self._tensor(name + wire.SCALE), axis)
+        return dequantize(suffix, value, self._tensor(name + SCALE)) if name + SCALE in self._names else value
 
     def head(self) -> dict[str, np.ndarray]:
         """Return the head tensors by state-dict name."""
-        return {
-            name: self._tensor(wire.HEAD + name) for name in self._head if wire.HEAD + name in self._names
-        }
+        return {name: self._tensor(HEAD + name) for name in self._head if HEAD + name in self._names}
 
     def _tensor(self, name: str) -> np.ndarray:
         value: np.ndarray = self._file.get_tensor(name)
@@ -130,7 +101,7 @@ class Parts:
 
 
 def start(
-    matrix: wire.MatrixShape, factors: Factors | None, rule: wire.Start, scale: float, fresh: np.ndarray
+    matrix: MatrixShape, factors: Factors | None, rule: Start, scale: float, fresh: np.ndarray
 ) -> Parts:
     """Split one matrix of the global adapter by a start rule (METHOD §4).
 
@@ -145,17 +116,16 @@ def start(
     if rank == 0:
         return Parts(trained=None, frozen=factors)
     b, a = np.zeros((matrix.rows, rank), np.float32), fresh.copy()
-    if factors is None or rule is wire.Start.FRESH:
+    if factors is None or rule.fresh:
         return Parts(trained=(b, a), frozen=factors)
     global_b, global_a = factors
     kept = min(rank, len(global_a))
-    # Rows of the norm of a fresh A, so that the rank does not change the effective learning rate;
-    # `prefix` takes the rows as they are.
-    norm = 1.0 if rule is wire.Start.PREFIX else ROW_NORM
+    # Rows of the norm of a fresh A, so that the rank does not change the effective learning rate.
+    norm = 1.0 if rule.as_is else ROW_NORM
     a[:kept] = norm * global_a[:kept]
     b[:, :kept] = global_b[:, :kept] / (norm * scale)
     rest = None
-    if rule is wire.Start.SPLIT and kept < len(global_a):
+    if rule.holds_remainder and kept < len(global_a):
         rest = np.ascontiguousarray(global_b[:, kept:]), np.ascontiguousarray(global_a[kept:])
     return Parts(trained=(b, a), frozen=rest)
 
@@ -213,10 +183,10 @@ class Adapters:
 
     def scale(self, rank: int) -> float:
         """Return the LoRA scale s of a rank."""
-        return wire.scale(self._alpha, rank, self._rs_lora)
+        return scale(self._alpha, rank, self._rs_lora)
 
     def install(
-        self, adapter: GlobalAdapter | None, ranks: dict[str, int], rule: wire.Start, round_number: int
+        self, adapter: GlobalAdapter | None, ranks: dict[str, int], rule: Start, round_number: int
     ) -> None:
         """Make the model compute base + global adapter as the start rule has it.
 
@@ -259,8 +229,8 @@ class Adapters:
         found = {}
         for name in self._ranks[TRAINED]:
             layer = self._layers[name]
-            found[name + wire.LORA_A] = layer.lora_A[TRAINED].weight.detach().float().cpu().numpy()
-            found[name + wire.LORA_B] = layer.lora_B[TRAINED].weight.detach().float().cpu().numpy()
+            found[name + LORA_A] = layer.lora_A[TRAINED].weight.detach().float().cpu().numpy()
+            found[name + LORA_B] = layer.lora_B[TRAINED].weight.detach().float().cpu().numpy()
         return found
 
     def remove(self) -> None:
@@ -349,16 +319,16 @@ def fresh_rows(rank: int, columns: int, *names: object) -> np.ndarray:
     return (generator(*names).uniform(-1.0, 1.0, (rank, columns)) / math.sqrt(columns)).astype(np.float32)
 
 
-def save(path: Path, factors: dict[str, np.ndarray], head: dict[str, np.ndarray], bf16: bool) -> None:
+def save(path: Path, factors: dict[str, np.ndarray], head: dict[str, np.ndarray], encoding: Encoding) -> None:
     """Write an update as safetensors, named as on the wire; the same tensors give the same bytes.
 
     Args:
         path: the file.
-        factors: by name; bfloat16 in the file if `bf16`, else float32 like the head.
-        head: by parameter's name.
-        bf16: see there.
+        factors: by name.
+        head: by parameter's name; float32 in the file.
+        encoding: of the factors in the file.
     """
-    kind = torch.bfloat16 if bf16 else torch.float32
+    kind = TYPES[encoding]
     named = {name: torch.from_numpy(value).to(kind) for name, value in factors.items()}
-    named |= {wire.HEAD + name: torch.from_numpy(value).float() for name, value in head.items()}
+    named |= {HEAD + name: torch.from_numpy(value).float() for name, value in head.items()}
     save_file({name: named[name].contiguous() for name in sorted(named)}, path)

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from fedpipe_api import wire
-from fedpipe_api.job import Precision
+from fedpipe_api.lora.format import Encoding, trained_bytes
+from fedpipe_api.lora.methods import Start
+from fedpipe_api.precisions import Precision
 from fedpipe_api.wire import AssignmentKind
 
 from ..errors import Aborted, Failure
@@ -129,7 +131,7 @@ class Agent:
         if assignment.importance:
             steps = self._job.adapter.selection.warmup_steps
             work.report(state="profiling", steps=steps)
-            self._install(None, {}, wire.Start.FRESH, 0)
+            self._install(None, {}, Start.FRESH, 0)
             self._adapters.remove()
             scores = importance.measure(
                 self._model,
@@ -143,7 +145,7 @@ class Agent:
             )
         steps = max(1, assignment.profile_steps)
         work.report(state="profiling", step=0, steps=steps)
-        self._install(None, plan.ranks, wire.Start.FRESH, 0)
+        self._install(None, plan.ranks, Start.FRESH, 0)
         outcome = loop.train(
             self._model,
             self._samples,
@@ -166,7 +168,7 @@ class Agent:
         path = self._transport.blob(assignment.adapter) if assignment.adapter else None
         self._load(plan.precision)
         with _opened(path, self._shape) as adapter:
-            self._install(adapter, {}, wire.Start.SPLIT, assignment.round)
+            self._install(adapter, {}, Start.SPLIT, assignment.round)
         self._evaluate(assignment.round, plan, work)
 
     def _train(self, assignment: wire.Assignment, plan: wire.NodePlan, work: Work, begin: float) -> None:
@@ -177,8 +179,8 @@ class Agent:
         self._load(plan.precision)
         evaluated = 0.0
         with _opened(path, self._shape) as adapter:
-            # These two rules start with exactly the global adapter; the others drop a part of it.
-            exact = assignment.start in (wire.Start.SPLIT, wire.Start.FRESH)
+            # With the remainder a node starts with exactly the global adapter.
+            exact = assignment.start.holds_remainder
             if assignment.evaluate:
                 self._install(adapter, plan.ranks if exact else {}, assignment.start, number)
                 evaluate_begin = time.monotonic()
@@ -187,10 +189,9 @@ class Agent:
             if not (assignment.evaluate and exact):
                 self._install(adapter, plan.ranks, assignment.start, number)
         work.report(state="training", step=0, steps=plan.local_steps)
-        bf16 = wire.uploaded_as_bf16(assignment.start)
         deadline = math.inf
         if assignment.remaining_seconds is not None:
-            reserve = UPLOAD_RESERVE + 1.2 * self._upload_time(plan, bf16)
+            reserve = UPLOAD_RESERVE + 1.2 * self._upload_time(plan, assignment.start.upload)
             deadline = begin + assignment.remaining_seconds - reserve
 
         def after(step: loop.Step) -> bool:
@@ -207,15 +208,10 @@ class Agent:
         order = self._order(plan, number)
         outcome = loop.train(self._model, self._samples, order, settings, self._device, after=after)
         work.report(state="uploading")
-        self._upload(assignment, plan, outcome, Times(begin, downloaded, evaluated), bf16)
+        self._upload(assignment, plan, outcome, Times(begin, downloaded, evaluated))
 
     def _upload(
-        self,
-        assignment: wire.Assignment,
-        plan: wire.NodePlan,
-        outcome: loop.Outcome,
-        times: Times,
-        bf16: bool,
+        self, assignment: wire.Assignment, plan: wire.NodePlan, outcome: loop.Outcome, times: Times
     ) -> None:
         number = assignment.round
         head = head_tensors(self._model, self._shape.head)
@@ -223,7 +219,7 @@ class Agent:
         if not all(np.isfinite(value).all() for value in (*tensors.values(), *head.values())):
             raise Failure(f"round {number}: the update is not finite; lower spec.optimizer.learningRate")
         path = self._work / "update.safetensors"
-        save(path, tensors, head, bf16)
+        save(path, tensors, head, assignment.start.upload)
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         manifest = wire.UpdateManifest(
@@ -254,14 +250,12 @@ class Agent:
                 manifest.size / 1000,
             )
 
-    def _upload_time(self, plan: wire.NodePlan, bf16: bool) -> float:
+    def _upload_time(self, plan: wire.NodePlan, encoding: Encoding) -> float:
         """Return the seconds the upload will take: as last time, or by the declared link."""
         if self._upload_seconds or self._link_rate is None:
             return self._upload_seconds
-        sides = {matrix.name: matrix.rows + matrix.columns for matrix in self._shape.matrices}
-        values = sum(rank * sides.get(name, 0) for name, rank in plan.ranks.items())
-        head = sum(math.prod(tensor.shape) for tensor in self._shape.head)
-        return ((2 if bf16 else 4) * values + 4 * head) / self._link_rate
+        size = trained_bytes(self._shape.matrices, self._shape.head, plan.ranks, encoding)
+        return size / self._link_rate
 
     def _evaluate(self, number: int, plan: wire.NodePlan, work: Work) -> None:
         """Evaluate the model as it is and report it as round `number`."""
@@ -298,7 +292,7 @@ class Agent:
         self._start_head = head_tensors(self._model, self._shape.head)
         self._precision = precision
         pristine = None
-        if precision is Precision.FP32:
+        if precision.takes_remainder:
             pristine = self._work / "base"
             pristine.mkdir(exist_ok=True)
         self._adapters = Adapters(
@@ -311,7 +305,7 @@ class Agent:
         )
 
     def _install(
-        self, adapter: GlobalAdapter | None, ranks: dict[str, int], rule: wire.Start, number: int
+        self, adapter: GlobalAdapter | None, ranks: dict[str, int], rule: Start, number: int
     ) -> None:
         self._adapters.install(adapter, ranks, rule, number)
         set_head(self._model, {**self._start_head, **(adapter.head() if adapter else {})})

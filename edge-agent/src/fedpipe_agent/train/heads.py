@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedpipe_api import wire
 from fedpipe_api.job import Task
+from fedpipe_api.lora.format import TensorShape
 
 from .seeds import generator
 
@@ -47,7 +47,7 @@ def head_parameters(model: nn.Module, modules: tuple[str, ...]) -> Iterator[tupl
             yield f"{outer}.{name}", parameter
 
 
-def head_tensors(model: nn.Module, head: tuple[wire.TensorShape, ...]) -> dict[str, np.ndarray]:
+def head_tensors(model: nn.Module, head: tuple[TensorShape, ...]) -> dict[str, np.ndarray]:
     """Return a copy of the head's present tensors by state-dict name, float32."""
     return {
         tensor.name: model.get_parameter(tensor.name).detach().float().cpu().numpy().copy() for tensor in head

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedpipe_api import wire
+from fedpipe_api.lora.format import MatrixShape
 
 from .data import Samples
 from .device import Device
@@ -57,7 +57,7 @@ class Sensitivity:
 class Increment(nn.Module):
     """P·Λ·Q beside one frozen linear layer: P (d, r), Λ (r), Q (r, c)."""
 
-    def __init__(self, matrix: wire.MatrixShape, seed: int, device: torch.device):
+    def __init__(self, matrix: MatrixShape, seed: int, device: torch.device):
         """Draw P and Q from N(0, 0.02), the same on every node; Λ is zero."""
         super().__init__()
         random = generator(seed, "importance", matrix.name)
@@ -97,7 +97,7 @@ class Increment(nn.Module):
 def measure(
     model: nn.Module,
     *,
-    matrices: tuple[wire.MatrixShape, ...],
+    matrices: tuple[MatrixShape, ...],
     samples: Samples,
     order: Iterator[np.ndarray],
     settings: Settings,

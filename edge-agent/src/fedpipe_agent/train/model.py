@@ -12,10 +12,10 @@ from torch import nn
 from fedpipe_api.base import UserError
 from fedpipe_api.job import ModelSource, Precision, Task
 
-from ..kernels import import_bitsandbytes
 from .candidates import output_embeddings, text_config
 from .device import is_out_of_memory
 from .heads import head_modules, start_head
+from .precisions import IMPLEMENTATIONS, compute_type, import_bitsandbytes
 
 
 class Source:
@@ -139,19 +139,21 @@ def load(
     Raises:
         UserError: the directory holds no complete model.
     """
-    quantized = precision in (Precision.INT8, Precision.NF4)
-    dtype = compute_type(device) if quantized else torch.float32
-    options: dict[str, Any] = {"dtype": torch.bfloat16 if precision is Precision.BF16 else dtype}
-    if quantized:
+    quantization = IMPLEMENTATIONS[precision].quantization
+    dtype = compute_type(precision, device)
+    options: dict[str, Any] = {"dtype": dtype}
+    if quantization:
         import_bitsandbytes()
         options["device_map"] = {"": device}
         if stored_precision(config) is None:
-            options["quantization_config"] = _quantization(precision, dtype, empty(config, task), task)
+            bare = empty(config, task)
+            kept = kept_modules(bare, head_modules(bare, task))
+            options["quantization_config"] = quantization(dtype, kept)
     model, missing = loading(source, config, task, **options)
     model.requires_grad_(False)
     start_head(model, head_modules(model, task, missing), missing, config.num_labels, seed)
     _keep_training_kernels(model)
-    if quantized and device.type == "cpu":
+    if quantization and device.type == "cpu":
         _own_memory(model)
     return model.to(device).train()
 
@@ -176,19 +178,14 @@ def stored_precision(config: Any) -> Precision | None:
         return None
     found = quantization if isinstance(quantization, dict) else quantization.to_dict()
     method = str(found.get("quant_method", "an unknown method"))
-    if not method.startswith("bitsandbytes"):
-        raise UserError(
-            f"spec.model: its weights are quantized ({method}); "
-            "give the model in float32, bf16 or bitsandbytes' own format"
-        )
-    return Precision.NF4 if found.get("load_in_4bit") or found.get("_load_in_4bit") else Precision.INT8
-
-
-def compute_type(device: torch.device) -> torch.dtype:
-    """Return the type quantized layers compute in: bfloat16 where CUDA has it in hardware, else float32."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
+    for precision in Precision if method.startswith("bitsandbytes") else ():
+        # transformers writes its flags with and without the underscore.
+        if IMPLEMENTATIONS[precision].stores({name.lstrip("_"): value for name, value in found.items()}):
+            return precision
+    raise UserError(
+        f"spec.model: its weights are quantized ({method}); "
+        "give the model in float32, bf16 or bitsandbytes' own format"
+    )
 
 
 def model_class(task: Task) -> Any:
@@ -204,21 +201,6 @@ def kept_modules(model: Any, head: tuple[str, ...]) -> list[str]:
     """Return the modules that are never quantized: the head and the output embeddings."""
     output = output_embeddings(model)
     return [*head, *([output] if output else [])]
-
-
-def _quantization(precision: Precision, dtype: torch.dtype, model: Any, task: Task) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    skipped = kept_modules(model, head_modules(model, task))
-    if precision is Precision.INT8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=skipped,
-    )
 
 
 def _use_plain_layers() -> None:

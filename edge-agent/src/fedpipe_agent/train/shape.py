@@ -11,12 +11,11 @@ from torch import nn
 from fedpipe_api import wire
 from fedpipe_api.base import UserError, explain
 from fedpipe_api.job import Precision, Task
+from fedpipe_api.lora.format import MatrixShape, TensorShape
 
 from .candidates import candidates, is_linear, is_transposed, output_embeddings, sides, text_config
 from .heads import head_modules, head_parameters
 from .model import Source, empty, kept_modules, line, loading, stored_precision
-
-QUANTIZED = (Precision.INT8, Precision.NF4)
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,11 @@ def read_shape(
             linear_parameters=quantized,
             active_parameters=_active(found, text),
             matrices=tuple(
-                wire.MatrixShape(name=name, rows=sides(module)[0], columns=sides(module)[1])
+                MatrixShape(name=name, rows=sides(module)[0], columns=sides(module)[1])
                 for name, module in chosen.items()
             ),
             modules_from=chooser,
-            head=tuple(wire.TensorShape(name=name, shape=tuple(p.shape)) for name, p in head.items()),
+            head=tuple(TensorShape(name=name, shape=tuple(p.shape)) for name, p in head.items()),
             head_modules=found.head,
             precisions=_precisions(config, quantized),
             checkpointing=bool(getattr(model, "supports_gradient_checkpointing", False)),
@@ -208,4 +207,4 @@ def _precisions(config: Any, quantized: int) -> tuple[Precision, ...]:
     own = stored_precision(config)
     if own is not None:
         return (own,)
-    return tuple(p for p in Precision if quantized or p not in QUANTIZED)
+    return tuple(p for p in Precision if quantized or not p.quantized)

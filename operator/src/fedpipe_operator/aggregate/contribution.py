@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedpipe_api.job import Aggregation
-from fedpipe_api.wire import LORA_A, LORA_B
+from fedpipe_api.lora.codec import Float32
+from fedpipe_api.lora.format import LORA_A, LORA_B
 
 from .comparison import Products
 from .factors import Float64, effective_rank
-from .files import Float32, TensorFile
+from .files import TensorFile
 from .messages import MatrixReport
 
 _SPECTRUM = 16

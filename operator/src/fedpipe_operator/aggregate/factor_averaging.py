@@ -3,12 +3,12 @@
 
 import numpy as np
 
-from fedpipe_api.wire import LORA_A, LORA_B
+from fedpipe_api.lora.codec import Float32
+from fedpipe_api.lora.format import LORA_A, LORA_B
 
 from . import server_optimizer as optimizer
 from .contribution import Aggregated, Matrix, figures, saved
 from .factors import singular_values
-from .files import Float32
 from .sketches import probed, probed_sum
 from .tensor_averaging import Averaged, TensorSource, average
 

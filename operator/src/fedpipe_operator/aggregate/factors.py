@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh
 from scipy.linalg.lapack import dgeqrf, dgeqrf_lwork, dormqr
 
-from .files import Float32
+from fedpipe_api.lora.codec import Float32
 
 Float64 = NDArray[np.float64]
 

@@ -22,9 +22,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .messages import StoredFile
+from fedpipe_api.lora.codec import Float32, widen
+from fedpipe_api.lora.format import Encoding
 
-Float32 = NDArray[np.float32]
+from .messages import StoredFile
 
 HEADER_LIMIT = 16 * 1024 * 1024
 """Bytes of the largest header that is read at all; 10,000 matrices need about 3 MB."""
@@ -33,9 +34,6 @@ _PREFIX = 8
 _BLOCK = 1024 * 1024
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _NAMES = {np.dtype(np.float32): "F32", np.dtype(np.int8): "I8"}
-
-READABLE = ("F32", "BF16")
-"""Types of the tensors that are read as float32."""
 
 
 class MalformedFileError(ValueError):
@@ -152,12 +150,11 @@ class TensorFile:
             MalformedFileError: the tensor is neither float32 nor bfloat16, or the file has become shorter.
         """
         entry = self.entries[name]
-        if entry.dtype == "BF16":
-            # It is the upper half of a float32.
+        if entry.dtype == Encoding.BFLOAT16:
             half = np.empty(target.shape, np.uint16)
             self._fill(name, _bytes(half), entry.start + 2 * first)
-            np.left_shift(half, 16, out=target.view(np.uint32), dtype=np.uint32)
-        elif entry.dtype == "F32":
+            widen(half, target)
+        elif entry.dtype == Encoding.FLOAT32:
             self._fill(name, _bytes(target), entry.start + 4 * first)
         else:
             raise MalformedFileError(f"{self._path}: tensor {name} is {entry.dtype}, not F32 or BF16")

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 
 from fedpipe_api.job import Robust, ServerOptimizer
+from fedpipe_api.lora.codec import Float32
 
 from .comparison import NotFiniteError
 from .factors import Float64
-from .files import Float32
 from .robust import FEWEST, far_norms
 from .tensor_averaging import Averaged, Statistic, TensorSource, average
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from fedpipe_api.wire import LORA_A, LORA_B, sent_as_int8
+from fedpipe_api.lora.codec import Float32, received
+from fedpipe_api.lora.format import LORA_A, LORA_B, Encoding
 
 from . import server_optimizer as optimizer
 from .comparison import NotFiniteError, Products
@@ -18,8 +19,6 @@ from .contribution import (
     saved,
 )
 from .factors import Factorization, Float64, Geometry, Stack, rounding_error
-from .files import Float32
-from .sent import received
 from .sketches import probed, probed_sum, sketched
 
 FOLD_ROOM, FOLD_KEEP = 768, 128
@@ -94,7 +93,7 @@ def sum_products(matrix: Matrix, starts_from_best: bool, untrained: Untrained) -
     """
     previous = saved(matrix.previous, matrix.name, (LORA_A, LORA_B))
     state = saved(matrix.state, matrix.name, (LORA_A, LORA_B, optimizer.SECOND_MOMENT, optimizer.STEPS))
-    rounded = sent_as_int8(matrix.aggregation.method)
+    rounded = matrix.aggregation.method.download is Encoding.INT8
     start = received(previous) if rounded else {}
     terms = _Terms(matrix, sum(len(stored[LORA_A]) for stored in (previous, start, state) if stored))
     ours, begun, theirs = (terms.append_stored(stored) for stored in (previous, start, state))

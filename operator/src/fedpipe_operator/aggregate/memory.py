@@ -8,8 +8,8 @@ interpreter and its libraries hold beside them is `FIXED`. The tests measure it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedpipe_api.job import Aggregation, Method
-from fedpipe_api.wire import sent_as_int8
+from fedpipe_api.job import Aggregation
+from fedpipe_api.lora.format import Encoding
 
 from . import server_optimizer as optimizer
 from .low_rank_sum import FOLD_KEEP, FOLD_ROOM
@@ -53,19 +53,16 @@ def peak_bytes(
     whole = max((_head(size, nodes) for size in heads), default=0)
     at_once = sorted([*work, *([whole] if whole else [])], reverse=True)[:threads]
     shapes = {side for matrix in matrices for side in (matrix.rows, matrix.columns)}
-    folded = aggregation.method not in _BY_ENTRY and any(sum(m.ranks) > FOLD_ROOM // 2 for m in matrices)
+    folded = not aggregation.method.averages_factors and any(sum(m.ranks) > FOLD_ROOM // 2 for m in matrices)
     cached = sum(_DOUBLE * (SKETCH * folded + 8) * side for side in shapes)
     compared = 10 * _DOUBLE * nodes**2
     pieces = sum(kept[: threads + 1])
     return FIXED + threads * _THREAD + sum(at_once) + pieces + cached + compared
 
 
-_BY_ENTRY = (Method.ZERO_PAD, Method.AVERAGE)
-
-
 def _matrix(aggregation: Aggregation, matrix: MatrixSize) -> tuple[int, int]:
     """Return the bytes that a matrix takes while it is worked on, and those of its result."""
-    if aggregation.method in _BY_ENTRY:
+    if aggregation.method.averages_factors:
         return _entry_by_entry(aggregation, matrix)
     return _in_factor_space(aggregation, matrix)
 
@@ -74,7 +71,7 @@ def _in_factor_space(aggregation: Aggregation, matrix: MatrixSize) -> tuple[int,
     rows, columns, ranks = matrix.rows, matrix.columns, matrix.ranks
     both, largest = rows + columns, max(ranks)
     momentum = optimizer.has_momentum(aggregation.server)
-    rounded = sent_as_int8(aggregation.method)
+    rounded = aggregation.method.download is Encoding.INT8
     stored = matrix.previous * (1 + momentum + rounded)
     kept = min(aggregation.max_global_rank, rows, columns, sum(ranks) + stored)
     keep = max(FOLD_KEEP, 2 * aggregation.max_global_rank)

@@ -7,12 +7,12 @@ from. The three differ in what a node starts from and in what becomes of the com
 `average` average the factors themselves.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
 from fedpipe_api.base import UserError
-from fedpipe_api.job import Method
+from fedpipe_api.lora.methods import Method
 
 from .contribution import Aggregated, Matrix
 from .factor_averaging import average_factors
@@ -56,10 +56,12 @@ def average(matrix: Matrix) -> Aggregated:
     return average_factors(matrix)
 
 
-RULES: Mapping[Method, Rule] = {
+RULES: dict[Method, Rule] = {
     Method.EXACT: exact,
     Method.TRUNCATE: truncate,
     Method.STACK: stack,
     Method.ZERO_PAD: zero_pad,
     Method.AVERAGE: average,
 }
+if _missing := sorted(set(Method) - RULES.keys()):
+    raise ImportError(f"no rule for the aggregation method {_missing[0]}")

@@ -14,17 +14,17 @@ import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fedpipe_api.base import UserError
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B, SCALE, scale, sent_as_int8
+from fedpipe_api.lora.codec import Float32, quantize
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B, SCALE, Encoding, scale
 
 from . import server_optimizer as optimizer
 from .comparison import Comparison, NotFiniteError, Products
 from .contribution import Contribution, Figures, Matrix, saved
-from .files import Float32, MalformedFileError, TensorFile, TensorWriter
+from .files import MalformedFileError, TensorFile, TensorWriter
 from .heads import aggregate_head
 from .messages import AggregationReport, AggregationRequest, StoredFile
 from .methods import RULES
 from .screening import Findings, screen
-from .sent import quantize
 from .tensor_averaging import TensorSource
 
 
@@ -121,7 +121,7 @@ class _Round:
             pool = opened.enter_context(ThreadPoolExecutor(threads, "aggregate"))
             adapter = opened.enter_context(TensorWriter(request.directory, "adapter", _tensor_names(calls)))
             sent = None
-            if sent_as_int8(request.aggregation.method):
+            if request.aggregation.method.download is Encoding.INT8:
                 names = [name + suffix for name in _tensor_names(calls) for suffix in ("", SCALE)]
                 sent = opened.enter_context(TensorWriter(request.directory, "sent", names))
             state = None

@@ -4,40 +4,19 @@
 Nothing is lost by it: a node's change is counted from what the node received, and G itself stays float32.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B, SCALE
+from fedpipe_api.lora.codec import quantize
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B
 
-from .files import Float32, TensorFile, TensorWriter
+from .files import TensorFile, TensorWriter
 from .messages import StoredFile
-
-_LARGEST = 127
 
 _PREFIX = 8
 """Bytes that give the length of a file's header."""
-
-
-def quantize(factors: Mapping[str, Float32]) -> dict[str, NDArray[Any]]:
-    """Return the tensors to send of a matrix's factors, by suffix.
-
-    Args:
-        factors: B (d, R) and A (R, c); none where the matrix has no increment.
-
-    Returns:
-        For each factor its int8 values and their float32 scales (R,): a component's largest becomes 127.
-    """
-    found: dict[str, NDArray[Any]] = {}
-    for suffix, factor in factors.items():
-        axis = _along(suffix)
-        scales = (np.abs(factor).max(axis=axis, keepdims=True, initial=0) / _LARGEST).astype(np.float32)
-        found[suffix] = np.rint(factor / np.where(scales > 0, scales, 1)).astype(np.int8)
-        found[suffix + SCALE] = scales.reshape(-1)
-    return found
 
 
 def make_again(adapter: Path, size: int, directory: Path) -> StoredFile:
@@ -59,14 +38,3 @@ def make_again(adapter: Path, size: int, directory: Path) -> StoredFile:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
     return writer.stored
-
-
-def received(factors: Mapping[str, Float32]) -> dict[str, Float32]:
-    """Return factors as a node has them after `quantize`: (d, R) and (R, c), float32."""
-    sent = quantize(factors)
-    return {suffix: sent[suffix] * np.expand_dims(sent[suffix + SCALE], _along(suffix)) for suffix in factors}
-
-
-def _along(suffix: str) -> int:
-    """Return the axis of a component's values: components are the columns of B, the rows of A."""
-    return 0 if suffix == LORA_B else 1

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fedpipe_api.wire import LORA_A, LORA_B
+from fedpipe_api.lora.codec import Float32
+from fedpipe_api.lora.format import LORA_A, LORA_B
 
 from .contribution import Matrix
 from .factors import Float64
-from .files import Float32
 
 _PROBES = 8
 

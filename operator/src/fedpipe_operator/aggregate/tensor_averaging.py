@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedpipe_api.job import ServerOptimizer
+from fedpipe_api.lora.codec import Float32
 
 from . import server_optimizer as optimizer
 from .comparison import NotFiniteError, Products
 from .factors import Float64
-from .files import Float32, TensorFile
+from .files import TensorFile
 
 # Entries of one block: 4 MiB in float64 over all nodes, so that the passes over it stay in cache.
 _BLOCK = 512 * 1024

@@ -5,12 +5,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
+from fedpipe_api.lora.codec import DECODED, is_finite
 
-from .files import READABLE, MalformedFileError, TensorEntry, read_header
-
-BF16_EXPONENT = np.uint16(0x7F80)
-"""All ones: NaN or infinity."""
+from .files import MalformedFileError, TensorEntry, read_header
 
 _BLOCK = 1024 * 1024
 
@@ -58,7 +55,7 @@ def _check_layout(entries: Mapping[str, TensorEntry], expected: Mapping[str, tup
             "WrongTensors", f"tensor {surplus[0]!r:.80} is not asked for ({len(surplus)} in all)"
         )
     for name, entry in entries.items():
-        if entry.dtype not in READABLE:
+        if entry.dtype not in DECODED:
             raise InvalidUpdateFile("WrongType", f"tensor {name} is {entry.dtype}, F32 or BF16 is wanted")
         if entry.shape != tuple(expected[name]):
             raise InvalidUpdateFile(
@@ -68,17 +65,12 @@ def _check_layout(entries: Mapping[str, TensorEntry], expected: Mapping[str, tup
 
 def _check_finite(descriptor: int, entries: Mapping[str, TensorEntry]) -> None:
     buffer = bytearray(_BLOCK)
-    single, half = np.frombuffer(buffer, np.float32), np.frombuffer(buffer, np.uint16)
     for name, entry in entries.items():
         position, end = entry.start, entry.start + entry.size
         while position < end:
             count = min(_BLOCK, end - position)
             if os.preadv(descriptor, [memoryview(buffer)[:count]], position) != count:
                 raise InvalidUpdateFile("Malformed", f"tensor {name} is cut short")
-            if entry.dtype == "BF16":
-                finite = (half[: count // 2] & BF16_EXPONENT) != BF16_EXPONENT
-            else:
-                finite = np.isfinite(single[: count // 4])
-            if not finite.all():
+            if not is_finite(memoryview(buffer)[:count], entry.dtype):
                 raise InvalidUpdateFile("NotFinite", f"tensor {name} holds NaN or infinity")
             position += count

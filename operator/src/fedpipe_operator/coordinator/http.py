@@ -2,11 +2,11 @@
 """Routes of the round protocol (see fedpipe_api.wire). Every call is idempotent."""
 
 import asyncio
+import contextlib
 import logging
-import math
 import re
 import sqlite3
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from typing import TypeVar
 
 from aiohttp import web
@@ -28,12 +28,9 @@ from fedpipe_api.wire import (
     read_message,
 )
 
-from ..aggregate import InvalidUpdateFile, check_update_file
-from ..engine import Engine, Refused, accept
-from ..engine.accept import Verdict
-from ..engine.quota import SAFETENSORS_HEADER
+from ..engine import Engine, Refused
 from ..engine.state import blobs_in_use
-from ..store import Incoming, is_full
+from ..store import is_full
 from .bodies import Bodies, arriving
 from .identity import Identify, Identity
 from .limits import Callers
@@ -214,58 +211,28 @@ class _Routes:
     async def update(self, request: web.Request) -> web.Response:
         who, number = request[_IDENTITY], _round(request)
         manifest = _manifest(request)
-        state = self._engine.job(who.job).state
-        if accept.update(state, who.node, number, manifest) is Verdict.KNOWN:
-            return web.Response(status=204)
-        shapes = accept.update_shapes(state, who.node)
-        limit = sum(4 * math.prod(shape) for shape in shapes.values()) + SAFETENSORS_HEADER
-        if request.content_length is None:
-            raise Refused(411, "LengthRequired", "an update needs a Content-Length")
-        if max(request.content_length, manifest.size) > limit:
-            raise Refused(413, "TooLarge", f"the update of {who.node} may have at most {limit} bytes")
-        if request.content_length != manifest.size:
-            raise Refused(400, "SizeDiffers", "Content-Length is not the manifest's size")
-        with self._engine.receiving(who.job, who.node, manifest.size):
-            incoming = self._engine.blobs.incoming()
-            try:
-                await self._receive(request, number, incoming, manifest)
-                await self._still(request)
-                try:
-                    await asyncio.to_thread(check_update_file, incoming.path, shapes, limit)
-                except InvalidUpdateFile as error:
-                    raise Refused(422, error.reason, f"update of {who.node}: {error}") from None
-                await self._engine.update(who.job, who.node, number, manifest, incoming)
-            finally:
-                incoming.discard()
+        async with contextlib.aclosing(self._upload(request, manifest.size)) as stream:
+            await self._engine.receive_update(who.job, who.node, number, manifest, stream)
         return web.Response(status=204)
 
-    async def _receive(
-        self, request: web.Request, number: int, incoming: Incoming, manifest: UpdateManifest
-    ) -> None:
-        """Stream the body to disk off the event loop, then make it durable and check its digest.
-
-        It is refused on the way once nobody wants it any more: no quota counts the bytes of a job that has
-        gone.
-        """
+    async def _upload(self, request: web.Request, size: int) -> AsyncGenerator[bytearray]:
+        """Yield an update in pieces worth a write; Refused once its sender is not that agent any more."""
+        if request.content_length is None:
+            raise Refused(411, "LengthRequired", "an update needs a Content-Length")
+        if request.content_length > size:
+            raise Refused(413, "TooLarge", f"the body has more than {size} bytes")
+        if request.content_length < size:
+            raise Refused(400, "SizeDiffers", "Content-Length is not the manifest's size")
         with self._bodies.uploading() as chunk_size:
             buffer = bytearray()
-            async for chunk in arriving(request, manifest.size):
+            async for chunk in arriving(request, size):
                 buffer += chunk
                 if len(buffer) >= chunk_size():
-                    await self._still_wanted(request, number, manifest)
-                    await asyncio.to_thread(incoming.write, buffer)
+                    await self._still(request)
+                    yield buffer
                     buffer = bytearray()
-            await asyncio.to_thread(incoming.write, buffer)
-        digest = await asyncio.to_thread(incoming.finish)
-        if incoming.size != manifest.size:
-            raise Refused(400, "Truncated", f"{incoming.size} of {manifest.size} bytes arrived")
-        if digest != manifest.digest:
-            raise Refused(422, "DigestDiffers", "the body's sha256 is not the manifest's digest")
-
-    async def _still_wanted(self, request: web.Request, number: int, manifest: UpdateManifest) -> None:
         await self._still(request)
-        who = request[_IDENTITY]
-        accept.update(self._engine.job(who.job).state, who.node, number, manifest)
+        yield buffer
 
     async def _body(self, request: web.Request, kind: type[M], limit: int) -> M:
         too_large = Refused(413, "TooLarge", f"a {kind.__name__} may have at most {limit} bytes")

@@ -8,10 +8,8 @@ registered and was given to do. How much of that counts in a mean is another mat
 from enum import Enum
 
 from fedpipe_api.job import Task
+from fedpipe_api.lora.format import trained_bytes
 from fedpipe_api.wire import (
-    HEAD,
-    LORA_A,
-    LORA_B,
     LOSS_LIMIT,
     Evaluation,
     ModelShape,
@@ -22,7 +20,7 @@ from fedpipe_api.wire import (
 )
 
 from .records import AgentRegistered
-from .shapes import MODELS, MODELS_PER_NODE, difference, digest_of, trained_bytes
+from .shapes import MODELS, MODELS_PER_NODE, difference, digest_of
 from .state import JobState
 
 UPDATE_LIMIT = 4 << 30
@@ -94,7 +92,8 @@ def _require_possible(state: JobState, node: str, model: ModelShape) -> None:
     if sum(tensor.size for tensor in model.head) > largest:
         raise Refused(422, "ModelInvalid", f"{node}: head: larger than spec.model.labels and hidden allow")
     rank = spec.adapter.ranks.max
-    size = trained_bytes(model, dict.fromkeys((matrix.name for matrix in model.matrices), rank))
+    ranks = dict.fromkeys((matrix.name for matrix in model.matrices), rank)
+    size = trained_bytes(model.matrices, model.head, ranks)
     if size > UPDATE_LIMIT:
         text = f"{node}: an update at spec.adapter.ranks.max has {size} bytes, more than {UPDATE_LIMIT}; "
         raise Refused(422, "ModelTooLarge", text + "lower it or name fewer spec.adapter.modules")
@@ -212,19 +211,3 @@ def _agent(state: JobState, node: str) -> AgentRegistered:
 def _at_most(node: str, field: str, claimed: float, limit: float, what: str) -> None:
     if claimed > limit:
         raise Refused(422, "ClaimInvalid", f"{node}: {field}: {claimed:g}, but {limit:g} are {what}")
-
-
-def update_shapes(state: JobState, node: str) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor that the node's update must hold."""
-    assert state.model is not None
-    assert state.plan is not None
-    shapes: dict[str, tuple[int, ...]] = {}
-    ranks = state.plan.nodes[node].ranks
-    for matrix in state.model.matrices:
-        rank = ranks.get(matrix.name, 0)
-        if rank:
-            shapes[matrix.name + LORA_B] = (matrix.rows, rank)
-            shapes[matrix.name + LORA_A] = (rank, matrix.columns)
-    for tensor in state.model.head:
-        shapes[HEAD + tensor.name] = tensor.shape
-    return shapes

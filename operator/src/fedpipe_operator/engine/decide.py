@@ -8,7 +8,7 @@ from typing import Literal
 from fedpipe_api.conditions import Reason
 from fedpipe_api.job import FedPipeJobSpec
 from fedpipe_api.status import Phase
-from fedpipe_api.wire import START_OF_METHOD, Assignment, AssignmentKind
+from fedpipe_api.wire import Assignment, AssignmentKind
 
 from ..planner import needs_replan
 from .shapes import difference
@@ -285,7 +285,7 @@ def assignment(state: JobState, node: str, now: float) -> Assignment | None:
         return Assignment(kind=AssignmentKind.STOP, reason=left_out or "not wanted by the job any more")
     if state.plan is None or node not in state.plan.nodes:
         return None
-    start = START_OF_METHOD[state.spec.aggregation.method]
+    start = state.spec.aggregation.method.start
     current = state.current
     if not state.profiling_done:
         if node in state.profiles:

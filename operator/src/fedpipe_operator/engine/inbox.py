@@ -3,11 +3,13 @@
 
 import asyncio
 import contextlib
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 from fedpipe_api.conditions import Reason
+from fedpipe_api.lora.format import HEADER_BYTES, update_shapes
 from fedpipe_api.wire import (
     AgentConfig,
     Assignment,
@@ -18,6 +20,7 @@ from fedpipe_api.wire import (
     UpdateManifest,
 )
 
+from ..aggregate import InvalidUpdateFile, check_update_file
 from ..store import Incoming
 from . import accept
 from .accept import Refused, Verdict
@@ -125,10 +128,47 @@ class Inbox:
             if accept.evaluation(job.state, node, message) is Verdict.NEW:
                 await self._journal.commit(job, Evaluated(node=node, evaluation=message))
 
-    async def update(
+    async def receive_update(
+        self,
+        uid: str,
+        node: str,
+        round_number: int,
+        manifest: UpdateManifest,
+        stream: AsyncIterator[bytes | bytearray],
+    ) -> None:
+        """Take an update in as its bytes arrive, and count it; return once it is counted, now or before.
+
+        Nothing is read of an update that is not wanted, and no more of one that is wanted no longer: no quota
+        counts the bytes of a job that has gone. `stream` may raise Refused as well.
+        """
+        state = self.job(uid).state
+        if accept.update(state, node, round_number, manifest) is Verdict.KNOWN:
+            return
+        assert state.model is not None
+        assert state.plan is not None
+        shapes = update_shapes(state.model.matrices, state.model.head, state.plan.nodes[node].ranks)
+        limit = sum(4 * math.prod(shape) for shape in shapes.values()) + HEADER_BYTES
+        if manifest.size > limit:
+            raise Refused(413, "TooLarge", f"the update of {node} may have at most {limit} bytes")
+        with self._receiving(uid, node, manifest.size):
+            incoming = self.blobs.incoming()
+            try:
+                async for chunk in stream:
+                    accept.update(self.job(uid).state, node, round_number, manifest)
+                    await asyncio.to_thread(incoming.write, chunk)
+                await _finish(incoming, manifest)
+                try:
+                    await asyncio.to_thread(check_update_file, incoming.path, shapes, limit)
+                except InvalidUpdateFile as error:
+                    raise Refused(422, error.reason, f"update of {node}: {error}") from None
+                await self._count(uid, node, round_number, manifest, incoming)
+            finally:
+                incoming.discard()
+
+    async def _count(
         self, uid: str, node: str, round_number: int, manifest: UpdateManifest, incoming: Incoming
     ) -> None:
-        """Count a checked, synced update: its blob first, then its record; only then answer the agent."""
+        """Count a checked, synced update: its blob first, then its record."""
         job = self.job(uid)
         async with job.lock:
             if accept.update(job.state, node, round_number, manifest) is Verdict.KNOWN:
@@ -141,7 +181,7 @@ class Inbox:
                 await self._journal.commit(job, record)
 
     @contextlib.contextmanager
-    def receiving(self, uid: str, node: str, size: int) -> Iterator[None]:
+    def _receiving(self, uid: str, node: str, size: int) -> Iterator[None]:
         """Hold room for an update of the given bytes; Refused beside another of the node, or without room."""
         job = self.job(uid)
         if node in job.uploads:
@@ -230,3 +270,12 @@ def _require_allowed(allowance: Allowance, node: str) -> None:
     if not allowance.take(node):
         text = f"{node} registers too often; it is taken in again after a pause"
         raise Refused(429, "TooManyRegistrations", text, retry_after=round(allowance.SECONDS))
+
+
+async def _finish(incoming: Incoming, manifest: UpdateManifest) -> None:
+    """Make a received file durable and check that it is what was announced."""
+    digest = await asyncio.to_thread(incoming.finish)
+    if incoming.size != manifest.size:
+        raise Refused(400, "Truncated", f"{incoming.size} of {manifest.size} bytes arrived")
+    if digest != manifest.digest:
+        raise Refused(422, "DigestDiffers", "the body's sha256 is not the manifest's digest")

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a job may hold in the store: by its shapes and nodes, and never so much that others find no room."""
 
-from .shapes import trained_bytes
-from .state import JobState, kept_blobs
+from fedpipe_api.lora.format import HEADER_BYTES, trained_bytes
 
-SAFETENSORS_HEADER = 1 << 20
-"""Bytes that an update may hold beside its tensors."""
+from .state import JobState, kept_blobs
 
 _FILES = 4
 """A round's result: the adapter, what nodes download, and two moments of the server's optimizer."""
@@ -25,7 +23,7 @@ def quota(state: JobState, volume: int) -> int:
     matrices = [matrix.name for matrix in state.model.matrices]
     ranks, most = state.spec.adapter.ranks.max, state.spec.aggregation.max_global_rank
     update, adapter = (
-        trained_bytes(state.model, dict.fromkeys(matrices, rank)) + SAFETENSORS_HEADER
+        trained_bytes(state.model.matrices, state.model.head, dict.fromkeys(matrices, rank)) + HEADER_BYTES
         for rank in (ranks, max(ranks, most))
     )
     return min(_ROUNDS * _FILES * adapter + len(state.plan.nodes) * update, tenant_quota(volume))

@@ -3,7 +3,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from fedpipe_api.wire import ModelShape
 
@@ -29,9 +29,3 @@ def majority(shapes: Iterable[str]) -> str | None:
 def difference(model: ModelShape, other: ModelShape) -> str:
     """Return the first field in which two shapes differ."""
     return next(name for name in ModelShape.model_fields if getattr(model, name) != getattr(other, name))
-
-
-def trained_bytes(model: ModelShape, ranks: Mapping[str, int]) -> int:
-    """Return the bytes, as float32, of factors at the given ranks and of the head."""
-    factors = sum(ranks.get(matrix.name, 0) * (matrix.rows + matrix.columns) for matrix in model.matrices)
-    return 4 * (factors + sum(tensor.size for tensor in model.head))

@@ -14,7 +14,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from fedpipe_api.job import FedPipeJobSpec, ModelSource, Task
-from fedpipe_api.wire import HEAD, LORA_A, LORA_B, ModelShape
+from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B
+from fedpipe_api.wire import ModelShape
 
 _PREFIX = "base_model.model."
 _TASK_TYPES = {Task.SEQUENCE_CLASSIFICATION: "SEQ_CLS", Task.CAUSAL_LM: "CAUSAL_LM"}

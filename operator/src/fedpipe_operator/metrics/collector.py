@@ -55,7 +55,7 @@ def _add_job(samples: Exposition, state: JobState, key: tuple[str, str]) -> None
     phase = phase_of(state)
     for known in Phase:
         samples.add("fedpipe_job_phase", (*key, known.value), known is phase)
-    task, method = state.spec.model.task.value, state.spec.aggregation.method.value
+    task, method = state.spec.model.task.value, state.spec.aggregation.method
     samples.add("fedpipe_job_info", (*key, task, method), 1)
     samples.add("fedpipe_job_submitted_timestamp_seconds", key, state.submitted_at)
     samples.add("fedpipe_job_finished_timestamp_seconds", key, state.finished_at)
@@ -144,7 +144,7 @@ def _add_node(
             samples.add("fedpipe_node_rows", (*key, kind.removesuffix("_rows")), count)
     plan = state.plan.nodes.get(node) if state.plan else None
     if plan is not None:
-        samples.add("fedpipe_node_plan_info", (*key, plan.precision.value, plan.limited_by), 1)
+        samples.add("fedpipe_node_plan_info", (*key, plan.precision, plan.limited_by), 1)
         samples.add("fedpipe_node_micro_batch", key, plan.micro_batch)
         samples.add("fedpipe_node_accumulation", key, plan.accumulation)
         samples.add("fedpipe_node_local_steps", key, plan.local_steps)

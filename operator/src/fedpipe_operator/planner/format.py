@@ -4,7 +4,7 @@
 from collections.abc import Iterable, Mapping
 
 from fedpipe_api import wire
-from fedpipe_api.job import Precision
+from fedpipe_api.precisions import Precision
 from fedpipe_api.units import duration, memory
 
 from .workload import Configuration

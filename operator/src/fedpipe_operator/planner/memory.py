@@ -8,17 +8,13 @@ import math
 from collections.abc import Mapping
 
 from fedpipe_api import wire
-from fedpipe_api.job import Precision
+from fedpipe_api.precisions import Precision
 
 from .calibration import Calibration
 from .workload import Configuration, Workload, compute_bytes
 
 TRAINABLE_BYTES = 16
 """Of one trainable parameter: float32 weight and gradient, two Adam moments."""
-LINEAR_BYTES = {Precision.FP32: 4.0, Precision.BF16: 2.0, Precision.INT8: 1.0, Precision.NF4: 0.516}
-"""Of one weight of a frozen linear layer. NF4: half a byte, one byte of scale per 64 weights, and a float32
-per 256 scales (double quantization)."""
-QUANTIZED = (Precision.INT8, Precision.NF4)
 CPU_SLACK, CUDA_SLACK = 112 * 2**20, 96 * 2**20
 """What the runtime takes only when training: modules and kernels loaded at first use, thread buffers; on CUDA
 the workspace of cuBLAS."""
@@ -44,7 +40,7 @@ def base_bytes(shape: wire.ModelShape, device: wire.DeviceFacts, precision: Prec
     """Return the bytes of the frozen base: linear layers at the precision, the rest at the compute type."""
     rest = shape.parameters - shape.linear_parameters
     other = compute_bytes(device, precision)
-    return math.ceil(LINEAR_BYTES[precision] * shape.linear_parameters) + other * rest
+    return math.ceil(precision.weight_bytes * shape.linear_parameters) + other * rest
 
 
 def fixed_bytes(work: Workload, device: wire.DeviceFacts, configuration: Configuration) -> int:
@@ -57,7 +53,7 @@ def fixed_bytes(work: Workload, device: wire.DeviceFacts, configuration: Configu
     element = compute_bytes(device, precision)
     tokens = configuration.micro_batch * work.length
     # A float32 base takes the remainder into its weights; another computes with a copy in its own type.
-    copies = 0 if precision is Precision.FP32 else 4 if element == 4 else 6
+    copies = 0 if precision.takes_remainder else 4 if element == 4 else 6
     remainder = copies * work.remainder_rank * sum(work.sides.values())
     saved, layer = _saved(work, device, configuration), _transient(work, device, configuration)
     vocabulary = work.shape.vocabulary if work.shape.causal else 0
@@ -72,7 +68,7 @@ def fixed_bytes(work: Workload, device: wire.DeviceFacts, configuration: Configu
     if device.kind == "cuda":
         activations = math.ceil(CUDA_ROUNDING * activations)
     slack = CUDA_SLACK if device.kind == "cuda" else CPU_SLACK
-    if device.kind == "cpu" and precision is Precision.BF16:
+    if device.kind == "cpu" and precision.computes_in == "bfloat16":
         slack += CPU_KERNELS
     per_parameter = TRAINABLE_BYTES + (4 if work.proximal else 0)
     base = base_bytes(work.shape, device, precision)
@@ -150,7 +146,7 @@ def _fragmentation(work: Workload, device: wire.DeviceFacts, configuration: Conf
         unused -= CPU_RECOMPUTED
     freed = unused * layers * tokens * per_token
     weight = shape.hidden * shape.intermediate * compute_bytes(device, precision)
-    if precision not in QUANTIZED or weight > CPU_HEAP:
+    if not precision.quantized or weight > CPU_HEAP:
         return math.ceil(freed)
     # The last layer's serve its own backward pass.
     unpacked = (layers - 1) * (3 if shape.gated_mlp else 2) * weight
@@ -165,7 +161,7 @@ def _checkpointed_per_token(work: Workload, device: wire.DeviceFacts, precision:
     In int8 also what its linear layers take in: bitsandbytes keeps that where checkpointing does not see it.
     """
     hidden, inner = work.shape.hidden, work.shape.intermediate
-    values = 4 * hidden + inner if precision is Precision.INT8 else hidden
+    values = 4 * hidden + inner if precision.keeps_inputs else hidden
     return values * compute_bytes(device, precision)
 
 
@@ -183,7 +179,7 @@ def _saved_per_token(work: Workload, device: wire.DeviceFacts, precision: Precis
     else:
         norms, mlp = 2 * hidden * element, inner * element
     quantizer = 0
-    if precision is Precision.INT8:  # keeps the input of every linear layer; adapters share it
+    if precision.keeps_inputs:  # those of every linear layer; adapters share them
         quantizer = element * (hidden + inner + max(0, hidden - work.adapter_inputs))
     return attention + norms + mlp + 16 + quantizer + element * work.adapter_inputs
 
@@ -196,8 +192,8 @@ def _freed_per_token(work: Workload, device: wire.DeviceFacts, precision: Precis
     was before the attention kernel got a copy in its own type; int8 keeps what the MLP takes in, but of a
     gated one it leaves twice as much (fitted).
     """
-    adapters = 1.5 if work.remainder_rank and precision in QUANTIZED else 1
-    inners = (2 if work.shape.gated_mlp else 0) if precision is Precision.INT8 else 1
+    adapters = 1.5 if work.remainder_rank and precision.quantized else 1
+    inners = (2 if work.shape.gated_mlp else 0) if precision.keeps_inputs else 1
     values = 3 * adapters * work.adapter_outputs + 2 * work.shape.hidden + inners * work.shape.intermediate
     values += work.length
     return math.ceil(values * compute_bytes(device, precision))
@@ -209,7 +205,7 @@ def _transient(work: Workload, device: wire.DeviceFacts, configuration: Configur
     element = compute_bytes(device, configuration.precision)
     tokens = configuration.micro_batch * work.length
     unpacked = 0
-    if configuration.precision in QUANTIZED:
+    if configuration.precision.quantized:
         unpacked = shape.hidden * shape.intermediate * element
     gradients = 3 if device.kind == "cpu" else 2  # with a hole
     return gradients * tokens * (shape.intermediate + shape.hidden) * element + unpacked

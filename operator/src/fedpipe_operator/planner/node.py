@@ -10,15 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpipe_api import units, wire
-from fedpipe_api.job import FedPipeJobSpec, Precision
+from fedpipe_api.job import FedPipeJobSpec
+from fedpipe_api.precisions import Precision, allowed
 
 from . import format, memory, speed
 from .programme import Floats, Known, Programme
 from .workload import Configuration, Workload
 
-PRECISION_VALUE = {Precision.FP32: 0.10, Precision.BF16: 0.09, Precision.INT8: 0.05, Precision.NF4: 0.0}
-"""Worth of a precision; all ranks at their upper bound are worth 1. So a higher precision is taken where it
-costs few ranks (METHOD §3)."""
 SPEED_VALUE = 0.05
 """Worth of the node's fastest configuration; another is worth so much less as it is slower."""
 UNTRAINED_PENALTY = 2.0
@@ -28,14 +26,6 @@ STEPS_FOR_RANKS = 0.9
 pays for higher ones: ranks cost little time."""
 SAME = 1e-5
 """Difference of worth that means nothing; HiGHS stops within 1e-6 of the optimum."""
-PRECISIONS = {
-    "auto": tuple(Precision),
-    "none": (Precision.FP32,),
-    "bf16": (Precision.BF16,),
-    "int8": (Precision.INT8,),
-    "nf4": (Precision.NF4,),
-}
-"""Precisions that `spec.quantization` allows."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +151,7 @@ class Problem:
     def _precisions(self) -> tuple[Precision, ...]:
         works = {kernel.precision for kernel in self.case.device.kernels if kernel.usable}
         works &= set(self._work.shape.precisions)
-        return tuple(precision for precision in PRECISIONS[self._spec.quantization] if precision in works)
+        return tuple(precision for precision in allowed(self._spec.quantization) if precision in works)
 
     def _configurations(self) -> Iterator[_Option]:
         """Yield every configuration of the node."""
@@ -185,20 +175,20 @@ class Problem:
             evaluation = factor * speed.evaluation_time(work, device, choice, self.case.evaluation_samples)
             yield _Option(
                 configuration=choice,
-                value=PRECISION_VALUE[choice.precision] + SPEED_VALUE * fastest / seconds[choice],
+                value=choice.precision.worth + SPEED_VALUE * fastest / seconds[choice],
                 fixed_bytes=memory.fixed_bytes(work, device, choice),
                 bytes_per_rank=(2 * one - two + (two - one) * sides).astype(np.float64),
                 step_seconds=seconds[choice],
                 step_seconds_per_rank=per_rank,
                 other_seconds=transfers + evaluation,
-                other_seconds_per_rank=sides * speed.transfer_time(device, work.upload_width),
+                other_seconds_per_rank=sides * speed.transfer_time(device, work.upload.width),
             )
 
     def solve(self) -> Choice | Infeasible:
         """Return the best choice and what limits it, or why there is none."""
         if not self._options:
             return Infeasible(
-                format.no_precision(self.case.device, self._work.shape, PRECISIONS[self._spec.quantization])
+                format.no_precision(self.case.device, self._work.shape, allowed(self._spec.quantization))
             )
         partial = not any(option.bytes(self._ranks[:, 0]) <= self.case.room for option in self._options)
         smallest = self._smallest() if partial else self._ranks[:, 0]

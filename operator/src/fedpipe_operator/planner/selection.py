@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from fedpipe_api import wire
 from fedpipe_api.base import UserError
 from fedpipe_api.job import Selection
+from fedpipe_api.lora.format import MatrixShape
 
 HYSTERESIS = 0.1
 """A newcomer must score so much above a selected matrix to take its place: scores are nearly tied there."""
@@ -64,7 +65,7 @@ def selected_matrices(
     scores: Mapping[str, float] | None,
     previous: Iterable[str],
     seed: int,
-) -> tuple[wire.MatrixShape, ...]:
+) -> tuple[MatrixShape, ...]:
     """Return the matrices to train by the job's selection mode, in the model's order.
 
     Before profiling, mode importance takes the largest matrices, so that whatever is selected later fits too.

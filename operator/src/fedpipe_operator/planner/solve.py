@@ -13,7 +13,7 @@ from itertools import takewhile
 
 from fedpipe_api import wire
 from fedpipe_api.base import UserError
-from fedpipe_api.job import Method, Ranks, Rounds
+from fedpipe_api.job import Ranks, Rounds
 
 from . import memory, speed
 from .calibration import Calibration
@@ -166,12 +166,12 @@ def _rounded(value: float, up: bool = True, digits: int = DIGITS) -> float:
 
 
 def _problems(request: PlanRequest, work: Workload, cases: list[Case]) -> list[Problem]:
-    """Return the problem of each case; with method `average` all have the one rank that each can carry."""
+    """Return the problem of each case; with a method of equal ranks all have the one that each can carry."""
     weights = _weights(work, request.importance)
     ranks = rank_choices(request.spec.adapter.ranks)
     known: Known = {}
     problems = [Problem(work, request.spec, weights, ranks, case, known=known) for case in cases]
-    if request.spec.aggregation.method is not Method.AVERAGE:
+    if not request.spec.aggregation.method.equal_ranks:
         return problems
     highest = [index for problem in problems if (index := problem.highest_common_rank()) is not None]
     common = (ranks[min(highest, default=0)],)

@@ -5,7 +5,8 @@ import math
 from collections.abc import Mapping
 
 from fedpipe_api import wire
-from fedpipe_api.job import Precision
+from fedpipe_api.lora.format import adapter_bytes, trained_bytes
+from fedpipe_api.precisions import Precision
 
 from .calibration import Calibration
 from .workload import Configuration, Workload, compute_bytes
@@ -32,8 +33,6 @@ CUDA_RATES = {
 start of a calibration."""
 CUDA_RATE = (5e12, 1e13)
 """Of other GPUs."""
-CUDA_SLOWDOWN = {Precision.FP32: 1.0, Precision.BF16: 1.0, Precision.INT8: 3.0, Precision.NF4: 1.4}
-"""Of the compute type's rate, for unpacking (NF4) and outlier handling (int8)."""
 LAYER_SECONDS = {"cpu": 1e-3, "cuda": 2.5e-3}
 """Per layer and micro-batch: launching kernels and Python."""
 LINK_RATE = 12_500_000
@@ -46,7 +45,7 @@ def rate(device: wire.DeviceFacts, precision: Precision) -> float:
         name = device.name.upper()
         single, half = next((rates for part, rates in CUDA_RATES.items() if part in name), CUDA_RATE)
         sustained = half if compute_bytes(device, precision) == 2 else single
-        return device.speed * sustained / CUDA_SLOWDOWN[precision]
+        return device.speed * sustained / precision.slowdown
     seconds = {kernel.precision: kernel.seconds for kernel in device.kernels if kernel.usable}
     reference = seconds.get(Precision.FP32) or 3 * CHECK_OPERATIONS / CPU_RATE
     measured = seconds.get(precision)
@@ -102,17 +101,12 @@ def evaluation_time(
 
 def download_bytes(work: Workload) -> int:
     """Return the bytes of the global adapter, at its full rank."""
-    return 4 * work.head + sum(
-        work.download_width
-        * min(work.download_rank, matrix.rows, matrix.columns)
-        * (matrix.rows + matrix.columns)
-        for matrix in work.selected
-    )
+    return adapter_bytes(work.selected, work.shape.head, work.download_rank, work.download)
 
 
 def upload_bytes(work: Workload, ranks: Mapping[str, int]) -> int:
     """Return the bytes of an update: the factors trained, and the head."""
-    return 4 * work.head + sum(work.upload_width * rank * work.sides[name] for name, rank in ranks.items())
+    return trained_bytes(work.selected, work.shape.head, ranks, work.upload)
 
 
 def transfer_time(device: wire.DeviceFacts, size: int) -> float:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fedpipe_api import wire
-from fedpipe_api.job import FedPipeJobSpec, Method, Precision
+from fedpipe_api.job import FedPipeJobSpec
+from fedpipe_api.lora.format import Encoding, MatrixShape
+from fedpipe_api.precisions import Precision
 
 _SHARED_INPUT = {
     name: group[0]
@@ -43,19 +45,19 @@ class Workload:
         batch: samples of an optimizer step.
         remainder_rank: rank of the frozen remainder (METHOD §4); 0 for none.
         download_rank: rank of the global adapter.
-        download_width: bytes of one of its values on the way down.
-        upload_width: bytes of a trained factor's value on the way up.
+        download: encoding of its factors.
+        upload: encoding of the factors trained.
         proximal: whether FedProx keeps a copy of the start.
     """
 
     shape: wire.ModelShape
-    selected: tuple[wire.MatrixShape, ...]
+    selected: tuple[MatrixShape, ...]
     length: int
     batch: int
     remainder_rank: int
     download_rank: int
-    download_width: int
-    upload_width: int
+    download: Encoding
+    upload: Encoding
     proximal: bool
 
     @cached_property
@@ -97,9 +99,7 @@ class Workload:
         return max(per_layer.values(), default=0)
 
 
-def workload(
-    shape: wire.ModelShape, spec: FedPipeJobSpec, selected: tuple[wire.MatrixShape, ...]
-) -> Workload:
+def workload(shape: wire.ModelShape, spec: FedPipeJobSpec, selected: tuple[MatrixShape, ...]) -> Workload:
     """Return the workload of a job for the matrices selected."""
     method = spec.aggregation.method
     full = spec.aggregation.max_global_rank
@@ -108,20 +108,19 @@ def workload(
         selected=selected,
         length=spec.data.max_length,
         batch=spec.rounds.batch_size,
-        remainder_rank=full if method in (Method.EXACT, Method.STACK) else 0,
-        download_rank=spec.adapter.ranks.max if method in (Method.ZERO_PAD, Method.AVERAGE) else full,
-        download_width=1 if wire.sent_as_int8(method) else 4,
-        upload_width=2 if wire.uploaded_as_bf16(wire.START_OF_METHOD[method]) else 4,
+        remainder_rank=full if method.start.holds_remainder else 0,
+        download_rank=spec.adapter.ranks.max if method.averages_factors else full,
+        download=method.download,
+        upload=method.start.upload,
         proximal=spec.optimizer.proximal > 0,
     )
 
 
 def compute_bytes(device: wire.DeviceFacts, precision: Precision) -> int:
-    """Return the bytes of one activation: int8 and NF4 compute in bf16 where CUDA has it, else in float32."""
-    if precision is Precision.BF16:
-        return 2
-    half = device.kind == "cuda" and _capability(device) >= 8
-    return 2 if half and precision is not Precision.FP32 else 4
+    """Return the bytes of one activation: as the precision computes."""
+    if precision.computes_in == "device":
+        return 2 if device.kind == "cuda" and _capability(device) >= 8 else 4
+    return 2 if precision.computes_in == "bfloat16" else 4
 
 
 def _depth(name: str) -> int:
