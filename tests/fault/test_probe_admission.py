@@ -115,7 +115,7 @@ def apply(
 
 def seen(name: str, directory: Path) -> FedPipeNodeStatus:
     reading = StandIn(directory, board(name)).read()
-    return status.build(reading, golden.HOST, now=golden.NOW)
+    return status.build(reading, golden.CPU, now=golden.NOW)
 
 
 @pytest.mark.usefixtures("enforced")
@@ -158,7 +158,7 @@ def test_verified_precisions_of_the_operator_survive_every_write(
         assert entries["nf4"] == proven
         assert entries["int8"] == {"precision": "int8", "verified": False, "usable": True}
     assert [support.precision for support in publisher.verified] == ["nf4"]
-    merged = status.build(None, golden.HOST, now=golden.NOW, verified=publisher.verified)
+    merged = status.build(None, golden.CPU, now=golden.NOW, verified=publisher.verified)
     assert "nf4" not in merged.precision_summary
 
 

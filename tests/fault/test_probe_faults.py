@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedpipe_agent.probe import nvml
-from fedpipe_agent.probe.nvml import Reader, Reading
+from fedpipe_agent.probe.backends import nvml
+from fedpipe_agent.probe.reader import Reader
+from fedpipe_agent.probe.reading import Reading
 from fedpipe_api.node import NodeReason
 from nvml import apiserver
 from nvml.running import running, until
@@ -170,7 +171,7 @@ def test_nonsense_from_nvml_is_a_fault(standin: StandIn) -> None:
 
 
 def test_a_child_that_cannot_be_killed_is_not_joined_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvml, "collect", lambda: time.sleep(600))
+    monkeypatch.setattr(nvml, "collect", lambda root: time.sleep(600))
     killed: list[int] = []
     monkeypatch.setattr(os, "kill", lambda child, _: killed.append(child))
     reader = Reader(0.05)
@@ -183,12 +184,12 @@ def test_a_child_that_cannot_be_killed_is_not_joined_by_others(monkeypatch: pyte
     assert len(killed) == 1
     # The call comes back from the kernel, the signal takes effect, and the next pass reads again.
     os.kill(killed[0], signal.SIGKILL)
-    monkeypatch.setattr(nvml, "collect", lambda: Reading(driver_version="1"))
+    monkeypatch.setattr(nvml, "collect", lambda root: Reading(driver_version="1"))
     until(lambda: reader.read().driver_version == "1")
 
 
 def test_the_child_holds_none_of_the_parent_s_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
-    def open_sockets() -> Reading:
+    def open_sockets(root: Path) -> Reading:
         links = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in range(3, 100)]
         return Reading(driver_version=str(sum("socket:" in link for link in links)))
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fedpipe_agent.probe.nvml import Reading
+from fedpipe_agent.probe.reading import Reading
 from fedpipe_api.node import FedPipeNode, FedPipeNodeStatus
 from nvml.standin import AGENT, READ
 

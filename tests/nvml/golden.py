@@ -11,7 +11,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fedpipe_agent.probe import status
-from fedpipe_agent.probe.host import Host
 from fedpipe_api.node import READY, Cpu, FedPipeNode
 from fedpipe_api.objects import ObjectMeta
 from nvml.standin import BOARDS, HERE, StandIn, board
@@ -20,13 +19,14 @@ GOLDEN = HERE / "golden"
 NAMES = sorted(path.stem for path in BOARDS.glob("*.json"))
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 GIB = 2**30
-HOST = Host(cpu=Cpu(cores=8, total_memory=8 * GIB, free_memory=5 * GIB, cache_disk_free=200 * GIB), boards=1)
+CPU = Cpu(cores=8, total_memory=8 * GIB, free_memory=5 * GIB, cache_disk_free=200 * GIB)
 
 
 def node(name: str, directory: Path) -> dict[str, Any]:
     """Return the board's FedPipeNode, read through the real nvidia-ml-py."""
     reading = StandIn(directory, board(name)).read(timeout=2.0 if name == "hanging" else 30.0)
-    found = FedPipeNode(metadata=ObjectMeta(name=name), status=status.build(reading, HOST, now=NOW))
+    reading = reading.model_copy(update={"boards": 1, "vendor": "NVIDIA"})
+    found = FedPipeNode(metadata=ObjectMeta(name=name), status=status.build(reading, CPU, now=NOW))
     return found.to_dict() | {"metadata": {"name": name}}
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import pynvml
 import pytest
 
-from fedpipe_agent.probe.nvml import Reading
+from fedpipe_agent.probe.reading import Reading
 
 HERE = Path(__file__).parent
 BOARDS = HERE / "boards"
 AGENT = Path(sys.executable).with_name("fedpipe-agent")
-READ = "from fedpipe_agent.probe.nvml import Reader; print(Reader({timeout}).read().to_json())"
+READ = "from fedpipe_agent.probe.reader import Reader; print(Reader({timeout}).read().to_json())"
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedpipe_agent.probe import host
+from fedpipe_agent.probe.backends import nvml, tegra
 from fedpipe_api import memory
 from fedpipe_api.node import Capacity
 
@@ -29,9 +30,10 @@ def root(tmp_path: Path) -> Path:
 
 def test_memory_is_what_a_new_process_could_get(root: Path) -> None:
     found = host.read(None, limited=False, root=root)
-    assert (found.cpu.total_memory, found.cpu.free_memory) == (16_000_000 * KIB, 12_000_000 * KIB)
-    assert (found.cpu.cores, found.cpu.cache_disk_free) == (os.cpu_count(), None)
-    assert (found.tegra, found.boards) == (None, 0)
+    assert (found.total_memory, found.free_memory) == (16_000_000 * KIB, 12_000_000 * KIB)
+    assert (found.cores, found.cache_disk_free) == (os.cpu_count(), None)
+    assert nvml.collect(root).boards == 0
+    assert tegra.collect(root).devices == ()
 
 
 def test_the_tightest_cgroup_limits_a_person_s_own_run_but_not_the_node_s_probe(root: Path) -> None:
@@ -47,15 +49,15 @@ def test_the_tightest_cgroup_limits_a_person_s_own_run_but_not_the_node_s_probe(
             "sys/fs/cgroup/slice/unit/cpu.max": "max 100000\n",
         },
     )
-    limited = host.read(None, limited=True, root=root).cpu
+    limited = host.read(None, limited=True, root=root)
     assert (limited.cores, limited.total_memory, limited.free_memory) == (1, 2_000_000_000, 800_000_000)
-    assert host.read(None, limited=False, root=root).cpu.total_memory == 16_000_000 * KIB
+    assert host.read(None, limited=False, root=root).total_memory == 16_000_000 * KIB
 
 
 @pytest.mark.parametrize("line", ["0::/../outside\n", "4:memory:/v1\n", "", "0::/gone\n"])
 def test_a_cgroup_that_cannot_be_seen_limits_nothing(root: Path, line: str) -> None:
     write(root, {"proc/self/cgroup": line})
-    assert host.read(None, limited=True, root=root).cpu.total_memory == 16_000_000 * KIB
+    assert host.read(None, limited=True, root=root).total_memory == 16_000_000 * KIB
 
 
 @pytest.mark.parametrize(("chip", "capability"), [("35", "8.7"), ("25", "7.2"), ("38", "11.0"), ("99", None)])
@@ -68,8 +70,7 @@ def test_a_jetson_is_known_by_its_chip(root: Path, chip: str, capability: str | 
             "sys/devices/soc0/soc_id": f"{chip}\n",
         },
     )
-    found = host.read(None, limited=False, root=root).tegra
-    assert found is not None
+    (found,) = tegra.collect(root).devices
     assert (found.name, found.compute_capability) == ("NVIDIA Jetson Orin Nano Developer Kit", capability)
     assert found.unified_memory
 
@@ -80,12 +81,12 @@ def test_nvidia_gpus_on_pci_are_counted(root: Path) -> None:
     ):
         base = f"sys/bus/pci/devices/0000:0{slot}:00.0"
         write(root, {f"{base}/vendor": f"{vendor}\n", f"{base}/class": f"{kind}\n"})
-    assert host.read(None, limited=False, root=root).boards == 2
+    assert nvml.collect(root).boards == 2
 
 
 def test_cache_disk(root: Path) -> None:
-    assert (host.read(root, limited=False, root=root).cpu.cache_disk_free or 0) > 0
-    assert host.read(root / "gone", limited=False, root=root).cpu.cache_disk_free is None
+    assert (host.read(root, limited=False, root=root).cache_disk_free or 0) > 0
+    assert host.read(root / "gone", limited=False, root=root).cache_disk_free is None
 
 
 MIB = 2**20
@@ -111,7 +112,7 @@ V1 = {
 def test_the_page_cache_of_a_control_group_is_free(root: Path, files: dict[str, str]) -> None:
     write(root, files)
     assert memory.read(root) == (2048 * MIB, 1648 * MIB)
-    cpu = host.read(None, limited=True, root=root).cpu
+    cpu = host.read(None, limited=True, root=root)
     assert (cpu.total_memory, cpu.free_memory) == (2048 * MIB, 1648 * MIB)
     assert memory.read(root, limited=False) == (16_000_000 * KIB, 12_000_000 * KIB)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedpipe_agent.probe import status
-from fedpipe_agent.probe.nvml import Reading
 from fedpipe_agent.probe.publish import Cluster, Publisher, PublishError
+from fedpipe_agent.probe.reading import Reading
 from fedpipe_api.base import UserError
 from fedpipe_api.node import Capacity, FedPipeNodeStatus
 from fedpipe_api.precisions import Precision
@@ -22,7 +22,7 @@ def api(tmp_path: Path) -> Iterator[apiserver.ApiServer]:
 
 
 def reported() -> FedPipeNodeStatus:
-    return status.build(Reading(), golden.HOST, now=golden.NOW)
+    return status.build(Reading(), golden.CPU, now=golden.NOW)
 
 
 def test_the_object_is_created_with_its_node_as_owner_and_then_reported_on(api: apiserver.ApiServer) -> None:
@@ -84,7 +84,7 @@ def test_a_declared_capacity_keeps_its_own_precisions_beside_what_the_operator_p
     api.prove("nf4", seconds=0.25)
     publisher.load()
     capacity = Capacity(device="cpu", precisions=(Precision.FP32,))
-    declared = status.build(None, golden.HOST, now=golden.NOW, capacity=capacity, verified=publisher.verified)
+    declared = status.build(None, golden.CPU, now=golden.NOW, capacity=capacity, verified=publisher.verified)
     publisher.write(declared)
     assert [entry["precision"] for entry in api.writes[-1]["precisions"]] == ["fp32"]
     assert api.node is not None

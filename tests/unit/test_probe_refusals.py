@@ -23,7 +23,7 @@ def with_first(name: str, **answers: Any) -> dict[str, Any]:
 
 
 def look(directory: Path, script: dict[str, Any]) -> FedPipeNodeStatus:
-    return status.build(StandIn(directory, script).read(), golden.HOST, now=golden.NOW)
+    return status.build(StandIn(directory, script).read(), golden.CPU, now=golden.NOW)
 
 
 def view(built: FedPipeNodeStatus) -> CapacityView:
@@ -73,7 +73,7 @@ def test_a_gpu_that_refuses_to_tell_its_memory_is_not_given_the_host_s(tmp_path:
 def test_a_board_without_memory_of_its_own_has_the_host_s(tmp_path: Path) -> None:
     built = look(tmp_path, board("orin"))
     assert built.devices[0].unified_memory
-    assert view(built).memory == golden.HOST.cpu.total_memory
+    assert view(built).memory == golden.CPU.total_memory
 
 
 def test_a_gpu_that_refuses_everything_is_reported_as_a_matter_of_rights(tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpipe_agent.probe import status
-from fedpipe_agent.probe.host import Host
 from fedpipe_agent.probe.loop import Schedule
-from fedpipe_agent.probe.nvml import Fault, Lost, Reading
+from fedpipe_agent.probe.reading import Fault, Lost, Reading
 from fedpipe_api.node import (
     DEVICE_LOST,
     DRIVER_FAULT,
@@ -30,7 +29,7 @@ from fedpipe_api.precisions import Precision
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 GIB = 2**30
-HOST = Host(cpu=Cpu(cores=4, total_memory=16 * GIB, free_memory=12 * GIB))
+CPU = Cpu(cores=4, total_memory=16 * GIB, free_memory=12 * GIB)
 
 
 def device(capability: str | None = "8.6", free: int | None = 20 * GIB, **facts: object) -> GpuDevice:
@@ -38,8 +37,8 @@ def device(capability: str | None = "8.6", free: int | None = 20 * GIB, **facts:
     return GpuDevice(**known | {"compute_capability": capability} | facts)
 
 
-def build(reading: Reading | None = None, host: Host = HOST, **facts: object) -> FedPipeNodeStatus:
-    return status.build(reading or Reading(), host, **{"now": NOW} | facts)
+def build(reading: Reading | None = None, **facts: object) -> FedPipeNodeStatus:
+    return status.build(reading or Reading(), CPU, **{"now": NOW} | facts)
 
 
 def condition(built: FedPipeNodeStatus, kind: str) -> tuple[str, str]:
@@ -93,11 +92,10 @@ def test_verified_precisions_replace_derived_ones() -> None:
 
 def test_jetson_without_nvml_takes_the_memory_of_the_system() -> None:
     orin = GpuDevice(uuid="tegra-35", name="Jetson Orin", compute_capability="8.7", unified_memory=True)
-    fault = Fault(reason=NodeReason.DRIVER_MISSING, message="libnvidia-ml.so.1 is not found")
-    built = build(Reading(fault=fault), Host(cpu=HOST.cpu, tegra=orin))
+    built = build(Reading(source="tegra", devices=(orin,)))
     assert built.source == "tegra"
-    assert built.devices[0].total_memory == HOST.cpu.total_memory
-    assert built.devices[0].free_memory == HOST.cpu.free_memory
+    assert built.devices[0].total_memory == CPU.total_memory
+    assert built.devices[0].free_memory == CPU.free_memory
     assert built.device_summary == "Jetson Orin (unified)"
     assert condition(built, READY) == ("True", "GpuReady")
     assert condition(built, DRIVER_FAULT) == ("False", "DriverLoaded")
@@ -119,7 +117,7 @@ def test_no_gpu_is_a_cpu_node_without_fault() -> None:
 @pytest.mark.parametrize(("boards", "words"), [(1, "an NVIDIA board is"), (2, "2 NVIDIA boards are")])
 def test_a_board_without_driver_is_reported(boards: int, words: str) -> None:
     fault = Fault(reason=NodeReason.DRIVER_MISSING, message="libnvidia-ml.so.1 is not found")
-    built = build(Reading(fault=fault), Host(cpu=HOST.cpu, boards=boards))
+    built = build(Reading(fault=fault, boards=boards, vendor="NVIDIA"))
     assert condition(built, READY) == ("True", "CpuOnly")
     assert condition(built, DRIVER_FAULT) == ("True", "DriverMissing")
     assert words in built.conditions[1].message
@@ -166,19 +164,19 @@ def test_a_lost_gpu_comes_with_the_advice_of_its_reason(reasons: list[NodeReason
 
 def test_declared_capacity_stands_in_for_the_hardware() -> None:
     capacity = Capacity(device="cpu", memory=2 * GIB, threads=2, precisions=(Precision.FP32,))
-    built = status.build(None, HOST, now=NOW, capacity=capacity)
+    built = status.build(None, CPU, now=NOW, capacity=capacity)
     assert built.source == "declared"
     assert built.cpu == Cpu(cores=2, total_memory=2 * GIB, free_memory=2 * GIB)
     assert usable(built) == "fp32"
     assert condition(built, READY) == ("True", "Declared")
     proven = [PrecisionSupport(precision=precision, verified=True) for precision in Precision]
-    assert usable(status.build(None, HOST, now=NOW, capacity=capacity, verified=proven)) == "fp32"
-    board = status.build(None, HOST, now=NOW, capacity=Capacity(device="T4", memory=15 * GIB))
+    assert usable(status.build(None, CPU, now=NOW, capacity=capacity, verified=proven)) == "fp32"
+    board = status.build(None, CPU, now=NOW, capacity=Capacity(device="T4", memory=15 * GIB))
     assert (board.device_summary, board.memory_summary) == ("T4", "15Gi")
-    assert board.cpu == HOST.cpu
+    assert board.cpu == CPU
     slow = capacity.model_copy(update={"link_rate": 1000})
-    assert status.build(None, HOST, now=NOW, capacity=slow, link_rate=10**6).link_rate == 1000
-    assert status.build(None, HOST, now=NOW, capacity=capacity, link_rate=10**6).link_rate == 10**6
+    assert status.build(None, CPU, now=NOW, capacity=slow, link_rate=10**6).link_rate == 1000
+    assert status.build(None, CPU, now=NOW, capacity=capacity, link_rate=10**6).link_rate == 10**6
 
 
 def test_transition_time_moves_only_with_the_status() -> None:
@@ -231,7 +229,7 @@ def test_free_memory_is_worth_a_write_past_five_percent_of_the_total(
         ({"link_rate": 1_100_000}, None),
         ({"link_rate": 2_000_000}, "link rate"),
         ({"link_rate": None}, "link rate"),
-        ({"cpu": HOST.cpu.model_copy(update={"cache_disk_free": 5})}, "cache disk"),
+        ({"cpu": CPU.model_copy(update={"cache_disk_free": 5})}, "cache disk"),
         ({"precisions": ()}, "precisions"),
         ({"conditions": ()}, "conditions"),
         ({"observed_at": NOW + timedelta(hours=1)}, None),

@@ -158,10 +158,13 @@ class FedPipeNodeSpec(Model):
     unschedulable: bool = Field(default=False, description="No job may use this node.")
 
 
+Source = Literal["nvml", "tegra", "cpu", "declared"]
+
+
 class FedPipeNodeStatus(Model):
     """What the probe saw."""
 
-    source: Literal["nvml", "tegra", "cpu", "declared"] = Field(
+    source: Source = Field(
         default="cpu", description="Where the facts come from; tegra is a Jetson without NVML."
     )
     driver_version: str | None = Field(default=None, max_length=64, description="Of the NVIDIA driver.")

@@ -17,11 +17,7 @@ from fedpipe_api.node import (
     NodeReason,
 )
 
-from .nvml import Reading
-
-ABSENT = (NodeReason.DRIVER_MISSING, NodeReason.DRIVER_NOT_LOADED)
-"""Faults that leave a node without a GPU but otherwise well."""
-
+from .reading import ABSENT, Reading
 
 PRESSURE_BELOW = 0.10
 PRESSURE_CLEARED_ABOVE = 0.15
@@ -33,7 +29,6 @@ def judge(
     devices: tuple[GpuDevice, ...],
     *,
     declared: bool,
-    boards: int,
     before: FedPipeNodeStatus | None,
     now: datetime,
 ) -> tuple[Condition, ...]:
@@ -41,7 +36,7 @@ def judge(
     conditions = before.conditions if before else ()
     for kind, (state, reason, message) in {
         READY: _ready(reading, devices, declared),
-        DRIVER_FAULT: _driver_fault(reading, devices, boards),
+        DRIVER_FAULT: _driver_fault(reading),
         DEVICE_LOST: _device_lost(reading),
         MEMORY_PRESSURE: _memory_pressure(devices, reading.processes, conditions),
     }.items():
@@ -65,13 +60,6 @@ def usable_devices(devices: Iterable[GpuDevice]) -> tuple[GpuDevice, ...]:
     )
 
 
-def silent(reading: Reading) -> bool:
-    """Return whether a GPU is there and none answers; then nothing can be said of what the node carries."""
-    if reading.fault is not None:
-        return reading.fault.reason not in ABSENT
-    return bool(reading.lost) and not reading.devices
-
-
 def _without_instances(device: GpuDevice) -> bool:
     return bool(device.mig_enabled) and not device.mig_instances
 
@@ -82,9 +70,9 @@ _State = tuple[bool, NodeReason, str]
 def _ready(reading: Reading, devices: tuple[GpuDevice, ...], declared: bool) -> _State:
     if declared:
         return True, NodeReason.DECLARED, "the capacity is declared in a file"
-    if reading.fault is not None and silent(reading):
+    if reading.fault is not None and reading.silent:
         return False, reading.fault.reason, reading.fault.message
-    if silent(reading):
+    if reading.silent:
         return False, reading.lost[0].reason, "no GPU answers"
     if not devices:
         return True, NodeReason.CPU_ONLY, "jobs run on the processor"
@@ -99,19 +87,17 @@ def _ready(reading: Reading, devices: tuple[GpuDevice, ...], declared: bool) -> 
     return True, NodeReason.GPU_READY, f"{len(devices)} of {len(devices) + len(reading.lost)} GPUs answer"
 
 
-def _driver_fault(reading: Reading, devices: tuple[GpuDevice, ...], boards: int) -> _State:
-    fault = reading.fault
+def _driver_fault(reading: Reading) -> _State:
+    fault, boards = reading.fault, reading.boards
     if fault is None:
         if reading.devices or reading.lost:
-            return False, NodeReason.DRIVER_LOADED, ""
+            return False, NodeReason.DRIVER_LOADED, reading.message
         return False, NodeReason.NO_GPU, ""
     if fault.reason not in ABSENT:
         return True, fault.reason, fault.message
-    if devices:
-        return False, NodeReason.DRIVER_LOADED, "a Jetson: the system reports its GPU, not NVML"
     if not boards:
         return False, NodeReason.NO_GPU, ""
-    found = "an NVIDIA board is" if boards == 1 else f"{boards} NVIDIA boards are"
+    found = f"an {reading.vendor} board is" if boards == 1 else f"{boards} {reading.vendor} boards are"
     message = f"{found} on the PCI bus, but {fault.message}; install the driver to use it"
     return True, fault.reason, message
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from fedpipe_api.node import Capacity, FedPipeNodeStatus, PrecisionSupport
 
 from ..errors import Stopped
-from . import host, link, nvml, status
+from . import host, link, status
 from .child import Child, Wait
 from .metrics import NodeMetrics
 from .publish import Publisher, PublishError
+from .reader import Reader
 from .waiting import Waiter
 
 LINK_INTERVAL = 3600.0
@@ -38,10 +39,10 @@ class Probe:
     capacity: Capacity | None = None
     limited: bool = False
     root: Path = Path("/")
-    reader: nvml.Reader = field(init=False)
+    reader: Reader = field(init=False)
 
     def __post_init__(self) -> None:
-        self.reader = nvml.Reader(self.timeout)
+        self.reader = Reader(self.timeout, self.root)
 
     def look(
         self,

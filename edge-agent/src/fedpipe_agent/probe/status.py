@@ -3,7 +3,6 @@
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Literal
 
 from fedpipe_api.node import (
     Capacity,
@@ -11,13 +10,13 @@ from fedpipe_api.node import (
     FedPipeNodeStatus,
     GpuDevice,
     PrecisionSupport,
+    Source,
 )
 from fedpipe_api.precisions import Precision
 
 from . import summary
-from .conditions import judge, silent, usable_devices
-from .host import Host
-from .nvml import Reading
+from .conditions import judge, usable_devices
+from .reading import Reading
 
 FREE_MOVED = 0.05
 LINK_RATE_MOVED = 0.20
@@ -25,12 +24,10 @@ LINK_RATE_MOVED = 0.20
 
 NO_ANSWER = "GPU (no answer)"
 
-Source = Literal["nvml", "tegra", "cpu", "declared"]
-
 
 def build(
     reading: Reading | None,
-    host: Host,
+    cpu: Cpu,
     *,
     now: datetime,
     capacity: Capacity | None = None,
@@ -46,18 +43,15 @@ def build(
     clearly gone.
     """
     if capacity is not None:
-        devices, cpu = _declared_devices(capacity), _declared_cpu(capacity, host.cpu)
+        devices, cpu = _declared_devices(capacity), _declared_cpu(capacity, cpu)
         derived = [PrecisionSupport(precision=precision) for precision in capacity.precisions]
         verified = [support for support in verified if support.precision in capacity.precisions]
         link_rate = capacity.link_rate or link_rate
         found = Reading()
     else:
         found = reading or Reading()
-        cpu = host.cpu
         devices = tuple(_with_shared_memory(device, cpu) for device in found.devices)
-        if not devices and host.tegra is not None and not silent(found):
-            devices = (_with_shared_memory(host.tegra, cpu),)
-        derived = [] if silent(found) else _derived_precisions(devices)
+        derived = [] if found.silent else _derived_precisions(devices)
     precisions = _merge(derived, verified)
     return FedPipeNodeStatus(
         source=_source(capacity, found, devices),
@@ -68,13 +62,11 @@ def build(
         precisions=precisions,
         link_rate=link_rate,
         observed_at=now,
-        device_summary=NO_ANSWER if silent(found) else summary.devices(devices, capacity),
+        device_summary=NO_ANSWER if found.silent else summary.devices(devices, capacity),
         memory_summary=summary.memory(devices),
-        free_summary=summary.NOTHING if silent(found) else summary.free(devices, cpu),
+        free_summary=summary.NOTHING if found.silent else summary.free(devices, cpu),
         precision_summary=",".join(support.precision for support in precisions if support.usable),
-        conditions=judge(
-            found, devices, declared=capacity is not None, boards=host.boards, before=before, now=now
-        ),
+        conditions=judge(found, devices, declared=capacity is not None, before=before, now=now),
     )
 
 
@@ -173,9 +165,7 @@ def _merge(
 def _source(capacity: Capacity | None, reading: Reading, devices: tuple[GpuDevice, ...]) -> Source:
     if capacity is not None:
         return "declared"
-    if reading.devices or silent(reading):
-        return "nvml"
-    return "tegra" if devices else "cpu"
+    return reading.source if devices or reading.silent else "cpu"
 
 
 def _states(status: FedPipeNodeStatus) -> dict[str, tuple[str, str]]:

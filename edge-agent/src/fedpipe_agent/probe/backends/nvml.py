@@ -1,91 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPU facts through NVML: init, read, shutdown on every pass, in a child process of its own.
-
-A child, because NVML can hang inside the driver, can crash, and keeps the library it loaded first: after a
-driver upgrade only a fresh process loads the new one. The parent never loads NVML.
-"""
+"""NVIDIA's GPUs through NVML: init, read, shutdown on every pass."""
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from fedpipe_api.node import GpuDevice, MigInstance, NodeReason, Source
 
-from fedpipe_api.base import Model
-from fedpipe_api.node import GpuDevice, MigInstance, NodeReason
+from ..reading import MAX_DEVICES, Fault, Lost, Reading
 
-from .child import Child, Died, Stuck, Wait
-
-MAX_DEVICES = 64
-
-
-class Fault(Model):
-    """Why NVML reported nothing."""
-
-    reason: NodeReason
-    message: str = Field(max_length=512)
+SOURCE: Source = "nvml"
+NAME = "NVML"
+TIMED_OUT, FAILED = NodeReason.NVML_TIMEOUT, NodeReason.NVML_FAILED
 
 
-class Lost(Model):
-    """A device that is counted but does not answer."""
-
-    index: int
-    uuid: str | None = None
-    reason: NodeReason
-    message: str = Field(max_length=512)
+def collect(root: Path) -> Reading:
+    """Return one reading, with the boards on PCI: without the driver they are all that is known."""
+    return _ask_driver().model_copy(update={"boards": _boards(root), "vendor": "NVIDIA"})
 
 
-class Reading(Model):
-    """One pass over NVML.
-
-    A device with `unified_memory` has none of its own; one that does not report its memory to this user has
-    `total_memory` null.
-    """
-
-    driver_version: str | None = None
-    cuda_version: str | None = None
-    devices: tuple[GpuDevice, ...] = Field(default=(), max_length=MAX_DEVICES)
-    processes: tuple[int | None, ...] = Field(
-        default=(), max_length=MAX_DEVICES, description="Compute processes on each device."
-    )
-    lost: tuple[Lost, ...] = Field(default=(), max_length=MAX_DEVICES)
-    fault: Fault | None = None
-
-
-class Reader:
-    """Reads NVML in a child process, for at most `timeout` seconds."""
-
-    def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
-        self._child = Child(timeout)
-
-    def read(self, wait: Wait | None = None) -> Reading:
-        """Return one reading; a hang, a crash or malformed output gives a fault. `wait`: see `Child.ask`."""
-        try:
-            return Reading.model_validate_json(self._child.ask(_read, wait))
-        except Stuck:
-            return _failed(
-                NodeReason.NVML_TIMEOUT,
-                "an NVML call hangs in the kernel since an earlier pass; reboot the node if it stays",
-            )
-        except TimeoutError:
-            return _failed(NodeReason.NVML_TIMEOUT, f"NVML did not answer within {self._timeout:g} s")
-        except Died as how:
-            return _failed(NodeReason.NVML_FAILED, f"the process that reads NVML died {how}")
-        except ValidationError as error:
-            return _failed(NodeReason.NVML_FAILED, f"NVML answered nonsense: {error.errors()[0]['msg']}")
-
-
-def _read() -> bytes:
-    try:
-        reading = collect()
-    except Exception as error:
-        reading = _failed(NodeReason.NVML_FAILED, f"NVML could not be read: {error!r}"[:512])
-    return reading.to_json().encode()
-
-
-def collect() -> Reading:
-    """Return one reading, made in this process; it can hang. `Reader` is for long-lived processes."""
+def _ask_driver() -> Reading:
     import pynvml
 
     try:
@@ -244,5 +179,17 @@ def _lost_reason(nvml: Any, error: Any) -> NodeReason:
     return reasons.get(error.value, NodeReason.DEVICE_FAILED)
 
 
-def _failed(reason: NodeReason, message: str) -> Reading:
-    return Reading(fault=Fault(reason=reason, message=message))
+def _boards(root: Path) -> int:
+    """Count NVIDIA's (vendor 0x10de) display controllers (class 0x03)."""
+    count = 0
+    for device in (root / "sys/bus/pci/devices").glob("*"):
+        if _text(device / "vendor") == "0x10de" and _text(device / "class").startswith("0x03"):
+            count += 1
+    return count
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
