@@ -11,8 +11,8 @@ from .format import LORA_A, LORA_B, SCALE, Encoding
 
 Float32 = NDArray[np.float32]
 
-DECODED = (Encoding.FLOAT32, Encoding.BFLOAT16)
-"""Those of the factors of an update."""
+DECODED: dict[Encoding, type[np.generic]] = {Encoding.FLOAT32: np.float32, Encoding.BFLOAT16: np.uint16}
+"""The encodings of an update, each with the type of array that its stored values are read into."""
 
 _LARGEST = 127
 _EXPONENT = np.uint16(0x7F80)
@@ -48,16 +48,21 @@ def received(factors: Mapping[str, Float32]) -> dict[str, Float32]:
     return {suffix: dequantize(suffix, sent[suffix], sent[suffix + SCALE]) for suffix in factors}
 
 
-def widen(half: NDArray[np.uint16], target: Float32) -> None:
-    """Fill a float32 array with bfloat16 values: each is the upper half of a float32."""
-    np.left_shift(half, 16, out=target.view(np.uint32), dtype=np.uint32)
+def decode(stored: NDArray[Any], encoding: Encoding, target: Float32) -> None:
+    """Fill a float32 array with stored values; they may be the array itself where they are float32."""
+    if encoding is Encoding.BFLOAT16:
+        # Each is the upper half of a float32.
+        np.left_shift(stored, 16, out=target.view(np.uint32), dtype=np.uint32)
+    elif stored is not target:
+        target[...] = stored
 
 
-def is_finite(block: memoryview, encoding: str) -> bool:
-    """Return whether a block of values, float32 or bfloat16, has neither NaN nor infinity."""
-    if encoding == Encoding.BFLOAT16:
-        return bool(((np.frombuffer(block, np.uint16) & _EXPONENT) != _EXPONENT).all())
-    return bool(np.isfinite(np.frombuffer(block, np.float32)).all())
+def is_finite(block: memoryview, encoding: Encoding) -> bool:
+    """Return whether a block of stored values has neither NaN nor infinity."""
+    stored = np.frombuffer(block, DECODED[encoding])
+    if encoding is Encoding.BFLOAT16:
+        return bool(((stored & _EXPONENT) != _EXPONENT).all())
+    return bool(np.isfinite(stored).all())
 
 
 def _along(suffix: str) -> int:

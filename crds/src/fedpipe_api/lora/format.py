@@ -26,7 +26,7 @@ HEADER_BYTES = 1 << 20
 
 
 class Encoding(StrEnum):
-    """How a factor's values are written: the safetensors type, `width` bytes each."""
+    """How a factor's values are written: by torch's name, and safetensors' name as the value."""
 
     FLOAT32 = "F32"
     BFLOAT16 = "BF16"

@@ -32,8 +32,6 @@ TRAINED, FROZEN = "trained", "frozen"
 ROW_NORM = 1 / math.sqrt(3)
 """Expected row norm c of a fresh A: uniform in ±1/√columns (kaiming_uniform with a = √5)."""
 
-TYPES = {Encoding.FLOAT32: torch.float32, Encoding.BFLOAT16: torch.bfloat16}
-
 Factors = tuple[np.ndarray, np.ndarray]
 """(B, A): a (d, r) and a (r, c) matrix, float32, whose product is an increment."""
 
@@ -328,7 +326,7 @@ def save(path: Path, factors: dict[str, np.ndarray], head: dict[str, np.ndarray]
         head: by parameter's name; float32 in the file.
         encoding: of the factors in the file.
     """
-    kind = TYPES[encoding]
+    kind: torch.dtype = getattr(torch, encoding.name.lower())
     named = {name: torch.from_numpy(value).to(kind) for name, value in factors.items()}
     named |= {HEAD + name: torch.from_numpy(value).float() for name, value in head.items()}
     save_file({name: named[name].contiguous() for name in sorted(named)}, path)

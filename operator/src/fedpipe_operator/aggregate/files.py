@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpipe_api.lora.codec import Float32, widen
+from fedpipe_api.lora.codec import DECODED, Float32, decode
 from fedpipe_api.lora.format import Encoding
 
 from .messages import StoredFile
@@ -147,17 +147,18 @@ class TensorFile:
         """Fill a contiguous vector with the tensor's elements from the `first` on.
 
         Raises:
-            MalformedFileError: the tensor is neither float32 nor bfloat16, or the file has become shorter.
+            MalformedFileError: the tensor's type is not one of `DECODED`, or the file has become shorter.
         """
         entry = self.entries[name]
-        if entry.dtype == Encoding.BFLOAT16:
-            half = np.empty(target.shape, np.uint16)
-            self._fill(name, _bytes(half), entry.start + 2 * first)
-            widen(half, target)
-        elif entry.dtype == Encoding.FLOAT32:
-            self._fill(name, _bytes(target), entry.start + 4 * first)
-        else:
-            raise MalformedFileError(f"{self._path}: tensor {name} is {entry.dtype}, not F32 or BF16")
+        if entry.dtype not in DECODED:
+            raise MalformedFileError(
+                f"{self._path}: tensor {name} is {entry.dtype}, not {' or '.join(DECODED)}"
+            )
+        encoding = Encoding(entry.dtype)
+        # Float32 needs no copy.
+        stored = target if encoding is Encoding.FLOAT32 else np.empty(target.shape, DECODED[encoding])
+        self._fill(name, _bytes(stored), entry.start + encoding.width * first)
+        decode(stored, encoding, target)
 
     def _fill(self, name: str, view: memoryview, position: int) -> None:
         descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedpipe_api.lora.codec import DECODED, is_finite
+from fedpipe_api.lora.format import Encoding
 
 from .files import MalformedFileError, TensorEntry, read_header
 
@@ -56,7 +57,9 @@ def _check_layout(entries: Mapping[str, TensorEntry], expected: Mapping[str, tup
         )
     for name, entry in entries.items():
         if entry.dtype not in DECODED:
-            raise InvalidUpdateFile("WrongType", f"tensor {name} is {entry.dtype}, F32 or BF16 is wanted")
+            raise InvalidUpdateFile(
+                "WrongType", f"tensor {name} is {entry.dtype}, {' or '.join(DECODED)} is wanted"
+            )
         if entry.shape != tuple(expected[name]):
             raise InvalidUpdateFile(
                 "WrongShape", f"tensor {name} is {list(entry.shape)}, not {list(expected[name])}"
@@ -66,11 +69,11 @@ def _check_layout(entries: Mapping[str, TensorEntry], expected: Mapping[str, tup
 def _check_finite(descriptor: int, entries: Mapping[str, TensorEntry]) -> None:
     buffer = bytearray(_BLOCK)
     for name, entry in entries.items():
-        position, end = entry.start, entry.start + entry.size
+        position, end, encoding = entry.start, entry.start + entry.size, Encoding(entry.dtype)
         while position < end:
             count = min(_BLOCK, end - position)
             if os.preadv(descriptor, [memoryview(buffer)[:count]], position) != count:
                 raise InvalidUpdateFile("Malformed", f"tensor {name} is cut short")
-            if not is_finite(memoryview(buffer)[:count], entry.dtype):
+            if not is_finite(memoryview(buffer)[:count], encoding):
                 raise InvalidUpdateFile("NotFinite", f"tensor {name} holds NaN or infinity")
             position += count
