@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if wanted else 2
     status = _run(arguments)
     if argv is None:  # the process itself
-        console.close()
+        console.end(status)
     return status
 
 
