@@ -61,6 +61,11 @@ GRIDS = {
         0.10,
     ),
 }
+MODULES = {
+    "bert-base": ("query", "key", "value", "attention.output.dense"),
+    "gpt2": ("attn.c_attn", "attn.c_proj"),
+    "llama-7b": ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
 NF4_BASE = 0.30
 """Of the bf16 base of a Llama-7B, at most."""
 
@@ -73,6 +78,7 @@ def job(name: str, length: int = LENGTH) -> FedPipeJobSpec:
             "model": {"hostPath": {"path": "/model"}, "task": TASKS[name]} | labels,
             "data": {"volume": {"hostPath": {"path": "/data"}}, "train": "t.jsonl", "maxLength": length},
             "rounds": {"count": 1, "localSteps": STEPS, "batchSize": max(MICRO_BATCHES)},
+            "adapter": {"modules": MODULES[name]},
             "aggregation": {"maxGlobalRank": GLOBAL_RANK},
         }
     )
@@ -98,7 +104,8 @@ def shape(name: str, directory: Path) -> wire.ModelShape:
     from fedpipe_agent.train.model import Source, read_config
     from fedpipe_agent.train.shape import read_shape
 
-    return read_shape(read_config(Source(str(directory)), job(name).model, 0), TASKS[name])
+    spec = job(name)
+    return read_shape(read_config(Source(str(directory)), spec.model, 0), TASKS[name], spec.adapter.modules)
 
 
 def show(results: Any) -> None:

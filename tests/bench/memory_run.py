@@ -63,7 +63,7 @@ class Base:
         task = spec.model.task
         source = base.Source(str(directory))
         config = base.read_config(source, spec.model, 0)
-        shape = read_shape(config, task)
+        shape = read_shape(config, task, spec.adapter.modules)
         model: Any = base.load(source, config, task, precision, device.torch, seed=7)
         model.get_input_embeddings().weight.sum()
         pristine = directory if precision is Precision.FP32 else None
