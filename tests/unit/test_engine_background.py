@@ -82,8 +82,11 @@ async def test_what_is_edited_in_a_loop_does_not_fill_the_ledger(
     monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now))
     async with local(tmp_path, nodes=1, count=5) as served:
         state = served.engine.jobs[UID].state
-        for generation in range(2, 5000):
+        taken = [
             await served.engine.submit(at_generation(generation, job(1, 5 + generation)))
+            for generation in range(2, 5000)
+        ]
+        assert sum(taken) == jobs.Edits.BURST
         kept = [entry for entry in served.engine._journal._ledger.replay() if entry.key.startswith("spec/")]
         assert len(kept) == jobs.Edits.BURST
         now += jobs.Edits.SECONDS

@@ -66,27 +66,31 @@ class Engine(Inbox):
 
     # What the runner of the fleet says: kube/ or local/
 
-    async def submit(self, job: FedPipeJob) -> None:
-        """Take a job in by its metadata.uid, or its edited spec if its generation is new. Idempotent."""
+    async def submit(self, job: FedPipeJob) -> bool:
+        """Take a job in by its metadata.uid, or its edited spec if its generation is new. Idempotent.
+
+        Return False where the job was edited too often: it goes on as it was, and the edit must come again.
+        """
         meta = job.metadata
         if meta.uid is None:
             raise ValueError("a job needs a uid")
         generation = meta.generation or 1
         known = self.jobs.get(meta.uid)
         if meta.uid in self.quarantined:
-            return
+            return True
         if known is None:
             record = Submitted(namespace=meta.namespace, name=meta.name, generation=generation, spec=job.spec)
             await uninterrupted(self._take_in(meta.uid, record))
-            return
+            return True
         async with known.lock:
             # A spec that differs within its generation was written by nobody: another version of the operator
             # has other defaults. The job keeps those that it began with.
             if generation <= known.state.generation or known.state.finished:
-                return
-            # What is edited in a loop is taken later, as it is then: the next look asks again.
-            if known.edits.take(meta.uid):
-                await self._journal.commit(known, SpecChanged(generation=generation, spec=job.spec))
+                return True
+            if not known.edits.take(meta.uid):
+                return False
+            await self._journal.commit(known, SpecChanged(generation=generation, spec=job.spec))
+            return True
 
     async def _take_in(self, uid: str, record: Submitted) -> None:
         opened = await self._journal.open(uid, record)

@@ -25,7 +25,7 @@ from .inventory import Inventory
 from .job_status import invalid_status, job_status, quarantined_status
 from .output_delivery import OutputDelivery
 from .pods import build_agent_pod, owner_reference, template_digest
-from .reconcile import Actions, reconcile
+from .reconcile import Actions, as_recorded, reconcile
 from .settings import OperatorSettings
 from .tracked_job import TrackedJob
 from .verified_precisions import VerifiedPrecisions
@@ -189,8 +189,12 @@ class Controller:
         if known.uid in self.engine.quarantined:
             return await self._quarantine(known, job)
         actions = self._decide(known, job)
+        if actions.submit and not await self.engine.submit(job):
+            log.warning("job %s: it is edited too often; generation %d waits", known.title, known.generation)
+            job = as_recorded(job, self.engine.job(known.uid).state)
+            actions = self._decide(known, job)
         log.debug("job %s: %s", known.title, actions)
-        if await self._change_engine(known, job, actions):
+        if await self._change_engine(known, actions):
             known.changed.set()
             return 0.0
         await self._prove(known)
@@ -239,10 +243,8 @@ class Controller:
             self.wake_all()
         return actions
 
-    async def _change_engine(self, known: TrackedJob, job: FedPipeJob, actions: Actions) -> bool:
+    async def _change_engine(self, known: TrackedJob, actions: Actions) -> bool:
         """Return whether the engine's state changed, so that everything must be decided again."""
-        if actions.submit:
-            await self.engine.submit(job)
         for node, reason in actions.lost.items():
             await self.engine.mark_lost(known.uid, node, reason)
         if actions.eligible is not None:

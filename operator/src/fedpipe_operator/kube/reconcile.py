@@ -118,6 +118,12 @@ def reconcile(
     )
 
 
+def as_recorded(job: FedPipeJob, state: JobState) -> FedPipeJob:
+    """Return the job with the spec that the engine has, for as long as it takes no newer one."""
+    metadata = job.metadata.model_copy(update={"generation": state.generation})
+    return job.model_copy(update={"metadata": metadata, "spec": state.spec})
+
+
 def _left_out(state: JobState) -> Mapping[str, str]:
     return state.plan.left_out if state.plan else {}
 

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A job that is edited more often than the engine records goes on, and takes the newest edit in its time."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedpipe_operator.engine import Engine, jobs
+from fedpipe_operator.kube import controller
+from fedpipe_operator.kube.controller import Controller
+from fedpipe_operator.kube.settings import OperatorSettings
+from kube.objects import NOW, UID, capacity, job, node
+
+
+class Recorded:
+    """An API server of which only what is written matters."""
+
+    def __init__(self) -> None:
+        self.pods: list[str] = []
+        self.status: Mapping[str, Any] = {}
+
+    async def create_pod(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        self.pods.append(body["spec"]["nodeName"] if "nodeName" in body["spec"] else body["metadata"]["name"])
+        return body
+
+    async def apply_status(self, namespace: str, name: str, uid: str, status: Mapping[str, Any]) -> None:
+        self.status = status
+
+
+async def no_ca(namespace: str, owners: list[dict[str, Any]]) -> None:
+    """The namespace has the CA already."""
+
+
+def at_generation(generation: int, **spec: Any) -> dict[str, Any]:
+    """Return the job as a watch shows it after so many edits."""
+    body = job(**spec).to_dict()
+    body["metadata"]["generation"] = generation
+    return body
+
+
+async def test_a_job_edited_too_often_goes_on_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(controller, "PACE_SECONDS", 0.0)
+    api = Recorded()
+    engine = Engine(tmp_path, clock=lambda: NOW)
+    await engine.start()
+    settings = OperatorSettings("fedpipe-system", "fedpipe", tmp_path, "agent:1", "operator:1")
+    tended = Controller(
+        engine, api, settings, None, publish_ca=no_ca, write_output=None, clock=lambda: NOW  # type: ignore[arg-type]
+    )  # fmt: skip
+    try:
+        tended.see_job(at_generation(1))
+        known = tended.jobs[UID]
+        known.task.cancel()  # type: ignore[union-attr]
+        while await tended._look(known) == 0.0:
+            pass
+        engine.jobs[UID].edits._used[UID] = (jobs.Edits.BURST, now)
+        for name in ("edge-1", "edge-2"):
+            tended.inventory.see_node(node(name))
+            tended.inventory.see_capacity(capacity(name))
+        tended.see_job(at_generation(2, rounds={"count": 9, "minUpdates": 2}))
+        for _ in range(5):
+            await tended._look(known)
+        state = engine.jobs[UID].state
+        assert state.offered == ("edge-1", "edge-2"), "it goes on"
+        assert len(api.pods) == 2
+        assert (state.generation, state.spec.rounds.count) == (1, 3)
+        now = jobs.Edits.SECONDS
+        while await tended._look(known) == 0.0:
+            pass
+        assert (state.generation, state.spec.rounds.count) == (2, 9)
+    finally:
+        await tended.stop()
+        await engine.stop()
