@@ -34,7 +34,7 @@ class Row(NamedTuple):
     """One row.
 
     `place` is `file:line`, `file:row` of a table; `source` the line of JSON without its end, the cells of
-    CSV, None of a table.
+    CSV, None of a table or an array.
     """
 
     place: str
@@ -133,7 +133,7 @@ def _json_array(path: Path, file: io.BufferedReader, encoding: str | None, bad: 
             if wrong := objects.check(place, value):
                 bad(UserError(wrong))
             else:
-                yield Row(place, value, json.dumps(value))
+                yield Row(place, value, None)
 
 
 def _elements(path: Path, text: io.TextIOWrapper, decoder: json.JSONDecoder) -> Iterator[tuple[int, Any]]:

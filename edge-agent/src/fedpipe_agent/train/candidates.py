@@ -105,7 +105,7 @@ def _is_scan(name: str, config: Any) -> bool:
 
 
 def _means_experts(leaf: str, model: nn.Module) -> bool:
-    """Whether the module computes as `nn.Linear` does; routers of experts are subclasses that do not."""
+    """Whether peft takes a layer's name for the model's experts, and adapts those in its place."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A node's samples: tokenised once, kept as one flat array, handed out as deterministic padded batches."""
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,10 @@ class Samples:
         """Return the token ids of one sample."""
         end = self._ends[index]
         return self._tokens[end - self.lengths[index] : end]
+
+    def key(self, index: int) -> bytes:
+        """Return a digest of one sample's token ids: equal for equal texts, and smaller than they are."""
+        return hashlib.blake2b(self.tokens(index).tobytes(), digest_size=16).digest()
 
     def predicted(self, index: int) -> np.ndarray:
         """Return of each token of one sample whether it is predicted; nothing precedes the first."""
@@ -181,8 +186,8 @@ def load(
         chosen = _chosen(train, held_out_of(len(train), source), generator(seed, "evaluation"))
         held_out = train.part(np.flatnonzero(chosen))
         train = train.part(np.flatnonzero(~chosen))
-    trained = {train.tokens(index).tobytes() for index in range(len(train))} if len(held_out) else set()
-    found.repeated = sum(held_out.tokens(index).tobytes() in trained for index in range(len(held_out)))
+    trained = {train.key(index) for index in range(len(train))} if len(held_out) else set()
+    found.repeated = sum(held_out.key(index) in trained for index in range(len(held_out)))
     _warn(found, model)
     return Data(train, held_out, found.notes())
 
@@ -191,13 +196,14 @@ def _chosen(samples: Samples, count: int, random: np.random.Generator) -> np.nda
     """Return which `count` samples are held out: in random order, equal ones together where they fit."""
     groups: dict[bytes, list[int]] = {}
     for index in random.permutation(len(samples)) if count else ():
-        groups.setdefault(samples.tokens(index).tobytes(), []).append(index)
+        groups.setdefault(samples.key(index), []).append(index)
     chosen = np.zeros(len(samples), dtype=bool)
     for group in groups.values():
-        if len(group) <= count - chosen.sum():
+        if len(group) <= count:
             chosen[group] = True
+            count -= len(group)
     rest = [index for group in groups.values() for index in group if not chosen[index]]
-    chosen[rest[: count - int(chosen.sum())]] = True
+    chosen[rest[:count]] = True
     return chosen
 
 

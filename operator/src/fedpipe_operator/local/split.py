@@ -3,6 +3,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -118,8 +119,9 @@ def read(path: Path, label: str | None) -> Dataset:
                 )
             header = columns
             content.append(_csv_line(row.source))
-        elif row.source is not None:
-            content.append(row.source.encode() + b"\n")
+        elif form == "jsonl":
+            line = json.dumps(row.fields) if row.source is None else row.source
+            content.append(line.encode() + b"\n")
     if not labels:
         raise UserError(f"{path}: no rows; it needs at least one")
     if form in ("parquet", "arrow"):
