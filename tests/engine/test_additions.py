@@ -2,6 +2,8 @@
 """A precision and an aggregation method that only this module knows, in a whole job with real agents."""
 
 import asyncio
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,29 @@ async def run_job(
         await engine.stop()
 
 
+@pytest.fixture(autouse=True)
+def one_load_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Agents are processes, here they are threads: transformers replaces functions of its own while it loads.
+
+    What two loads replace and put back at once stays replaced, for all tests that come after.
+    """
+    from fedpipe_agent.train import model, shape
+
+    turn = threading.Lock()
+
+    def in_turn(load: Callable[..., Any]) -> Callable[..., Any]:
+        def loaded(*args: Any, **options: Any) -> Any:
+            with turn:
+                return load(*args, **options)
+
+        return loaded
+
+    for name in ("loading", "empty"):
+        load = in_turn(getattr(model, name))
+        monkeypatch.setattr(model, name, load)
+        monkeypatch.setattr(shape, name, load)
+
+
 @pytest.fixture
 def toys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Register a precision and a method; return the matrices that the method's rule has aggregated."""
@@ -149,3 +174,10 @@ async def test_a_method_and_a_precision_of_elsewhere(toys: list[str], tmp_path: 
         for n, t in load_file(adapter.parents[1] / sent.digest[:2] / sent.digest).items()
         if n.endswith(LORA_A)
     } == {"int8"}
+
+
+def test_transformers_is_as_it_was() -> None:
+    from transformers import PreTrainedModel
+
+    assert PreTrainedModel.tie_weights.__qualname__ == "PreTrainedModel.tie_weights"
+    assert PreTrainedModel.init_weights.__qualname__ == "PreTrainedModel.init_weights"
