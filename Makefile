@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := runs/quickstart-inputs
+QUICKSTART_CHAT := runs/quickstart-chat-inputs
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check format generate images e2e clean
+.PHONY: help quickstart quickstart-chat test check format generate images e2e clean
 
 $(VENV)/installed: constraints.txt requirements-quickstart.txt crds/pyproject.toml operator/pyproject.toml edge-agent/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,12 +19,21 @@ $(VENV)/installed: constraints.txt requirements-quickstart.txt crds/pyproject.to
 	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements-quickstart.txt
 	touch $@
 
+$(VENV)/installed-chat: $(VENV)/installed requirements-quickstart-chat.txt
+	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements-quickstart-chat.txt
+	touch $@
+
 help:  ## this list
-	@sed -n 's/^\([a-z0-9]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "%-12s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "%-17s%s\n", $$1, $$2 }'
 
 quickstart: $(VENV)/installed  ## the main job on this machine: four unequal nodes, a pretrained BERT
 	$(BIN)/python -m fedpipe_operator.local.quickstart $(QUICKSTART)
 	$(BIN)/fedpipe run crds/samples/01-quickstart.yaml --fleet $(QUICKSTART)/fleet.yaml
+
+quickstart-chat: $(VENV)/installed-chat  ## a chat model over four unequal nodes, with its answers before and after
+	$(BIN)/python -m fedpipe_operator.local.quickstart_chat inputs $(QUICKSTART_CHAT)
+	$(BIN)/fedpipe run crds/samples/06-quickstart-chat.yaml --fleet $(QUICKSTART_CHAT)/fleet.yaml
+	$(BIN)/python -m fedpipe_operator.local.quickstart_chat answers runs/quickstart-chat
 
 test: $(VENV)/installed  ## every test
 	@# The GPU's tests have it to themselves. The others run many at a time and compute on the CPU, a GPU is hidden

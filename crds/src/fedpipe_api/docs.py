@@ -32,6 +32,7 @@ they are generated from, and numbered samples:
 | `03-causal-lm.yaml` | a language model trained on prompts and completions |
 | `04-suspended-queue.yaml` | a job that a queue admits, with a Pod template and time limits |
 | `05-fleet.yaml` | a fleet file with every field |
+| `06-quickstart-chat.yaml` | a chat model over four nodes, small enough for a laptop |
 
 - **required** marks fields without a default; – marks fields that stay unset when they are not given.
 - **duration** is a text such as `90s`, `20m` or `1h30m` (units `ms`, `s`, `m`, `h`).

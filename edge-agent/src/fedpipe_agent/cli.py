@@ -28,8 +28,10 @@ _COMMANDS = {
     "probe": ".probe.command",
     "describe": ".train.describe",
     "merge": ".train.merge",
+    "answer": ".train.answer",
+    "unpack": ".train.unpack",
 }
-# `merge` is for `fedpipe export`, so USAGE does not name it.
+# `merge` is for `fedpipe export`, `answer` and `unpack` for `make quickstart-chat`: USAGE does not name them.
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,11 +2,12 @@
 """`fedpipe-agent merge`, for `fedpipe export`: write a base model with a PEFT adapter added in."""
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,26 @@ def main(argv: Sequence[str]) -> int:
     source = Source(options.model)
     tokenizer = read_tokenizer(source)
     merged = _merged(source, options.task, json.load(sys.stdin), options.adapter)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=options.out.parent, prefix=f".{options.out.name}."))
+    with saved(options.out) as directory:
+        merged.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    return 0
+
+
+@contextlib.contextmanager
+def saved(out: Path) -> Iterator[Path]:
+    """Give a directory to save a model in; it appears at `out` whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        merged.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        yield temporary
         # Temporary directories, and weights as safetensors writes them, are for their owner alone.
         temporary.chmod(0o755)
         for path in temporary.iterdir():
             path.chmod(0o644)
-        temporary.rename(options.out)
+        temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return 0
 
 
 def _merged(source: Source, task: Task, labels: list[str], adapter: Path) -> Any:

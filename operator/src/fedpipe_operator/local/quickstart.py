@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,15 +115,8 @@ def model_directory() -> Path:
 
 def texts(library: str) -> list[str]:
     """Return texts from the library's docstrings, without importing it."""
-    spec = importlib.util.find_spec(library)
-    if spec is None or spec.origin is None:
-        raise UserError(f"the package {library} is not installed; run make quickstart")
-    root = Path(spec.origin).parent
-    files = [path for path in root.rglob("*.py") if "tests" not in path.parts]
-    # In the order of a digest, so that taking enough and stopping is a fair sample of the library.
-    files.sort(key=lambda path: hashlib.sha256(str(path.relative_to(root)).encode()).digest())
     found: dict[str, str] = {}
-    for path in files:
+    for _, path in sources(library):
         for text in itertools.islice(_clean(path), SAMPLES_PER_FILE):
             found.setdefault(re.sub(r"[\W\d_]+", "", text.lower()), text)
         if len(found) >= SAMPLES_PER_CLASS:
@@ -130,18 +124,44 @@ def texts(library: str) -> list[str]:
     return list(found.values())[:SAMPLES_PER_CLASS]
 
 
-def _clean(path: Path) -> Iterator[str]:
+def sources(library: str) -> list[tuple[str, Path]]:
+    """Return a module's name and file for each of a library's.
+
+    In the order of a digest, so that taking enough and stopping is a fair sample of the library.
+    """
+    spec = importlib.util.find_spec(library)
+    if spec is None or spec.origin is None:
+        raise UserError(f"the package {library} is not installed; run make quickstart")
+    root = Path(spec.origin).parent
+    if spec.submodule_search_locations is None:
+        return [(library, Path(spec.origin))]
+    files = [path.relative_to(root) for path in root.rglob("*.py") if "tests" not in path.parts]
+    files.sort(key=lambda path: hashlib.sha256(str(path).encode()).digest())
+    names = (".".join([library, *path.with_suffix("").parts]).removesuffix(".__init__") for path in files)
+    return [(name, root / path) for name, path in zip(names, files, strict=True)]
+
+
+def docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield of each module, class and function of a file its name inside the module, and its docstring."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's code
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        text = ast.get_docstring(node) or ""
-        text = re.split(r"\n\s*(?:>>>|Examples?\b|Licensed under|Copyright)", text)[0]
+    nodes: deque[tuple[str, ast.AST]] = deque([("", tree)])
+    while nodes:
+        name, node = nodes.popleft()
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{name}.{node.name}" if name else node.name
+        nodes.extend((name, child) for child in ast.iter_child_nodes(node))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield name, ast.get_docstring(node) or ""
+
+
+def _clean(path: Path) -> Iterator[str]:
+    for _, found in docstrings(path):
+        text = re.split(r"\n\s*(?:>>>|Examples?\b|Licensed under|Copyright)", found)[0]
         text = _NAMES.sub("it", " ".join(text.replace("# noqa: E501", "").split()))
         shortest, longest = CHARACTERS
         if len(text) >= shortest and sum(c.isalpha() or c == " " for c in text) > 0.8 * len(text):
