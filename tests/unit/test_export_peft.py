@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.numpy import save_file
+from peft import LoraConfig, PeftModel
+from safetensors.numpy import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -22,6 +23,7 @@ from fedpipe_api.wire import (
     ModelShape,
 )
 from fedpipe_operator.export import write_adapter
+from fedpipe_operator.local.tokenizer import tokenizer_files
 
 
 def bert():
@@ -137,7 +139,8 @@ def test_the_config_alone_names_base_head_and_every_rank(tmp_path):
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "abc")
     assert config["modules_to_save"] == ["classifier"]
     assert len(config["target_modules"]) == 36
-    assert config["alpha_pattern"] == config["rank_pattern"]
+    assert (config["r"], config["lora_alpha"]) == (7, 7)
+    assert not {"rank_pattern", "alpha_pattern"} & set(config)
     card = (tmp_path / "out/README.md").read_text()
     assert "base_model: org/base" in card
     assert "Facts." in card
@@ -145,6 +148,69 @@ def test_the_config_alone_names_base_head_and_every_rank(tmp_path):
     compile(code, "card", "exec")
     assert "labels = ['a', 'b', 'c']\n" in code
     assert "from_pretrained('org/base', revision='abc', id2label=dict(enumerate(labels)))" in code
+
+
+def unpadded(directory, tensors):
+    """Write an adapter as peft would with unequal ranks: each matrix with its own rank and alpha."""
+    ranks = {name.removesuffix(LORA_A): len(t) for name, t in tensors.items() if name.endswith(LORA_A)}
+    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    config = LoraConfig(
+        r=1, lora_alpha=1, target_modules=list(ranks), rank_pattern=pattern, alpha_pattern=pattern,
+        fan_in_fan_out=True, task_type="CAUSAL_LM", inference_mode=True,
+    )  # fmt: skip
+    config.save_pretrained(directory)
+    named = {f"base_model.model.{name}.weight": tensor for name, tensor in tensors.items()}
+    save_file(named, directory / "adapter_model.safetensors", {"format": "pt"})
+
+
+def test_one_rank_for_all_changes_no_logit(tmp_path):
+    build, task, suffixes, heads = CASES["gpt2-lm"]
+    torch.manual_seed(3)
+    model = build()
+    model.save_pretrained(tmp_path / "base")
+    tensors = global_adapter(model, suffixes, heads)
+    save_file(tensors, tmp_path / "global.safetensors")
+    spec = spec_of(task, tmp_path / "base")
+    write_adapter(tmp_path / "global.safetensors", spec, shape_of(model), tmp_path / "padded")
+    unpadded(tmp_path / "unequal", tensors)
+
+    found = []
+    for directory in (tmp_path / "padded", tmp_path / "unequal"):
+        base = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+        loaded = PeftModel.from_pretrained(base, directory)
+        found.append(logits(loaded))
+    assert np.abs(found[0] - logits(model)).max() > 0.1
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    stored = load_file(tmp_path / "padded/adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in stored.items() if "lora_A" in name} == {6}
+
+
+def test_the_card_says_what_vllm_needs(tmp_path):
+    build, task, suffixes, heads = CASES["gpt2-lm"]
+    model = build()
+    tensors = global_adapter(model, suffixes, heads)
+    save_file(tensors, tmp_path / "global.safetensors")
+    write_adapter(tmp_path / "global.safetensors", spec_of(task), shape_of(model), tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "vllm serve /base --enable-lora --max-lora-rank 8 \\\n" in card
+    assert "--lora adapter.gguf" in card
+
+
+def test_the_tokenizer_goes_beside_the_adapter(tmp_path):
+    build, task, suffixes, heads = CASES["gpt2-lm"]
+    model = build()
+    (tmp_path / "base").mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "model.safetensors"):
+        (tmp_path / "base" / name).write_text(name)
+    save_file(global_adapter(model, suffixes, heads), tmp_path / "global.safetensors")
+    beside = tokenizer_files(str(tmp_path / "base"))
+    write_adapter(
+        tmp_path / "global.safetensors", spec_of(task), shape_of(model), tmp_path / "out", beside=beside
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json",
+    }  # fmt: skip
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "chat_template.jinja"
 
 
 def test_an_adapter_is_replaced_whole(tmp_path):

@@ -85,11 +85,16 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Write the whole model with the adapter merged in.")
     ] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Write the adapter as one file for llama.cpp.")
+    ] = False,
 ) -> int:
-    """Write a run's latest adapter as a PEFT directory, or merged into its base model."""
+    """Write a run's latest adapter as a PEFT directory, merged into its base model, or for llama.cpp."""
     from .local.results import export_run
 
-    export_run(run_dir, out, merge)
+    if merge and gguf:
+        raise UserError("--gguf: not together with --merge; give one of them")
+    export_run(run_dir, out, "model" if merge else "gguf" if gguf else "peft")
     return _say(str(out))
 
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -16,13 +17,14 @@ from fedpipe_api.object_url import ObjectURL
 
 from ..engine.state import JobState
 from ..engine.status import status
-from ..export import write_adapter
+from ..export import write_adapter, write_gguf
 from ..export.upload import open_store, own_credentials, upload
 from . import measures
 from .agents import agent_command
 from .directory import History, RunDirectory, write_text
 from .progress import facts
 from .report import write_report
+from .tokenizer import tokenizer_files
 
 
 def write_all_results(directory: RunDirectory) -> int:
@@ -73,7 +75,8 @@ def export(directory: RunDirectory, state: JobState, target: Path) -> None:
     """Write the latest global adapter as a PEFT directory."""
     source = directory.global_adapter(state)
     assert state.model is not None
-    write_adapter(source, state.spec, state.model, target, _card_facts(state))
+    beside = tokenizer_files(directory.read_record().model)
+    write_adapter(source, state.spec, state.model, target, _card_facts(state), beside=beside)
 
 
 def write_results(directory: RunDirectory, history: History) -> None:
@@ -91,15 +94,20 @@ def report_run(root: Path) -> None:
     print_summary(directory, history)
 
 
-def export_run(root: Path, out: Path, merge: bool) -> None:
-    """Write a run's latest adapter, or its base model with the adapter merged in, into a new directory."""
+def export_run(root: Path, out: Path, form: Literal["peft", "model", "gguf"]) -> None:
+    """Write a run's latest adapter: as a PEFT directory, merged into its base model, or as a GGUF file."""
     directory = RunDirectory(root)
     state = read(directory).state
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (form == "gguf" or not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} exists and is not empty; choose another")
-    directory.global_adapter(state)
-    if not merge:
+    source = directory.global_adapter(state)
+    if form == "peft":
         export(directory, state, out)
+        return
+    if form == "gguf":
+        assert state.model is not None
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_gguf(source, state.spec.model.task, state.model, out)
         return
     with tempfile.TemporaryDirectory() as temporary:
         adapter = Path(temporary) / "adapter"
