@@ -68,6 +68,13 @@ def test_schema_refuses(case: Case) -> None:
     assert list(Draft4Validator(SCHEMA).iter_errors(job(case.changes)))
 
 
+def test_only_the_api_server_demands_a_volume_for_the_data() -> None:
+    document = job({"spec.data.volume": UNSET})
+    [error] = Draft4Validator(SCHEMA).iter_errors(document)
+    assert error.message == "'volume' is a required property"
+    assert FedPipeJob.model_validate(document).spec.data.volume is None
+
+
 @names([case for case in INVALID if case.rule == "cel"])
 def test_cel_alone_refuses(case: Case) -> None:
     """The table's cases for CEL would pass the schema, so that they do test the rules."""

@@ -55,6 +55,11 @@ def test_it_is_a_valid_pod_of_the_job_on_the_node() -> None:
     ]  # fmt: skip
 
 
+def test_a_job_whose_data_is_stored_nowhere_gets_no_pod() -> None:
+    with pytest.raises(UserError, match=r"spec\.data\.volume: required on a cluster"):
+        build(job(data={"train": "train.jsonl"}))
+
+
 def test_the_agent_is_reported_what_the_probe_measured_and_no_new_pod_is_made_for_it() -> None:
     report = capacity("edge-1")
     report["status"]["linkRate"] = 1_500_000

@@ -97,7 +97,7 @@ def test_capacity_reads_quantities() -> None:
     assert Capacity.model_validate(capacity.to_dict()) == capacity
     with pytest.raises(ValidationError) as caught:
         Capacity(memory=0)
-    assert explain(caught.value) == "memory: must be above 0"
+    assert explain(caught.value) == "memory: must be at least 64Mi; write it like 600Mi or 16Gi"
 
 
 def test_documents_are_camel_case_and_python_is_not() -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-import json
+from copy import deepcopy
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import yaml
 
 from fedpipe_api.base import UserError
 from fedpipe_api.job import FedPipeJob
-from fedpipe_operator.local.manifest import choose, forbidden_change, read
+from fedpipe_operator.cli import main
+from fedpipe_operator.local.manifest import choose, forbidden_change, memory_warning, read
 
 JOB = {
     "apiVersion": "fedpipe.io/v1alpha1",
@@ -36,7 +38,7 @@ FLEET = {
 
 def change(document, path, value):
     """Return a deep copy with one field set, or removed for None; numbers in the path are list indices."""
-    copy = json.loads(json.dumps(document))
+    copy = deepcopy(document)
     *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
     place = copy
     for part in parents:
@@ -93,13 +95,41 @@ BAD_JOBS = {
     "suspended": (SPEC + "suspend", True, "job.yaml: spec.suspend: "),
     "other selector": (SPEC + "nodes.selector", {"matchLabels": {"site": "moon"}},
                        "job.yaml: spec.nodes.selector: matches no node of fleet.yaml"),
-    "other file": (SPEC + "data.train", "rows.jsonl", "fleet.yaml: node edge-0: data: no file data/0/rows"),
+    "other file": (SPEC + "data.train", "rows.jsonl",
+                   "fleet.yaml: node edge-0: data: data/0/rows.jsonl: no such file; "),
+    "labels yes and no": (SPEC + "model.labels", [True, False], "job.yaml: spec.model.labels[0]: must be text, "
+                          "but is true or false (YAML reads yes, no, on and off so too); put it in quotes"),
+    "labels 0 and 1": (SPEC + "model.labels", [0, 1],
+                       "job.yaml: spec.model.labels[0]: must be text, but is a number; put it in quotes"),
+    "a label 2.5": (SPEC + "model.labels", ["a", 2.5],
+                    "job.yaml: spec.model.labels[1]: must be text, but is a number; put it in quotes"),
+    "a label null": (SPEC + "model.labels", ["a", None],
+                     "job.yaml: spec.model.labels[1]: must be text, but is null; put it in quotes"),
+    "a label that is a date": (SPEC + "model.labels", ["a", date(2024, 5, 1)],
+                               "job.yaml: spec.model.labels[1]: must be text, but is a date; put it in quotes"),
+    "a numbered column": (SPEC + "data.fields", {"text": 0},
+                          "job.yaml: spec.data.fields.text: must be text, but is a number; put it in quotes"),
+    "a wanted label of nodes": (SPEC + "nodes.selector", {"matchLabels": {"gpu": True}},
+                                "job.yaml: spec.nodes.selector.matchLabels.gpu: must be text, but is true"),
     "path out": (SPEC + "data.train", "../train.jsonl", "job.yaml: spec.data.train: leaves the volume"),
     "wrong kind": ("kind", "Job", "job.yaml: kind: "),
     "no name": ("metadata", {}, "job.yaml: metadata.name: required, but not given"),
 }  # fmt: skip
 BAD_FLEETS = {
     "unknown field": ("nodes.0.ram", "1Gi", "fleet.yaml: nodes[0].ram: unknown field"),
+    "little memory": ("nodes.0.memory", "63Mi", "fleet.yaml: nodes[0].memory: must be at least 64Mi; "),
+    "memory without its unit": (
+        "nodes.0.memory",
+        600,
+        "fleet.yaml: nodes[0].memory: must be at least 64Mi; ",
+    ),
+    "no memory": ("nodes.0.memory", 0, "fleet.yaml: nodes[0].memory: must be at least 64Mi; "),
+    "a label true": (
+        "nodes.0.labels",
+        {"gpu": True},
+        "fleet.yaml: nodes[0].labels.gpu: must be text, but is ",
+    ),
+    "a name 1": ("nodes.0.name", 1, "fleet.yaml: nodes[0].name: must be text, but is a number; put it in "),
     "no nodes": ("nodes", [], "fleet.yaml: nodes: must have at least 1"),
     "no list": ("nodes", "edge-0", "fleet.yaml: nodes: must be a list"),
     "no link": ("nodes.0.linkRate", 0, "fleet.yaml: nodes[0].linkRate: must be above 0"),
@@ -158,7 +188,7 @@ def test_what_is_not_a_manifest_is_refused(text, message, place):
 
 def test_files_are_checked_before_anything_starts(place):
     for path, content, message in [
-        ("data/1/train.jsonl", b"", "fleet.yaml: node edge-1: data: data/1/train.jsonl is empty"),
+        ("data/1/train.jsonl", b"", "fleet.yaml: node edge-1: data: data/1/train.jsonl: the file is empty; "),
         ("base/config.json", b"{", "fleet.yaml: model: base/config.json is not JSON"),
         ("base/config.json", b"[]", "fleet.yaml: model: base/config.json is not the configuration"),
     ]:
@@ -173,6 +203,78 @@ def test_files_are_checked_before_anything_starts(place):
         write()
     with pytest.raises(UserError, match=r"none\.yaml: No such file"):
         read(Path("none.yaml"), Path("fleet.yaml"))
+
+
+def test_a_fleet_in_place_of_a_job_is_recognised_and_the_other_way_round(place):
+    write()
+    job, fleet = Path("job.yaml"), Path("fleet.yaml")
+    with pytest.raises(UserError) as caught:
+        read(fleet, job)
+    assert (
+        str(caught.value) == "fleet.yaml: this is a fleet file, not a job; write JOB.yaml --fleet fleet.yaml"
+    )
+    with pytest.raises(UserError) as caught:
+        read(job, job)
+    assert str(caught.value) == "job.yaml: this is a job, not a fleet file; write job.yaml --fleet FLEET.yaml"
+
+
+def test_a_volume_may_be_left_out_where_the_fleet_names_the_data(place):
+    job = change(JOB, "spec.data.volume", None)
+    assert [member.data for member in write(job).members] == [Path(f"data/{i}") for i in range(3)]
+    with pytest.raises(UserError) as caught:
+        write(job, change(FLEET, "nodes.2.data", None))
+    message = "fleet.yaml: node edge-2: data: required, because the job's data has no volume"
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("train", ["train", "train/*.jsonl"])
+def test_data_may_be_a_directory_or_a_glob_of_shards(train, place):
+    for i in range(4):
+        (place / f"data/{i}/train").mkdir()
+        (place / f"data/{i}/train/0.jsonl").write_text('{"text": "x", "label": "a"}\n')
+    assert len(write(change(JOB, "spec.data.train", train)).members) == 3
+
+
+def test_a_home_directory_is_found_in_every_path(place, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(place))
+    fleet = change(FLEET, "model", "~/base")
+    for i in range(4):
+        fleet = change(fleet, f"nodes.{i}.data", f"~/data/{i}")
+    local = write(fleet=fleet)
+    assert [member.data for member in local.members] == [place / f"data/{i}" for i in range(3)]
+    assert local.model == str(place / "base")
+
+    job = change(JOB, "spec.data.volume", {"hostPath": {"path": "~/data/0"}})
+    job = change(change(job, "spec.model.huggingFace", None), "spec.model.hostPath", {"path": "~/base"})
+    fleet = change(fleet, "model", None)
+    for i in range(4):
+        fleet = change(fleet, f"nodes.{i}.data", None)
+    local = write(job, fleet)
+    assert {member.data for member in local.members} == {place / "data/0"}
+    assert local.model == str(place / "base")
+
+    for arguments in (
+        ["plan", "~/no.yaml", "--fleet", "fleet.yaml"],
+        ["plan", "job.yaml", "--fleet=~/no.yaml"],
+        ["report", "~/no.yaml"],
+        ["export", "~/no.yaml", "--out=~/x"],
+        ["data", "split", "~/no.yaml", "--nodes=1", "--out=~/x"],
+    ):
+        monkeypatch.setattr("sys.argv", ["fedpipe", *arguments])
+        assert main() == 2
+        assert f"{place}/no.yaml: " in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["fedpipe", "plan", "~nobody-has-this-name/a", "--fleet", "fleet.yaml"])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("~nobody-has-this-name/a: ~ stands for no home directory")
+
+
+def test_more_memory_than_the_machine_has_is_warned_of(place):
+    local = write(fleet=change(change(FLEET, "nodes.0.memory", "3Gi"), "nodes.2.memory", "2Gi"))
+    assert memory_warning(local, 5 << 30) is None
+    assert memory_warning(local, 4 << 30) == (
+        "fleet.yaml: warning: its nodes declare 5.0 GiB of memory together, this machine has 4.0 GiB; "
+        "lower their memory, or the system may end them"
+    )
 
 
 def test_too_few_matching_nodes_name_what_asks_for_more(place):

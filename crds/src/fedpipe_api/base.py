@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Iterable
+from datetime import date, datetime
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Self
 
@@ -95,6 +96,15 @@ _PLAIN = {
 }
 """What pydantic says in Python's words, by the type of the fault."""
 
+_UNQUOTED = {
+    bool: "true or false (YAML reads yes, no, on and off so too)",
+    int: "a number",
+    float: "a number",
+    date: "a date",
+    datetime: "a date",
+    type(None): "null",
+}
+"""What YAML makes of words without quotes, by the type of the value."""
 
 _LONGEST_NAME = 256
 
@@ -126,6 +136,8 @@ def explain(error: ValidationError, prefix: str = "") -> str:
         message = "unknown field; check its spelling or remove it"
     elif fault["type"] in _PLAIN:
         message = _PLAIN[fault["type"]]
+    elif fault["type"] == "string_type" and (kind := _UNQUOTED.get(type(fault["input"]))):
+        message = f"must be text, but is {kind}; put it in quotes"
     elif fault["type"] == "too_short":
         message = f"must have at least {fault['ctx']['min_length']}"
     return f"{path}: {message}" if path else message

@@ -8,6 +8,16 @@ from pathlib import Path
 from tempfile import mkstemp
 from typing import BinaryIO
 
+from .base import UserError
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path that a person wrote, with the home directory for ~; UserError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: ~ stands for no home directory here; write the path in full") from None
+
 
 @contextlib.contextmanager
 def replaced(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:

@@ -198,7 +198,13 @@ Encoding = Literal[
 class DataSource(Model):
     """Each node's own data; it never leaves the node."""
 
-    volume: Volume
+    # A fleet file may say where each node's data is stored; the API server has no fleet file.
+    model_config = Model.model_config | {"json_schema_extra": {"required": ["volume", "train"]}}
+
+    volume: Volume | None = Field(
+        default=None,
+        description="Where it is stored; needed on a cluster, while a fleet file names directories.",
+    )
     train: str = Field(
         min_length=1,
         max_length=1024,

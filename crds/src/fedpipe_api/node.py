@@ -200,6 +200,10 @@ class FedPipeNode(Model):
     status: FedPipeNodeStatus | None = None
 
 
+MEMORY_LEAST = 64 * 2**20
+"""Bytes of the least memory that may be declared: an agent alone takes several times as many."""
+
+
 class Capacity(Model):
     """A declared capacity: what a node counts as, whatever hardware it has.
 
@@ -217,11 +221,16 @@ class Capacity(Model):
     )
 
     @model_validator(mode="after")
-    def _positive(self) -> Self:
-        for field, value in (("memory", self.memory), ("linkRate", self.link_rate)):
-            if value == 0:
-                raise PydanticCustomError("rule", "{message}", {"field": field, "message": "must be above 0"})
+    def _has_room(self) -> Self:
+        if self.link_rate == 0:
+            raise _wrong("linkRate", "must be above 0")
+        if self.memory is not None and self.memory < MEMORY_LEAST:
+            raise _wrong("memory", f"must be at least {MEMORY_LEAST >> 20}Mi; write it like 600Mi or 16Gi")
         return self
+
+
+def _wrong(field: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("rule", "{message}", {"field": field, "message": message})
 
 
 class FleetNode(Capacity):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from fedpipe_api.base import UserError
+from fedpipe_api.files import expanded
 
 from .kube.get import get
 from .version_option import add_version
@@ -16,7 +17,7 @@ app = typer.Typer(
     name="fedpipe",
     help="Fine-tune one language model over many unequal machines whose data stays where it is.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -25,11 +26,14 @@ data = typer.Typer(name="data", help="Prepare data.", no_args_is_help=True)
 app.add_typer(data)
 app.add_typer(get)
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="A FedPipeJob.")]
+JobFile = Annotated[Path, typer.Argument(parser=expanded, metavar="JOB.yaml", help="A FedPipeJob.")]
 FleetFile = Annotated[
-    Path, typer.Option("--fleet", metavar="FLEET.yaml", help="The nodes, their capacity and data.")
+    Path,
+    typer.Option(
+        "--fleet", parser=expanded, metavar="FLEET.yaml", help="The nodes, their capacity and data."
+    ),
 ]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The --out of a run.")]
+RunDir = Annotated[Path, typer.Argument(parser=expanded, metavar="RUN_DIR", help="The --out of a run.")]
 
 
 def main() -> int:
@@ -53,7 +57,9 @@ def _complain(message: str, status: int) -> int:
 def run(
     job: JobFile,
     fleet: FleetFile,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: runs/JOB-NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=expanded, metavar="DIR", help="Default: runs/JOB-NAME.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in --out stopped.")] = False,
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Loopback port of the coordinator; 0: any.")
@@ -81,7 +87,9 @@ def plan(job: JobFile, fleet: FleetFile) -> int:
 @app.command()
 def export(
     run_dir: RunDir,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write; must not exist.")],
+    out: Annotated[
+        Path, typer.Option(parser=expanded, metavar="DIR", help="Where to write; must not exist.")
+    ],
     merge: Annotated[
         bool, typer.Option("--merge", help="Write the whole model with the adapter merged in.")
     ] = False,
@@ -109,10 +117,15 @@ def report(run_dir: RunDir) -> int:
 
 @data.command()
 def split(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Data file, or directory or glob of shards.")],
+    file: Annotated[
+        Path,
+        typer.Argument(parser=expanded, metavar="FILE", help="Data file, or directory or glob of shards."),
+    ],
     *,
     nodes: Annotated[int, typer.Option(min=1, max=5000, help="Into how many shares.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Gets node-1/train.SUFFIX and so on.")],
+    out: Annotated[
+        Path, typer.Option(parser=expanded, metavar="DIR", help="Gets node-1/train.SUFFIX and so on.")
+    ],
     by: Annotated[
         Literal["iid", "dirichlet", "size"], typer.Option(help="What differs between shares.")
     ] = "iid",

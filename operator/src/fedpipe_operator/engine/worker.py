@@ -4,10 +4,12 @@
 import asyncio
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from typing import ParamSpec, TypeVar
 
 from .turns import Turns
@@ -47,7 +49,14 @@ class Worker:
         """Start the process and its imports, without waiting for them."""
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(1, context, _die_with_parent)
-        self._pool.submit(_warm)
+        # Ctrl-C of a terminal goes to all its processes; this one ends with its parent, without a traceback.
+        # The tracker first: it would unblock the signal.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._pool.submit(_warm)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def stop(self) -> None:
         """End the process; running work is lost."""

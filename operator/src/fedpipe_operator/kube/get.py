@@ -19,6 +19,7 @@ from urllib.parse import quote
 import typer
 
 from fedpipe_api.base import UserError
+from fedpipe_api.files import expanded
 from fedpipe_api.logs import one_line
 from fedpipe_api.names import ADAPTER_AUDIENCE, ADAPTER_READER, CA_CONFIGMAP, OPERATOR_KEY, TOKEN_HEADER
 
@@ -50,12 +51,18 @@ def _several() -> None:
 @get.command()
 def adapter(
     job: Annotated[str, typer.Argument(metavar="JOB", help="Name of a FedPipeJob.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where to write; must not exist.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", parser=expanded, metavar="DIR", help="Where to write; must not exist."),
+    ],
     namespace: Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the job.")] = "default",
     operator: Annotated[
         str | None, typer.Option(metavar="NAMESPACE/SERVICE", help="The operator's; default: found.")
     ] = None,
-    kubeconfig: Annotated[Path | None, typer.Option(help="Default: KUBECONFIG or ~/.kube/config.")] = None,
+    kubeconfig: Annotated[
+        Path | None,
+        typer.Option(parser=expanded, metavar="FILE", help="Default: KUBECONFIG or ~/.kube/config."),
+    ] = None,
 ) -> int:
     """Write a job's latest adapter as a PEFT directory."""
     if out.exists():

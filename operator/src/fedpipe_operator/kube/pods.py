@@ -171,6 +171,8 @@ def _metadata(job: FedPipeJob, node: str, component: str, settings: OperatorSett
 def _spec(job: FedPipeJob, node: NodeView, capacity: CapacityView, settings: OperatorSettings) -> Document:
     model, model_volumes, model_mounts, environment = _model(job, node.name, settings)
     data = job.spec.data.volume
+    if data is None:
+        raise UserError("spec.data.volume: required on a cluster; give hostPath or persistentVolumeClaim")
     data_volume, data_mount = _source(
         "data", DATA_DIRECTORY, data.persistent_volume_claim or data.host_path, node.name
     )

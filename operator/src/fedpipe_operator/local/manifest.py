@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic.alias_generators import to_snake
 
-from fedpipe_api import yaml_file
+from fedpipe_api import units, yaml_file
 from fedpipe_api.base import Model, UserError, explain
+from fedpipe_api.data_files import locate
+from fedpipe_api.files import expanded
 from fedpipe_api.job import FedPipeJob, FedPipeJobSpec
 from fedpipe_api.node import Fleet, FleetNode
 
@@ -56,8 +58,10 @@ def read(job_file: Path, fleet_file: Path) -> LocalJob:
 
 def load(path: Path, kind: type[M]) -> M:
     """Return the one YAML document of a file, validated; UserError names the file and the line or field."""
+    document = _document(path)
+    _check_kind(path, document, kind)
     try:
-        return kind.model_validate(_document(path))
+        return kind.model_validate(document)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error)}") from None
 
@@ -74,6 +78,15 @@ def _document(path: Path) -> Mapping[str, Any]:
     if not isinstance(document, dict):
         raise UserError(f"{path}: not a YAML mapping; a manifest has apiVersion, kind, metadata and spec")
     return document
+
+
+def _check_kind(path: Path, document: Mapping[str, Any], kind: type[Model]) -> None:
+    """Raise UserError where a job is given in place of a fleet, or a fleet in place of a job."""
+    job = "spec" in document or document.get("kind") == "FedPipeJob"
+    if kind is FedPipeJob and not job and "nodes" in document:
+        raise UserError(f"{path}: this is a fleet file, not a job; write JOB.yaml --fleet {path}")
+    if kind is Fleet and job:
+        raise UserError(f"{path}: this is a job, not a fleet file; write {path} --fleet FLEET.yaml")
 
 
 def choose(spec: FedPipeJobSpec, fleet: Fleet) -> tuple[tuple[FleetNode, ...], dict[str, str]]:
@@ -107,20 +120,20 @@ def _check_numbers(spec: FedPipeJobSpec, matching: int, job_file: Path, fleet_fi
 
 def _data(spec: FedPipeJobSpec, node: FleetNode, job_file: Path, fleet_file: Path) -> Path:
     """Return the directory of a node's data: of the fleet file, else the job's hostPath."""
+    volume = spec.data.volume
     if node.data is not None:
-        directory, named = fleet_file.parent / node.data, f"{fleet_file}: node {node.name}: data"
-    elif spec.data.volume.host_path is not None:
-        directory, named = Path(spec.data.volume.host_path.path), f"{job_file}: spec.data.volume.hostPath"
+        directory, named = fleet_file.parent / expanded(node.data), f"{fleet_file}: node {node.name}: data"
+    elif volume is not None and volume.host_path is not None:
+        directory, named = expanded(volume.host_path.path), f"{job_file}: spec.data.volume.hostPath"
     else:
-        raise UserError(f"{fleet_file}: node {node.name}: data: required, because the job's data is a claim")
+        where = "is a claim" if volume else "has no volume"
+        raise UserError(f"{fleet_file}: node {node.name}: data: required, because the job's data {where}")
     if not directory.is_dir():
         raise UserError(f"{named}: no directory {directory}")
-    for name in filter(None, (spec.data.train, spec.data.evaluation)):
-        file = directory / name
-        if not file.is_file():
-            raise UserError(f"{named}: no file {file} (named by spec.data of {job_file})")
-        if file.stat().st_size == 0:
-            raise UserError(f"{named}: {file} is empty")
+    try:
+        locate(directory, spec.data)
+    except UserError as error:
+        raise UserError(f"{named}: {error}") from None
     return directory
 
 
@@ -128,12 +141,23 @@ def model_of(spec: FedPipeJobSpec, fleet: Fleet, job_file: Path, fleet_file: Pat
     """Return the model to load: the fleet's local copy, else what the job names."""
     source = spec.model
     if fleet.model is not None:
-        return str(_model_directory(fleet_file.parent / fleet.model, f"{fleet_file}: model"))
+        return str(_model_directory(fleet_file.parent / expanded(fleet.model), f"{fleet_file}: model"))
     if source.host_path is not None:
-        return str(_model_directory(Path(source.host_path.path), f"{job_file}: spec.model.hostPath"))
+        return str(_model_directory(expanded(source.host_path.path), f"{job_file}: spec.model.hostPath"))
     if source.hugging_face is not None:
         return f"{source.hugging_face.repo}@{source.hugging_face.revision}"
     raise UserError(f"{fleet_file}: model: required, because the job's model is stored in a claim")
+
+
+def memory_warning(local: LocalJob, machine: int) -> str | None:
+    """Return that the nodes declare more memory together than the machine has (bytes), or None."""
+    declared = sum(member.node.memory or 0 for member in local.members)
+    if declared <= machine:
+        return None
+    return (
+        f"{local.fleet_file}: warning: its nodes declare {units.memory(declared)} of memory together, this "
+        f"machine has {units.memory(machine)}; lower their memory, or the system may end them"
+    )
 
 
 def _model_directory(directory: Path, named: str) -> Path:

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fedpipe plan`: what each node of a fleet would carry, by its declared capacity; starts nothing."""
+"""`fedpipe plan`: what each node of a fleet would carry, by its declared capacity; starts no training.
 
+`fedpipe run` begins with the same check.
+"""
+
+import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,12 +14,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fedpipe_api import memory
 from fedpipe_api.base import UserError
 from fedpipe_api.wire import Registration
 
 from ..planner import NodeFacts, Plan, PlanRequest, modules_line, plan, rows, summary_line
 from .agents import agent_command, capacity_of, environment, last_line
-from .manifest import LocalJob
+from .interrupt import clean_interrupt
+from .manifest import LocalJob, memory_warning
+from .progress import stage
 
 _NAMED = 4
 """Nodes of one reason that are named."""
@@ -24,9 +32,8 @@ _WIDE = 92
 
 def plan_job(local: LocalJob) -> int:
     """Print the plan; UserError when too few nodes fit."""
-    registrations = describe(local)
-    made = make(local, registrations)
     console = Console(highlight=False)
+    registrations, made = _made(local, console)
     table = Table(box=None, padding=(0, 2 if console.width >= _WIDE else 1, 0, 0), header_style="dim")
     ranks = f"ranks (of {made.candidates} matrices)"
     for title in ("node", "precision", "batch", ranks, "memory", "round"):
@@ -40,14 +47,34 @@ def plan_job(local: LocalJob) -> int:
     reasons = {name: f"{node.limited_by}: {node.reason}" for name, node in made.nodes.items()}
     for line in _why(reasons | {name: f"left out: {why}" for name, why in local.excluded.items()}):
         console.print(line, soft_wrap=True)
+    _check_count(local, made)
+    return 0
+
+
+def check(local: LocalJob, console: Console) -> None:
+    """Read data and model and plan, as `plan_job` does; UserError for what would keep a run from starting."""
+    _check_count(local, _made(local, console)[1])
+
+
+def _made(local: LocalJob, console: Console) -> tuple[list[Registration], Plan]:
+    # What is declared of a GPU's memory is not this machine's.
+    if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        warning = memory_warning(local, memory.read().total)
+        if warning:
+            sys.stderr.write(f"{warning}\n")
+    with stage(console, "reading rows and model"):
+        registrations = describe(local)
+        return registrations, make(local, registrations)
+
+
+def _check_count(local: LocalJob, made: Plan) -> None:
     least = local.job.spec.nodes.min
     if len(made.nodes) < least:
         raise UserError(
             f"{local.job_file}: spec.nodes.min: {least} nodes are required but {len(made.nodes)} fit. "
-            "Lower min, or give nodes what the last column says they lack: memory (or lower "
+            "Lower min, or give nodes what they lack by the last column of `fedpipe plan`: memory (or lower "
             "adapter.ranks.min or data.maxLength), time (raise rounds.deadline or lower rounds.batchSize)."
         )
-    return 0
 
 
 def _why(reasons: Mapping[str, str]) -> Iterator[str]:
@@ -73,7 +100,7 @@ def describe(local: LocalJob) -> list[Registration]:
     The agent reads model and data, in a process of its own: what it would refuse is refused, and counted is
     what it counts.
     """
-    with tempfile.TemporaryDirectory(prefix="fedpipe-plan-") as scratch:
+    with clean_interrupt(), tempfile.TemporaryDirectory(prefix="fedpipe-plan-") as scratch:
         job = Path(scratch) / "job.json"
         job.write_text(local.job.to_json(), encoding="utf-8")
         capacities = [Path(scratch) / f"{member.node.name}.json" for member in local.members]

@@ -3,20 +3,22 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedpipe_api import units
+from fedpipe_api import units, wire
 from fedpipe_api.conditions import Reason
 from fedpipe_api.job import FedPipeJob
 from fedpipe_api.status import NodeStatus
-from fedpipe_api.wire import Progress
 
 from ..engine.decide import awaited_evaluations, metric_value
 from ..engine.events import JobEvent
@@ -57,6 +59,24 @@ def view(job: FedPipeJob) -> View:
     """Return the view that fits standard output."""
     console = Console(highlight=False)
     return LiveView(console, job.metadata.name) if sys.stdout.isatty() else PlainView(console)
+
+
+@contextmanager
+def stage(console: Console, doing: str) -> Iterator[None]:
+    """Show on a terminal what is done, with a clock, until the block ends."""
+    if not console.is_terminal:
+        yield
+        return
+    with Progress(
+        TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+    ) as clock:
+        clock.add_task(doing)
+        yield
+
+
+def plain_line(text: str) -> str:
+    """Return a line of output that is no terminal's, with the time."""
+    return f"{time.strftime('%H:%M:%S')}  {text}"
 
 
 def facts(node: NodeStatus) -> tuple[str, str, str]:
@@ -129,7 +149,7 @@ class PlainView:
             self._print(_round_line(state, self._printed))
 
     def _print(self, text: str) -> None:
-        self._console.print(f"{time.strftime('%H:%M:%S')}  {text}", soft_wrap=True, markup=False)
+        self._console.print(plain_line(text), soft_wrap=True, markup=False)
         self._console.file.flush()
 
 
@@ -202,7 +222,7 @@ def picture(name: str, job: Job, width: int) -> Group:
     return Group(_job_line(name, job, heard), _node_rows(found.node_table, heard, width), *notes)
 
 
-def _job_line(name: str, job: Job, heard: dict[str, Progress]) -> Table:
+def _job_line(name: str, job: Job, heard: dict[str, wire.Progress]) -> Table:
     state = job.state
     line = Table.grid(padding=(0, 2), expand=True)
     line.add_column(no_wrap=True)
@@ -229,7 +249,7 @@ def _job_line(name: str, job: Job, heard: dict[str, Progress]) -> Table:
     return line
 
 
-def _part(state: JobState, heard: dict[str, Progress]) -> float:
+def _part(state: JobState, heard: dict[str, wire.Progress]) -> float:
     """Return the share of the current round's steps that is done."""
     current = state.current
     if current is None or current.closed or state.plan is None:
@@ -247,7 +267,7 @@ def _part(state: JobState, heard: dict[str, Progress]) -> float:
     return done / max(1, total)
 
 
-def _node_rows(nodes: tuple[NodeStatus, ...], heard: dict[str, Progress], width: int) -> Table:
+def _node_rows(nodes: tuple[NodeStatus, ...], heard: dict[str, wire.Progress], width: int) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(width=1)
     for column in range(8 if width >= _WIDE else 7):

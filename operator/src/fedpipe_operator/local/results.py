@@ -22,6 +22,7 @@ from ..export.upload import open_store, own_credentials, upload
 from . import measures
 from .agents import agent_command
 from .directory import History, RunDirectory, write_text
+from .interrupt import clean_interrupt
 from .progress import facts
 from .report import write_report
 from .tokenizer import tokenizer_files
@@ -109,7 +110,7 @@ def export_run(root: Path, out: Path, form: Literal["peft", "model", "gguf"]) ->
         out.parent.mkdir(parents=True, exist_ok=True)
         write_gguf(source, state.spec.model.task, state.model, out)
         return
-    with tempfile.TemporaryDirectory() as temporary:
+    with clean_interrupt(), tempfile.TemporaryDirectory() as temporary:
         adapter = Path(temporary) / "adapter"
         export(directory, state, adapter)
         # Merging needs torch, which only the agent has.

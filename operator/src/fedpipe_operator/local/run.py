@@ -4,6 +4,7 @@
 import asyncio
 import errno
 import logging
+import os
 import signal
 import socket
 import sys
@@ -13,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+
+from rich.console import Console
 
 from fedpipe_api.base import UserError
 from fedpipe_api.conditions import Reason
@@ -28,7 +31,8 @@ from . import manifest
 from .agents import Agents, agent_command
 from .directory import RunDirectory, RunRecord
 from .manifest import LocalJob
-from .progress import View, view
+from .plan import check
+from .progress import View, plain_line, view
 from .results import check_output, write_all_results
 
 SUSPENDED = 130
@@ -75,8 +79,15 @@ def run(local: LocalJob, out: Path | None, resume: bool, port: int) -> int:
         return write_all_results(directory)
     record = RunRecord(uid=found.uid, job=local.job, fleet=local.fleet, model=local.model)
     with _listen(port) as listener:
+        if found.last_at is None:
+            console = Console(highlight=False)
+            if not console.is_terminal:
+                console.print(plain_line("reading rows and model"))
+            check(local, console)
         created = directory.create(record)
+        before = signal.getsignal(signal.SIGINT)
         outcome = asyncio.run(_session(directory, record, local, listener, found.last_at))
+        signal.signal(signal.SIGINT, before)  # the loop leaves Python's own handler behind
     match outcome.end:
         case End.FINISHED:
             return write_all_results(directory)
@@ -115,6 +126,9 @@ def _look(directory: RunDirectory, local: LocalJob, resume: bool) -> Found:
             raise UserError(f"{root}: nothing to resume; run without --resume first")
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise UserError(f"{root}: exists and holds no run; choose another --out")
+        above = next(path for path in (root, *root.absolute().parents) if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UserError(f"{root}: {above} cannot be written; choose another --out")
         return Found(str(uuid.uuid4()))
     record = directory.read_record()
     if record.job.metadata.name != name:
