@@ -65,6 +65,8 @@ def main() -> None:
     except UserError as error:
         print(error, file=sys.stderr)  # noqa: T201
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def write(directory: Path, model: Path) -> None:
