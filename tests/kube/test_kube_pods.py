@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The agent Pod: valid for Kubernetes, restricted, pinned, and what a podTemplate may change of it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,21 @@ def test_a_template_is_merged_by_names() -> None:
 def test_a_template_that_does_not_fit_is_named(template: Any, message: str) -> None:
     with pytest.raises(UserError, match="^" + message.replace("[", r"\[")):
         build(job(podTemplate=template))
+
+
+def test_a_gated_model_gets_its_token_from_a_secret_in_the_agent_alone() -> None:
+    gated = {"huggingFace": {"repo": "org/gated", "tokenSecret": "hub"}, "task": "causal-lm"}
+    pod = build(job(model=gated))
+    kubernetes_validate.validate(pod, "1.36", strict=True)
+    [container] = pod["spec"]["containers"]
+    [token] = [entry for entry in container["env"] if entry["name"] == "HF_TOKEN"]
+    reference = {"name": "hub", "key": "HF_TOKEN", "optional": True}
+    assert token == {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": reference}}
+    output = {"volume": {"hostPath": {"path": "/out"}}}
+    writer = build_writer_pod(job(model=gated, output=output), "edge-1", SETTINGS)
+    assert "hub" not in json.dumps(writer)
+    open_model = {"huggingFace": {"repo": "org/open"}, "task": "causal-lm"}
+    assert "HF_TOKEN" not in json.dumps(build(job(model=open_model)))
 
 
 STORES = (AllowedStore.parse("s3://adapters,http://minio.storage.svc:9000"), AllowedStore.parse("gs://"))

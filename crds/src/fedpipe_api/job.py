@@ -86,6 +86,14 @@ __all__ = [
 
 Label = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+SecretName = Annotated[
+    str,
+    StringConstraints(
+        min_length=1,
+        max_length=253,
+        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
+    ),
+]
 
 
 class Task(StrEnum):
@@ -106,6 +114,11 @@ class HuggingFace(Model):
     )
     revision: str = Field(
         default="main", min_length=1, max_length=256, description="Commit, tag or branch; pin a commit."
+    )
+    token_secret: SecretName | None = Field(
+        default=None,
+        description="For a gated model: Secret of the job's namespace whose key HF_TOKEN is a token of the "
+        "hub; `fedpipe run` takes HF_TOKEN from its environment.",
     )
 
 
@@ -254,11 +267,8 @@ class Output(Model):
         max_length=2048,
         description=f"Object store: {EXAMPLES}. In a cluster it must be one that the administrator allows.",
     )
-    secret_name: str | None = Field(
+    secret_name: SecretName | None = Field(
         default=None,
-        min_length=1,
-        max_length=253,
-        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
         description="Secret of the job's namespace with the credentials for url; `fedpipe run` takes them "
         "from its environment.",
     )

@@ -58,7 +58,7 @@ def read_tokenizer(source: Source) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{source.name}: no usable tokenizer: {line(error)}") from error
+        raise UserError(f"{source.name}: {gated(error) or 'no usable tokenizer: ' + line(error)}") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"{source.name}: its tokenizer has neither a padding nor an end token; add one")
@@ -77,7 +77,7 @@ def read_config(source: Source, task: ModelSource, padding: int) -> Any:
     try:
         config = AutoConfig.from_pretrained(source.name, **source.arguments)
     except Exception as error:  # a configuration may be wrong in every way; it holds no data
-        raise UserError(f"{source.name}: not a model: {line(error)}") from error
+        raise UserError(f"{source.name}: {gated(error) or 'not a model: ' + line(error)}") from error
     for part in {id(part): part for part in (config, text_config(config))}.values():
         for name, value in part.to_dict().items():
             if "drop" in name and isinstance(value, float):
@@ -110,7 +110,8 @@ def loading(source: Source, config: Any, task: Task, **options: Any) -> tuple[An
     except Exception as error:  # a checkpoint may be wrong in every way; it holds no data
         if is_out_of_memory(error):
             raise
-        raise UserError(f"{source.name}: the model cannot be loaded: {line(error)}") from error
+        why = gated(error) or f"the model cannot be loaded: {line(error)}"
+        raise UserError(f"{source.name}: {why}") from error
     missing = frozenset(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]}
     head = tuple(f"{name}." for name in head_modules(model, task, missing))
     lacking = sorted(name for name in missing if not name.startswith(head))
@@ -232,3 +233,18 @@ def _keep_training_kernels(model: nn.Module) -> None:
 def line(error: Exception) -> str:
     """Return the first line of a library's error."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def gated(error: BaseException | None) -> str | None:
+    """Return what to do where the hub refused a model for want of a token that may read it; else None."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+    while error is not None:
+        status = getattr(error.response, "status_code", None) if isinstance(error, HfHubHTTPError) else None
+        if isinstance(error, GatedRepoError) or status in (401, 403):
+            return (
+                "the hub wants a token that may read it; set HF_TOKEN, or spec.model.huggingFace.tokenSecret "
+                "in a cluster, and accept the model's terms on its page"
+            )
+        error = error.__cause__ or error.__context__
+    return None

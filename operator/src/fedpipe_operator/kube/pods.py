@@ -34,6 +34,8 @@ GRACE_SECONDS = 60
 IDENTITY_DIRECTORY = "/var/run/fedpipe"
 MODEL_DIRECTORY, DATA_DIRECTORY, CACHE_DIRECTORY = "/model", "/data", "/cache"
 OUTPUT_DIRECTORY, CREDENTIALS_DIRECTORY = "/output", "/var/run/credentials"
+TOKEN_KEY = "HF_TOKEN"  # noqa: S105 - a name
+"""The key of a Secret, and the variable, with a token of the Hugging Face hub."""
 
 Document = dict[str, Any]
 
@@ -276,6 +278,10 @@ def _model(
     if settings.model_cache:
         kind = {"hostPath": {"path": settings.model_cache, "type": "Directory"}}
     environment.append({"name": "HF_HOME", "value": CACHE_DIRECTORY})
+    if source.hugging_face.token_secret is not None:
+        # Optional: where it is missing the agent says that the model is gated, instead of never starting.
+        reference = {"name": source.hugging_face.token_secret, "key": TOKEN_KEY, "optional": True}
+        environment.append({"name": TOKEN_KEY, "valueFrom": {"secretKeyRef": reference}})
     mount = {"name": "cache", "mountPath": CACHE_DIRECTORY}
     name = f"{source.hugging_face.repo}@{source.hugging_face.revision}"
     return name, [{"name": "cache"} | kind], [mount], environment
