@@ -2,16 +2,12 @@
 """Whether the files of a job are what they were: checked before they are read, made again where possible."""
 
 import asyncio
-import time
 
 from ..aggregate import make_again
 from .jobs import Job
 from .journal import Journal
 from .state import JobState
 from .worker import Worker
-
-FRESH_SECONDS = 60.0
-"""A file that was found intact is not read again for a download before so long."""
 
 
 class Integrity:
@@ -20,7 +16,6 @@ class Integrity:
     def __init__(self, journal: Journal, worker: Worker) -> None:
         self._journal = journal
         self._worker = worker
-        self._checked: dict[str, float] = {}
         self._turn = asyncio.Lock()
 
     async def is_intact(self, digest: str) -> bool:
@@ -28,40 +23,26 @@ class Integrity:
         return await asyncio.to_thread(self._journal.blobs.intact, digest)
 
     async def holds(self, job: Job, digest: str) -> bool:
-        """Whether a blob may be sent: its bytes were right a moment ago, or could be made again."""
-        if time.monotonic() - self._checked.get(digest, -FRESH_SECONDS) < FRESH_SECONDS:
-            return True
+        """Whether a blob may be sent or used: its bytes are right, or could be made again."""
         # One at a time: a thousand nodes ask for the same file at once.
         async with self._turn:
-            if time.monotonic() - self._checked.get(digest, -FRESH_SECONDS) < FRESH_SECONDS:
+            if await self.is_intact(digest) or await self._make_again(job, digest):
                 return True
-            self._forget_old()
-            if not (await self.is_intact(digest) or await self._make_again(job, digest)):
-                job.damage = (
-                    f"file {digest[:12]} of the global adapter is damaged or missing in the store; "
-                    "restore a backup, or delete the job and start it again"
-                )
-                job.committed.fire()
-                return False
-            self._checked[digest] = time.monotonic()
-            return True
+        job.damage = (
+            f"file {digest[:12]} of the global adapter is damaged or missing in the store; "
+            "restore a backup, or delete the job and start it again"
+        )
+        job.committed.fire()
+        return False
 
     async def start_holds(self, job: Job) -> bool:
         """Whether what the closed round's updates started from, and the optimizer's state, can be read."""
-        return all([await self._checks(job, digest) for digest in _start(job.state)])
+        return all([await self.holds(job, digest) for digest in _start(job.state)])
 
     async def restored(self, job: Job) -> bool:
         """Whether all that the job needs is intact again after damage; then it is no longer said."""
         job.damage = None
         return await self.start_holds(job)
-
-    async def _checks(self, job: Job, digest: str) -> bool:
-        self._checked.pop(digest, None)
-        return await self.holds(job, digest)
-
-    def _forget_old(self) -> None:
-        now = time.monotonic()
-        self._checked = {d: at for d, at in self._checked.items() if now - at < FRESH_SECONDS}
 
     async def _make_again(self, job: Job, digest: str) -> bool:
         """Make what nodes download again from the adapter it was made of; return whether that worked."""

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +18,9 @@ log = logging.getLogger(__name__)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PROBE = 1 << 20
 """Bytes written to see whether the volume has room again: more than a record and SQLite's log need."""
+
+FRESH_SECONDS = 60.0
+"""A file that was found intact and has not been written to is not read again before so long."""
 
 _PREFIX = re.compile(r"[0-9a-f]{2}")
 
@@ -73,6 +77,8 @@ class Blobs:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.temporary = directory / "temp"
+        # When a blob was last known to have its bytes, and what the file system said of it then.
+        self._checked: dict[str, tuple[float, tuple[int, ...]]] = {}
         directory.mkdir(parents=True, exist_ok=True)
         if not self.temporary.is_dir() or self.temporary.is_symlink():
             _clear(self.temporary)
@@ -105,19 +111,28 @@ class Blobs:
         _sync_directory(path.parent)
         if fresh:
             _sync_directory(self._directory)
+        self._checked[digest] = time.monotonic(), _mark(path.stat())
         return path
 
     def remove(self, digest: str) -> None:
         """Remove a blob; one that is not there is no error."""
         self.path(digest).unlink(missing_ok=True)
+        self._checked.pop(digest, None)
 
     def intact(self, digest: str) -> bool:
-        """Whether the blob is there and its bytes are those of its name. Reads it all; use a thread."""
+        """Whether the blob is there and its bytes are those of its name. May read it all; use a thread."""
+        at, mark = self._checked.pop(digest, (0.0, ()))
         try:
             with self.path(digest).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() == digest
+                found = _mark(os.fstat(file.fileno()))
+                if found != mark or time.monotonic() - at >= FRESH_SECONDS:
+                    at = time.monotonic()
+                    if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                        return False
         except OSError:
             return False
+        self._checked[digest] = at, found
+        return True
 
     def has_room(self) -> bool:
         """Whether a little can be written. Blocks; use a thread."""
@@ -137,6 +152,7 @@ class Blobs:
                 log.warning("%s: a directory in the place of a blob; it is removed", path)
             if path.name not in keep or path.is_dir():
                 _clear(path)
+                self._checked.pop(path.name, None)
 
     def volume(self) -> int:
         """Return the bytes of the file system that the blobs are on."""
@@ -162,6 +178,11 @@ class Blobs:
             except OSError as error:
                 log.warning("%s: cannot be read (%s); it is left alone", directory, error.strerror)
         return found
+
+
+def _mark(found: os.stat_result) -> tuple[int, ...]:
+    """Return what changes when a file is replaced or written to."""
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _clear(path: Path) -> None:
