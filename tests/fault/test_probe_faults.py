@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from fedpipe_agent.probe.backends import nvml
-from fedpipe_agent.probe.reader import Reader
+from fedpipe_agent.probe.reader import HELD_PASSES, Reader
 from fedpipe_agent.probe.reading import Reading
 from fedpipe_api.node import NodeReason
 from nvml import apiserver
@@ -172,6 +172,7 @@ def test_nonsense_from_nvml_is_a_fault(standin: StandIn) -> None:
 
 def test_a_child_that_cannot_be_killed_is_not_joined_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvml, "collect", lambda root: time.sleep(600))
+    monkeypatch.setattr(nvml, "present", lambda root: True)
     killed: list[int] = []
     monkeypatch.setattr(os, "kill", lambda child, _: killed.append(child))
     reader = Reader(0.05)
@@ -186,6 +187,35 @@ def test_a_child_that_cannot_be_killed_is_not_joined_by_others(monkeypatch: pyte
     os.kill(killed[0], signal.SIGKILL)
     monkeypatch.setattr(nvml, "collect", lambda root: Reading(driver_version="1"))
     until(lambda: reader.read().driver_version == "1")
+
+
+def test_a_node_without_a_gpu_stays_one_whatever_the_child_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for collect in (lambda root: time.sleep(600), lambda root: os._exit(1), lambda root: os.abort()):
+        monkeypatch.setattr(nvml, "collect", collect)
+        reading = Reader(0.05, tmp_path).read()
+        assert not reading.silent
+        assert reading.fault is None
+
+
+@pytest.mark.parametrize("loaded", nvml.DRIVERS)
+def test_a_gpu_that_was_well_is_reported_so_for_some_passes_of_a_busy_node(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loaded: str
+) -> None:
+    (tmp_path / loaded).mkdir(parents=True)
+    reader = Reader(5, tmp_path)
+    monkeypatch.setattr(nvml, "collect", lambda root: Reading(driver_version="1"))
+    well = reader.read()
+    assert well.driver_version == "1"
+    starved = Reader(0.05, tmp_path)
+    monkeypatch.setattr(reader, "_children", starved._children)
+    monkeypatch.setattr(nvml, "collect", lambda root: time.sleep(600))
+    for _ in range(HELD_PASSES):
+        assert reader.read() == well
+    fault = reader.read().fault
+    assert fault is not None
+    assert fault.reason == NodeReason.NVML_TIMEOUT
 
 
 def test_the_child_holds_none_of_the_parent_s_sockets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ class Running:
 def running(cluster: Cluster, environment: dict[str, str], *arguments: str, port: int) -> Iterator[Running]:
     """Run a probe until the block ends."""
     root = cluster.token.parent / "root"
-    (root / "proc").mkdir(parents=True, exist_ok=True)
+    (root / "proc/driver/nvidia").mkdir(parents=True, exist_ok=True)
     (root / "proc/meminfo").write_text(MEMINFO)
     cluster_arguments = [cluster.url, str(cluster.token), str(cluster.ca or ""), str(root)]
     process = subprocess.Popen(

@@ -20,7 +20,12 @@ from fedpipe_agent.probe.reading import Reading
 HERE = Path(__file__).parent
 BOARDS = HERE / "boards"
 AGENT = Path(sys.executable).with_name("fedpipe-agent")
-READ = "from fedpipe_agent.probe.reader import Reader; print(Reader({timeout}).read().to_json())"
+READ = """
+import sys
+from pathlib import Path
+from fedpipe_agent.probe.reader import Reader
+print(Reader(float(sys.argv[1]), Path(sys.argv[2])).read().to_json())
+"""
 
 
 @functools.cache
@@ -78,6 +83,8 @@ class StandIn:
 
     def __init__(self, directory: Path, script: dict[str, Any]) -> None:
         self._script = directory / "script"
+        self.root = directory / "machine"
+        (self.root / "proc/driver/nvidia").mkdir(parents=True)
         self.play(script)
 
     def play(self, script: dict[str, Any]) -> None:
@@ -93,10 +100,8 @@ class StandIn:
 
     def read(self, timeout: float = 10.0) -> Reading:
         """Return what the probe's reader reads."""
-        code = READ.format(timeout=timeout)
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=self.environment, capture_output=True, text=True, check=True
-        )
+        arguments = [sys.executable, "-c", READ, str(timeout), str(self.root)]
+        done = subprocess.run(arguments, env=self.environment, capture_output=True, text=True, check=True)
         return Reading.model_validate_json(done.stdout)
 
     def probe(self, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -71,6 +71,9 @@ class Backend(Protocol):
     FAILED: NodeReason
     """The fault when it breaks."""
 
+    def present(self, root: Path) -> bool:
+        """Whether there is anything to ask: a board, or a driver that is loaded. Reads small files only."""
+
     def collect(self, root: Path) -> Reading:
         """Return one reading; it can hang or crash: it is called in a process of its own.
 

@@ -15,6 +15,15 @@ NAME = "NVML"
 TIMED_OUT, FAILED = NodeReason.NVML_TIMEOUT, NodeReason.NVML_FAILED
 
 
+DRIVERS = ("proc/driver/nvidia", "dev/nvidiactl", "dev/dxg", "dev/nvgpu")
+"""What the kernel shows of a loaded driver: of boards, of WSL, of a Jetson."""
+
+
+def present(root: Path) -> bool:
+    """Whether a board is on the bus or a driver is loaded."""
+    return bool(_boards(root)) or any((root / path).exists() for path in DRIVERS)
+
+
 def collect(root: Path) -> Reading:
     """Return one reading, with the boards on PCI: without the driver they are all that is known."""
     return _ask_driver().model_copy(update={"boards": _boards(root), "vendor": "NVIDIA"})

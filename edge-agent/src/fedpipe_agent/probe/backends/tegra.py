@@ -15,11 +15,16 @@ CAPABILITY = {"33": "5.3", "24": "6.2", "25": "7.2", "35": "8.7", "38": "11.0"}
 """CUDA compute capability by /sys/devices/soc0/soc_id: T210, T186, T194, T234 (Orin), T264 (Thor)."""
 
 
+def present(root: Path) -> bool:
+    """Whether the chip is a Jetson's."""
+    return _text(root / "sys/devices/soc0/family") == "Tegra"
+
+
 def collect(root: Path) -> Reading:
     """Return the one GPU, or nothing where the chip is another."""
-    soc = root / "sys/devices/soc0"
-    if _text(soc / "family") != "Tegra":
+    if not present(root):
         return Reading()
+    soc = root / "sys/devices/soc0"
     device = GpuDevice(
         uuid=f"tegra-{_text(soc / 'serial_number') or _text(soc / 'soc_id')}"[:128],
         name=(_text(soc / "machine") or "NVIDIA Jetson")[:128],
