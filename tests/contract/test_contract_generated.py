@@ -110,7 +110,9 @@ def test_printer_columns() -> None:
     def columns(plural: str) -> list[str]:
         return [column["name"] for column in version(plural)["additionalPrinterColumns"]]
 
-    assert columns("fedpipejobs") == ["Phase", "Round", "Nodes", "Metric", "Best", "ETA", "Age"]
+    assert columns("fedpipejobs") == [
+        "Phase", "Reason", "Round", "Nodes", "Metric", "Best", "ETA", "Age", "Message"
+    ]  # fmt: skip
     assert columns("fedpipenodes") == ["Device", "Memory", "Free", "Precisions", "Seen", "Ready"]
     for plural in PLURALS:
         for column in version(plural)["additionalPrinterColumns"]:

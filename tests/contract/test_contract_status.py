@@ -88,8 +88,17 @@ def test_kubectl_shows_how_it_goes(control_plane: ControlPlane, stored: tuple[st
         code, answer = put_status(control_plane, path, status.to_dict())
         assert code == 200, answer
     header, row = control_plane.kubectl("get", "fpj", "shown").stdout.splitlines()
-    assert header.split() == ["NAME", "PHASE", "ROUND", "NODES", "METRIC", "BEST", "ETA", "AGE"]
-    assert row.split()[:7] == ["shown", "Training", "7/30", "6/6", "accuracy=0.861", "0.8615", "41m"]
+    assert header.split() == ["NAME", "PHASE", "REASON", "ROUND", "NODES", "METRIC", "BEST", "ETA", "AGE"]
+    assert row.split()[:8] == [
+        "shown",
+        "Training",
+        "RoundOpen",
+        "7/30",
+        "6/6",
+        "accuracy=0.861",
+        "0.8615",
+        "41m",
+    ]
     header, row = control_plane.kubectl("get", "fpn", stored[1].rpartition("/")[2]).stdout.splitlines()
     assert header.split() == ["NAME", "DEVICE", "MEMORY", "FREE", "PRECISIONS", "SEEN", "READY"]
     assert row.split()[1:6] == ["NVIDIA", "T4", "15Gi", "14Gi", "int8,nf4"]

@@ -161,7 +161,7 @@ def test_without_quorum_it_waits_with_a_reason(cluster: Cluster) -> None:
     cluster.submit(rounds=ROUNDS | {"count": 500, "minUpdates": 3}, podTemplate=taking(0.3))
     cluster.wait("a round", lambda: cluster.status().get("round", 0) >= 1)
     cluster.drop_node(f"{cluster.name}-edge-1")
-    cluster.wait("why", lambda: cluster.condition("Progressing")[:2] == ("False", "QuorumLost"))
+    cluster.wait("why", lambda: cluster.condition("Stalled")[:2] == ("True", "QuorumLost"))
     assert "of 3 required" in cluster.status()["message"]
 
 

@@ -29,6 +29,14 @@ class Condition(Model):
     )
 
 
+ACCEPTED, PLANNED, OUTPUT = "Accepted", "Planned", "Output"
+READY, RECONCILING, STALLED = "Ready", "Reconciling", "Stalled"
+"""As kstatus reads them: in the end ready, until then on the way, or standing still until somebody acts."""
+
+COMPLETE, FAILED = "Complete", "Failed"
+"""How a job ended, as those of a batch/v1 Job."""
+
+
 class Reason(StrEnum):
     """Every reason a condition or an Event of a FedPipeJob can carry."""
 

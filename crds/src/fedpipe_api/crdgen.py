@@ -27,19 +27,21 @@ class PlainDumper(yaml.SafeDumper):
 HEADER = "# Generated from fedpipe_api by `make generate`; edit the models instead.\n"
 
 
-def column(name: str, path: str, kind: str = "string") -> dict[str, str]:
-    """Return one printer column."""
-    return {"name": name, "type": kind, "jsonPath": path}
+def column(name: str, path: str, kind: str = "string", *, wide: bool = False) -> dict[str, Any]:
+    """Return one printer column, for `kubectl get -o wide` alone where it is wide."""
+    return {"name": name, "type": kind, "jsonPath": path} | ({"priority": 1} if wide else {})
 
 
 JOB_COLUMNS = [
     column("Phase", ".status.phase"),
+    column("Reason", '.status.conditions[?(@.type=="Ready")].reason'),
     column("Round", ".status.rounds"),
     column("Nodes", ".status.nodes.summary"),
     column("Metric", ".status.metricSummary"),
     column("Best", ".status.metric.best", "number"),
     column("ETA", ".status.eta"),
     column("Age", ".metadata.creationTimestamp", "date"),
+    column("Message", ".status.message", wide=True),
 ]
 
 NODE_COLUMNS = [
@@ -53,7 +55,7 @@ NODE_COLUMNS = [
 
 
 def definition(
-    kind: type[Model], plural: str, scope: str, short_name: str, columns: list[dict[str, str]]
+    kind: type[Model], plural: str, scope: str, short_name: str, columns: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Return the CustomResourceDefinition of a kind."""
     return {

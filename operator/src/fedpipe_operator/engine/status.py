@@ -7,7 +7,17 @@ from datetime import UTC, datetime
 from statistics import median
 
 from fedpipe_api.base import format_duration
-from fedpipe_api.conditions import Condition, Reason, set_condition
+from fedpipe_api.conditions import (
+    COMPLETE,
+    FAILED,
+    PLANNED,
+    READY,
+    RECONCILING,
+    STALLED,
+    Condition,
+    Reason,
+    set_condition,
+)
 from fedpipe_api.job import Task
 from fedpipe_api.status import (
     AdapterStatus,
@@ -49,7 +59,7 @@ def status(
         nodes=_counts(state),
         metric=(metric := metric_of(state)),
         metric_summary="" if metric is None else f"{metric.name}={metric.value:.3f}",
-        eta=_eta(state),
+        eta=_eta(state, wait),
         start_time=_time(state.submitted_at),
         completion_time=None if state.finished_at is None else _time(state.finished_at),
         conditions=_conditions(state, wait, previous),
@@ -117,29 +127,45 @@ def eta_seconds(state: JobState) -> float | None:
     return median((r.result_at or 0) - r.opened_at for r in done) * (state.spec.rounds.count - state.done)
 
 
-def _eta(state: JobState) -> str:
-    seconds = eta_seconds(state)
+def _eta(state: JobState, wait: Wait | None) -> str:
+    seconds = None if state.spec.suspend or _stalled(state, wait) else eta_seconds(state)
     return "" if seconds is None else format_duration(round(seconds))
 
 
-_STUCK = {Reason.QUORUM_LOST, Reason.STORE_FULL, Reason.STORE_DAMAGED, Reason.INTERNAL_ERROR, *_PLANLESS}
+_STALLED = {
+    Reason.INVALID, Reason.NO_MATCHING_NODES, Reason.NOT_ENOUGH_NODES, Reason.QUORUM_LOST,
+    Reason.STORE_FULL, Reason.STORE_DAMAGED, Reason.INTERNAL_ERROR, *_PLANLESS,
+}  # fmt: skip
+
+
+def _stalled(state: JobState, wait: Wait | None) -> bool:
+    """Whether the job stands still until somebody, or a node that comes back, changes something."""
+    if state.finished or state.spec.suspend or wait is None:
+        return False
+    if wait.reason is Reason.WAITING_FOR_AGENTS:
+        return len(set(state.offered) - set(state.lost)) < state.spec.nodes.min
+    return wait.reason in _STALLED
 
 
 def _conditions(state: JobState, wait: Wait | None, previous: tuple[Condition, ...]) -> tuple[Condition, ...]:
     since = _time(state.finished_at or _latest(state))
-    finished = state.finished
+    finished, suspended, stalled = state.finished, state.spec.suspend, _stalled(state, wait)
     if finished:
-        done: tuple[bool, str, str] = (finished.phase is Phase.SUCCEEDED, finished.reason, finished.message)
+        why: tuple[str, str] = (finished.reason, finished.message)
+    elif suspended:
+        why = (Reason.SUSPENDED, "spec.suspend is true")
     else:
-        done = (False, wait.reason if wait else Reason.ROUND_OPEN, wait.message if wait else "")
-    stuck = wait is not None and wait.reason in _STUCK and not finished
+        why = (wait.reason, wait.message) if wait else (Reason.ROUND_OPEN, "")
+    succeeded = finished is not None and finished.phase is Phase.SUCCEEDED
+    failed = finished is not None and not succeeded
     facts = {
-        "Planned": (state.plan is not None, Reason.PLANNED if state.plan else done[1], ""),
-        "Progressing": (not finished and not stuck and not state.spec.suspend, done[1], done[2]),
-        "Complete": done,
+        PLANNED: (state.plan is not None, Reason.PLANNED if state.plan else why[0], ""),
+        RECONCILING: (not (finished or suspended or stalled), *why),
+        STALLED: (stalled or failed, *why),
+        READY: (succeeded, *why),
+        COMPLETE: (succeeded, *why),
+        FAILED: (failed, *why),
     }
-    if state.spec.suspend:
-        facts["Progressing"] = (False, Reason.SUSPENDED, "spec.suspend is true")
     conditions = previous
     for kind, (true, reason, message) in facts.items():
         condition = Condition(

@@ -5,7 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from fedpipe_api.conditions import Condition, Reason, set_condition
+from fedpipe_api.conditions import (
+    ACCEPTED,
+    OUTPUT,
+    READY,
+    RECONCILING,
+    STALLED,
+    Condition,
+    Reason,
+    set_condition,
+)
 from fedpipe_api.job import FedPipeJob
 from fedpipe_api.status import AdapterStatus, FedPipeJobStatus, NodeStatus, Phase
 
@@ -16,10 +25,6 @@ from ..engine.status import NODE_ROWS
 from ..engine.status import status as engine_status
 from .fleet import NodeSelection
 from .views import PodView
-
-ACCEPTED = "Accepted"
-PROGRESSING = "Progressing"
-OUTPUT = "Output"
 
 WRITES_PER_ROUND = 2
 """Status writes that a round without trouble may cost; with its Event that makes three."""
@@ -34,6 +39,7 @@ SPACING_SECONDS = 2.0
 """Pause between two writes of a job's status, whatever happens."""
 
 _ORDINARY = {Reason.ROUND_OPEN, Reason.ROUND_DONE, Reason.AGGREGATING, Reason.PROFILING, Reason.PLANNED}
+_STANDING = {Reason.INVALID: "spec is invalid", Reason.QUARANTINED: "quarantined"}
 _NO_NODES = (Reason.NO_MATCHING_NODES, Reason.NOT_ENOUGH_NODES)
 
 
@@ -76,21 +82,22 @@ def job_status(
         if wait.reason is Reason.NOT_ENOUGH_NODES:
             text = f"spec.nodes.min is {job.spec.nodes.min}, but {text}"
         wait = Wait(wait.reason, text, wait.until)
+    if refused is not None:
+        wait = Wait(Reason.INVALID, refused)
     conditions = previous.conditions if previous else ()
     accepted = (refused is None, Reason.INVALID if refused else Reason.ACCEPTED, refused or "")
-    conditions = set_condition(conditions, _condition(ACCEPTED, accepted, job, now))
+    conditions = set_condition(conditions, _condition(ACCEPTED, accepted, job.metadata.generation, now))
     if output is not None:
         reason = Reason.OUTPUT_WRITTEN if output.written else Reason.OUTPUT_FAILED
         conditions = set_condition(
-            conditions, _condition(OUTPUT, (output.written, reason, output.message), job, now)
+            conditions,
+            _condition(OUTPUT, (output.written, reason, output.message), job.metadata.generation, now),
         )
     found = engine_status(state, wait, progress, conditions)
     changes: dict[str, object] = {
         "observed_generation": job.metadata.generation,
         "node_table": _rows(found.node_table, pods, choice),
     }
-    if refused is not None and not found.phase.terminal:
-        changes["message"] = refused[:1024]
     if found.adapter is not None and output is not None and output.written:
         changes["adapter"] = AdapterStatus(
             digest=found.adapter.digest, round=found.adapter.round, path=output.message[:2048]
@@ -102,42 +109,35 @@ def invalid_status(
     message: str, generation: int | None, previous: FedPipeJobStatus | None, now: float
 ) -> FedPipeJobStatus:
     """Return the status of a job whose spec cannot be read; a job that runs goes on as it was."""
-    before = previous or FedPipeJobStatus(phase=Phase.PENDING)
-    new = Condition(
-        type=ACCEPTED,
-        status="False",
-        reason=Reason.INVALID,
-        message=message,
-        last_transition_time=_time(now),
-        observed_generation=generation,
-    )
-    changes: dict[str, object] = {
-        "observed_generation": generation,
-        "message": f"spec is invalid: {message}"[:1024],
-        "conditions": set_condition(before.conditions, new),
-    }
-    return before.model_copy(update=changes)
+    return _standing_still(Reason.INVALID, message, generation, previous, now)
 
 
 def quarantined_status(
     found: Quarantine, job: FedPipeJob, previous: FedPipeJobStatus | None, now: float
 ) -> FedPipeJobStatus:
     """Return the status of a job whose records are damaged: what it was before, and why it stands still."""
-    before = previous or FedPipeJobStatus(phase=Phase.PENDING)
     text = f"record {found.key}: {found.reason}"
+    return _standing_still(Reason.QUARANTINED, text, job.metadata.generation, previous, now)
+
+
+def _standing_still(
+    reason: Reason, text: str, generation: int | None, previous: FedPipeJobStatus | None, now: float
+) -> FedPipeJobStatus:
+    before = previous or FedPipeJobStatus(phase=Phase.PENDING)
     conditions = before.conditions
-    for kind in (ACCEPTED, PROGRESSING):
-        new = _condition(kind, (False, Reason.QUARANTINED, text), job, now)
+    for kind in (ACCEPTED, READY, RECONCILING, STALLED):
+        new = _condition(kind, (kind == STALLED, reason, text), generation, now)
         conditions = set_condition(conditions, new)
     changes: dict[str, object] = {
-        "observed_generation": job.metadata.generation,
-        "message": f"quarantined: {text}"[:1024],
+        "observed_generation": generation,
+        "message": f"{_STANDING[reason]}: {text}"[:1024],
+        "eta": "",
         "conditions": conditions,
     }
     return before.model_copy(update=changes)
 
 
-def _condition(kind: str, fact: tuple[bool, Reason, str], job: FedPipeJob, now: float) -> Condition:
+def _condition(kind: str, fact: tuple[bool, Reason, str], generation: int | None, now: float) -> Condition:
     true, reason, message = fact
     return Condition(
         type=kind,
@@ -145,7 +145,7 @@ def _condition(kind: str, fact: tuple[bool, Reason, str], job: FedPipeJob, now: 
         reason=reason,
         message=message,
         last_transition_time=_time(now),
-        observed_generation=job.metadata.generation,
+        observed_generation=generation,
     )
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fedpipe_api.conditions import OUTPUT
 from fedpipe_api.job import FedPipeJob
 from fedpipe_api.status import FedPipeJobStatus
 
 from .fleet import NodeSelection
-from .job_status import OUTPUT, OutputResult, WriteBudget
+from .job_status import OutputResult, WriteBudget
 from .views import Body
 
 
