@@ -69,7 +69,7 @@ def device(**changes):
         "speed": 1.0,
         "link_rate": 10**6,
         "kernels": tuple(
-            wire.KernelResult(precision=precision, usable=True, seconds=seconds)
+            wire.KernelResult(precision=precision, usable=True, seconds=seconds, float32_seconds=0.006)
             for precision, seconds in zip(Precision, (0.006, 0.004, 0.008, 0.01), strict=True)
         ),
     }
@@ -103,6 +103,9 @@ def worth(times, importance, configuration, ranks):
         for name in importance
     )
     own = times[configuration.precision, configuration.micro_batch, configuration.checkpointing]
+    value -= {Precision.INT8: 1.2 * (1 + math.log2(6 / 4)), Precision.NF4: 1.2 * 2}.get(
+        configuration.precision, 0
+    )
     return value + configuration.precision.worth + SPEED_VALUE * min(times.values()) / own
 
 

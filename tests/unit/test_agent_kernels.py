@@ -17,6 +17,7 @@ def test_every_precision_is_really_run_here():
     results = kernels.check()
     assert [result.precision for result in results] == list(Precision)
     assert all(result.usable and result.seconds > 0 for result in results), results
+    assert all(result.float32_seconds > 0 for result in results), results
 
 
 def test_only_the_offered_precisions_are_run():

@@ -4,6 +4,8 @@
 import pytest
 
 from fedpipe_api.conditions import Reason
+from fedpipe_api.job import Precision
+from fedpipe_api.wire import KernelResult
 from fedpipe_operator.engine.events import Before, JobEvent, event_of
 from fedpipe_operator.engine.records import AgentLost, PlanMade, Record, SpecChanged
 from fedpipe_operator.engine.state import apply
@@ -63,3 +65,22 @@ def test_equal_scores_are_reported(world: World) -> None:
     found = noted(world, plan)
     assert found is not None
     assert (found.warning, found.reason) == (True, Reason.IMPORTANCE_INVALID)
+
+
+def test_a_slow_precision_is_a_warning_with_its_factor(world: World) -> None:
+    kernel = KernelResult(precision=Precision.BF16, usable=True, seconds=0.09, float32_seconds=0.01)
+    for node in world.nodes[1:]:
+        agent = world.state.agents[node]
+        device = agent.device.model_copy(update={"kernels": (kernel,)})
+        world.state.agents[node] = agent.model_copy(update={"device": device})
+    plan = PlanMade(
+        version=1,
+        reason="nodes registered",
+        nodes=dict.fromkeys(world.nodes, PLAN.model_copy(update={"precision": Precision.BF16})),
+        left_out={},
+        selected=tuple(PLAN.ranks),
+        scores={},
+        considered=world.state.live,
+    )
+    text = f"3 of 3 nodes fit; {world.nodes[1]} and 1 more: bf16 is 13 times slower than fp32 there (nodes registered)"
+    assert noted(world, plan) == JobEvent(True, Reason.PLANNED, text)

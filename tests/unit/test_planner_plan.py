@@ -20,6 +20,7 @@ from fedpipe_operator.planner import (
     plan,
     rows,
     select_matrices,
+    slow_line,
     summary_line,
 )
 from fedpipe_operator.planner.solve import rank_choices, under_training
@@ -346,3 +347,39 @@ def test_a_node_with_figures_that_are_hard_to_solve_does_not_hold_the_planner():
     found = plan(PlanRequest(model, spec, (facts("hostile", 1.5),), scores))
     assert list(found.nodes) == ["hostile"]
     assert time.process_time() - started < 30
+
+
+def timed(**seconds):
+    """Kernels of the precisions named, each in multiples of 4 ms beside a float32 product of 4 ms."""
+    return tuple(
+        wire.KernelResult(
+            precision=Precision.of(name), usable=True, seconds=0.004 * times, float32_seconds=0.004
+        )
+        for name, times in seconds.items()
+    )
+
+
+def test_a_precision_slower_than_float32_is_only_the_last_choice():
+    kernels = timed(fp32=1, bf16=9, int8=3, nf4=8)
+    for gib, expected in ((8, Precision.FP32), (0.95, Precision.INT8)):
+        node = facts("n", gib, kernels=kernels)
+        low = job(adapter={"ranks": {"min": 2, "max": 256}})
+        assert planned(node, spec=low).nodes["n"].precision is expected
+    # Where float32 fits at the lowest ranks it is taken, though bf16 has room for the highest.
+    sizes = [round(0.9 + 0.05 * step, 2) for step in range(8)]
+    for gib in sizes:
+        made = planned(facts("n", gib, kernels=kernels), spec=job(adapter=WIDE))
+        alone = planned(facts("n", gib, kernels=timed(fp32=1)), spec=job(adapter=WIDE))
+        if alone.nodes and len(alone.nodes["n"].ranks) == len(NAMES):
+            assert made.nodes["n"].precision is Precision.FP32, gib
+
+
+def test_the_slow_precision_of_a_node_that_has_no_other_is_said():
+    node = facts("n", 8, kernels=timed(bf16=9))
+    made = planned(node).nodes["n"]
+    assert made.precision is Precision.BF16
+    assert made.reason.endswith("; bf16 is 13 times slower than fp32 there")
+    assert slow_line(node.device, Precision.BF16) == "bf16 is 13 times slower than fp32 there"
+    fast = planned(facts("n", 8, kernels=timed(bf16=0.6))).nodes["n"]
+    assert "slower" not in fast.reason
+    assert fast.predicted_step_seconds < made.predicted_step_seconds / 10

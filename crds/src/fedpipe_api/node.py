@@ -146,6 +146,9 @@ class PrecisionSupport(Model):
     precision: Precision
     verified: bool = Field(default=False, description="A real kernel ran; else derived from the device.")
     seconds: float | None = Field(default=None, ge=0, description="Time of the verifying kernel.")
+    float32_seconds: float | None = Field(
+        default=None, ge=0, description="Of the same kernel in float32, timed beside it."
+    )
     message: str | None = Field(default=None, max_length=1024, description="Why it cannot be used.")
     usable: bool = Field(
         default=True, description="Whether it works here. A planner goes by the agent's own kernels."

@@ -153,6 +153,9 @@ class KernelResult(Model):
     precision: Precision
     usable: bool
     seconds: Seconds | None = None
+    float32_seconds: Seconds | None = Field(
+        default=None, description="Of the same layer in float32, timed beside it; None if not timed."
+    )
     message: Text | None = None
 
 

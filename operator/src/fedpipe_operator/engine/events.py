@@ -7,6 +7,7 @@ from fedpipe_api import units
 from fedpipe_api.conditions import Reason
 from fedpipe_api.status import Phase
 
+from ..planner import slow_line
 from .records import (
     AgentLost,
     AgentRegistered,
@@ -114,8 +115,17 @@ def _planned(state: JobState, record: PlanMade) -> JobEvent | None:
     if record.left_out:
         node, why = min(record.left_out.items())
         text += f"; {node} left out: {why}"
+    slow = {
+        node: why
+        for node, made in record.nodes.items()
+        if node in state.agents and (why := slow_line(state.agents[node].device, made.precision))
+    }
+    if slow:
+        node, why = min(slow.items())
+        more = f" and {len(slow) - 1} more" if len(slow) > 1 else ""
+        text += f"; {node}{more}: {why}"
     reason = Reason.PLANNED if record.version == 1 else Reason.REPLANNED
-    return JobEvent(False, reason, f"{text} ({record.reason})")
+    return JobEvent(bool(slow), reason, f"{text} ({record.reason})")
 
 
 def _work(plan: PlanMade) -> dict[str, tuple[object, ...]]:

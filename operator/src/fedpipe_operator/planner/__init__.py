@@ -6,7 +6,7 @@ from .replan import needs_replan
 from .request import NodeFacts, Plan, PlanRequest
 from .selection import select_matrices
 from .solve import asked_steps, calibrate, plan
-from .table import PlanRow, modules_line, rows, summary_line
+from .table import PlanRow, modules_line, rows, slow_line, summary_line
 
 __all__ = [
     "Calibration",
@@ -21,5 +21,6 @@ __all__ = [
     "plan",
     "rows",
     "select_matrices",
+    "slow_line",
     "summary_line",
 ]

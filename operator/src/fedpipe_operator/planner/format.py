@@ -9,6 +9,9 @@ from fedpipe_api.units import duration, memory
 
 from .workload import Configuration
 
+TIMES_DIGITS = 10
+"""Factors below are shown with a decimal."""
+
 
 def batch(micro_batch: int, accumulation: int) -> str:
     """Return micro-batch × accumulation as `4×8`, or `16` without accumulation."""
@@ -51,6 +54,19 @@ def no_precision(device: wire.DeviceFacts, model: wire.ModelShape, wanted: Itera
     }
     faults = [f"{precision}: {found.get(precision, 'the node does not report it')}" for precision in wanted]
     return f"no precision allowed by spec.quantization works there ({'; '.join(faults)})"[:1024]
+
+
+def slow(precision: Precision, slowness: float) -> str:
+    """Return what a slow precision costs."""
+    factor = f"{slowness:.1f}" if slowness < TIMES_DIGITS else f"{slowness:.0f}"
+    return f"{precision} is {factor} times slower than fp32 there"
+
+
+def no_effect(wanted: Iterable[Precision], model: wire.ModelShape) -> str:
+    """Return why a model can be had at no precision that the job allows."""
+    settings = [precision.setting or precision.name for precision in model.precisions]
+    why = "; ".join(dict.fromkeys(_without_effect(precision, model) for precision in wanted))
+    return f"spec.quantization: {why}; set {', '.join(settings)} or auto, or give another spec.model"
 
 
 def fewer_steps(asked: int, planned: int, deadline: float) -> str:

@@ -19,6 +19,9 @@ from .workload import Configuration, Workload
 
 SPEED_VALUE = 0.05
 """Worth of the node's fastest configuration; another is worth so much less as it is slower."""
+SLOW_PENALTY = 1.2
+"""Of a precision that is slower than float32 on the node's CPU, and again for each doubling of the time: more
+than ranks, precision and speed are worth together, so that it is taken only where no faster one fits."""
 UNTRAINED_PENALTY = 2.0
 """Of a selected matrix left out: more than all else is worth, so that none is where all can be trained."""
 STEPS_FOR_RANKS = 0.9
@@ -75,6 +78,7 @@ class _Option:
     """A configuration with its bytes and seconds, linear in the ranks: fixed + Σ per_rank · r."""
 
     configuration: Configuration
+    slowness: float
     value: float
     fixed_bytes: int
     bytes_per_rank: Floats
@@ -173,9 +177,12 @@ class Problem:
         for choice in choices:
             one, two = (memory.rank_bytes(work, choice, side) for side in (1, 2))
             evaluation = factor * speed.evaluation_time(work, device, choice, self.case.evaluation_samples)
+            slowness = speed.slowness(device, choice.precision)
+            slow = SLOW_PENALTY * (1 + math.log2(slowness)) if slowness > 1 else 0.0
             yield _Option(
                 configuration=choice,
-                value=choice.precision.worth + SPEED_VALUE * fastest / seconds[choice],
+                slowness=slowness,
+                value=choice.precision.worth + SPEED_VALUE * fastest / seconds[choice] - slow,
                 fixed_bytes=memory.fixed_bytes(work, device, choice),
                 bytes_per_rank=(2 * one - two + (two - one) * sides).astype(np.float64),
                 step_seconds=seconds[choice],
@@ -203,11 +210,16 @@ class Problem:
             steps = max(1, math.floor(STEPS_FOR_RANKS * possible))
         found = self._best(steps, self.case.room, self.case.seconds, partial)
         assert found is not None
-        return self._explained(found, possible)
+        explained = self._explained(found, possible)
+        slowness = self._option(found.configuration).slowness
+        if slowness == 1:
+            return explained
+        slow = format.slow(found.configuration.precision, slowness)
+        return _because(explained, explained.limited_by, f"{explained.reason}; {slow}")
 
     def value(self, configuration: Configuration, ranks: Mapping[str, int]) -> float:
         """Return what a plan is worth: weighted utility of ranks, u(r) = log₂(1 + r), precision and speed."""
-        option = next(option for option in self._options if option.configuration == configuration)
+        option = self._option(configuration)
         chosen = np.array([ranks.get(name, 0) for name in self._names])
         return option.value + float(self._utilities(chosen[:, None]).sum())
 
@@ -225,14 +237,16 @@ class Problem:
         chosen = self.solve()
         if isinstance(chosen, Infeasible):
             return None
+        slowest = self._option(chosen.configuration).slowness
+        options = [option for option in self._options if option.slowness <= slowest]
         for index in reversed(range(self._ranks.shape[1])):
             ranks = self._ranks[:, index]
-            if any(
-                option.fits(ranks, self.case.room, self.case.seconds, chosen.steps)
-                for option in self._options
-            ):
+            if any(option.fits(ranks, self.case.room, self.case.seconds, chosen.steps) for option in options):
                 return index
         return None
+
+    def _option(self, configuration: Configuration) -> _Option:
+        return next(option for option in self._options if option.configuration == configuration)
 
     def _utilities(self, ranks: NDArray[np.int64]) -> Floats:
         """Return the worth of each rank (matrices, options); an untrained matrix costs the penalty."""
@@ -292,7 +306,7 @@ class Problem:
 
     def _better(self, freed: Choice, limited_by: str, trained: int) -> str:
         """Say what a node without the limit would carry, and what that takes."""
-        option = next(option for option in self._options if option.configuration == freed.configuration)
+        option = self._option(freed.configuration)
         ranks = np.array([freed.ranks.get(name, 0) for name in self._names])
         if limited_by == "memory":
             takes = units.memory(self._peak(option, ranks)) + f"; it may use {units.memory(self.case.budget)}"

@@ -14,8 +14,9 @@ from itertools import takewhile
 from fedpipe_api import wire
 from fedpipe_api.base import UserError
 from fedpipe_api.job import Ranks, Rounds
+from fedpipe_api.precisions import allowed
 
-from . import memory, speed
+from . import format, memory, speed
 from .calibration import Calibration
 from .node import Case, Choice, Infeasible, Problem
 from .programme import Known
@@ -27,6 +28,7 @@ KEEP_MARGIN = 0.05
 """A plan in use is kept unless another is worth so much more (in the unit of node.Problem.value)."""
 KEEP_STEPS = 0.8
 """Nor is it kept for fewer than this share of the local steps that another allows."""
+_TIMES = ("seconds", "float32_seconds")
 DIGITS, STEP_DIGITS = 2, 3
 """Significant digits by which nodes of a fleet differ, and their local steps; rounded to the worse side."""
 
@@ -124,6 +126,9 @@ def _check(request: PlanRequest) -> None:
     twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
     if twice is not None:
         raise UserError(f"nodes: {twice} is given twice; name each node once")
+    wanted = allowed(request.spec.quantization)
+    if not set(wanted) & set(request.model.precisions):
+        raise UserError(format.no_effect(wanted, request.model))
     if not 0 <= request.headroom < 1:
         raise UserError(f"headroom: {request.headroom} is not a share of memory; give 0 or more and below 1")
 
@@ -134,7 +139,9 @@ def _case(facts: NodeFacts, request: PlanRequest) -> Case:
     # Names matter only as far as the speed depends on them.
     name = device.name if device.kind == "cuda" else ""
     kernels = tuple(
-        kernel.model_copy(update={"seconds": kernel.seconds and _rounded(kernel.seconds)})
+        kernel.model_copy(
+            update={field: (value := getattr(kernel, field)) and _rounded(value) for field in _TIMES}
+        )
         for kernel in device.kernels
     )
     link = device.link_rate and max(1, math.floor(_rounded(device.link_rate, up=False)))

@@ -47,12 +47,25 @@ def rate(device: wire.DeviceFacts, precision: Precision) -> float:
         sustained = half if compute_bytes(device, precision) == 2 else single
         return device.speed * sustained / precision.slowdown
     seconds = {kernel.precision: kernel.seconds for kernel in device.kernels if kernel.usable}
-    reference = seconds.get(Precision.FP32) or 3 * CHECK_OPERATIONS / CPU_RATE
+    timed = (kernel.float32_seconds for kernel in device.kernels if kernel.usable and kernel.float32_seconds)
+    reference = seconds.get(Precision.FP32) or next(timed, 3 * CHECK_OPERATIONS / CPU_RATE)
     measured = seconds.get(precision)
     # Two products at the precision, beside the reference; never faster than four times float32.
     own = max((measured or reference) - reference / 3, reference / 6)
     threads = math.pow(device.threads, THREAD_EFFICIENCY)
     return device.speed * threads * 2 * CHECK_OPERATIONS / own
+
+
+def slowness(device: wire.DeviceFacts, precision: Precision) -> float:
+    """Return how many times longer than float32 a kernel took on a CPU; 1 if faster or not timed."""
+    if precision is Precision.FP32:
+        return 1.0
+    found = next((kernel for kernel in device.kernels if kernel.precision is precision), None)
+    if device.kind != "cpu" or found is None or not (found.seconds and found.float32_seconds):
+        return 1.0
+    # Both times hold the same reference product, a third of float32's.
+    shared = found.float32_seconds / 3
+    return max(1.0, (found.seconds - shared) / (found.float32_seconds - shared))
 
 
 def step_time(

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from fedpipe_api import units, wire
 from fedpipe_api.job import Precision
 
-from .format import batch, ranks
+from .format import batch, ranks, slow
 from .request import Plan
+from .speed import slowness
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ def summary_line(plan: Plan) -> str:
     if plan.provisional:
         parts.append("matrices are chosen after profiling; until then the largest are assumed")
     return " · ".join(parts)
+
+
+def slow_line(device: wire.DeviceFacts, precision: Precision) -> str:
+    """Return the warning of a precision that is slower than float32 on the device's CPU; "" for none."""
+    found = slowness(device, precision)
+    return slow(precision, found) if found > 1 else ""
 
 
 def modules_line(model: wire.ModelShape) -> str:
