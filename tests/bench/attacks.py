@@ -14,7 +14,6 @@ import argparse
 import gzip
 import json
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
-from bench_machine import machine
+from bench_machine import commit, machine
 from safetensors.numpy import load_file, save_file
 
 from fedpipe_api.job import Aggregation, Checks, Robust
@@ -343,8 +342,6 @@ def main() -> None:
     parser.add_argument("--again", choices=RULES, help="run this rule again, and keep the other runs")
     parser.add_argument("--output", type=Path, default=RESULTS / "attacks")
     chosen = parser.parse_args()
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
     path, runs, before = chosen.output.with_suffix(".json"), [], 0.0
     if chosen.again and path.exists():
         old = json.loads(path.read_text())
@@ -361,7 +358,7 @@ def main() -> None:
         )
         runs.append(
             {"seed": seed, "attack": attack, "fraction": fraction, "rule": rule, "accuracy": accuracy,
-             "backdoor": backdoor, "verdicts": verdicts, "commit": commit}
+             "backdoor": backdoor, "verdicts": verdicts, "commit": commit()}
         )  # fmt: skip
         print(
             f"{attack:14} {fraction:.0%} {rule:18} seed {seed}: {accuracy:.3f} {backdoor:.2f} {verdicts}",

@@ -3,6 +3,7 @@
 
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,3 +26,10 @@ def machine() -> dict[str, object]:
         "system": platform.system(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def commit() -> str:
+    """Return the commit that is checked out, with `-dirty` where files differ from it."""
+    asked = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    found = subprocess.run(asked, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip()

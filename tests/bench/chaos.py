@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench_machine import machine
+from bench_machine import commit, machine
 from chaos_faults import PLACES, Kill
 from chaos_schedule import LONGEST, Chaos
 from chaos_witness import LATER, Broken, Witness, set_version
@@ -199,9 +198,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, help="written after each schedule, so a run may be cut short")
     options = parser.parse_args()
-    asked = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(asked, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
-    measured = {"commit": commit.stdout.strip(), "machine": machine()}
+    measured = {"commit": commit(), "machine": machine()}
     text, failed = "", False
     for found in run(options.schedules, options.seed, options.kills, options.processes):
         text, failed = json.dumps(found | measured, indent=1), bool(found["failures"])

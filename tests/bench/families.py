@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every family of models in small: plan, two nodes, two rounds, and the adapter in plain peft.
 
-`python tests/bench/families.py [FAMILY …]` writes `results/families.json` and `results/families.md`. Each case runs
-in a process of its own, forked from one that has imported torch.
+`python tests/bench/families.py [FAMILY …]` writes `results/families.json` and `results/families.md`; the rows of the
+families named are replaced. Each case runs in a process of its own, forked from one that has imported torch.
 """
 
 import argparse
@@ -14,12 +14,14 @@ import sys
 import tempfile
 import time
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
 
+from bench.bench_machine import commit, machine
 from bench.families_models import LABELS, cases, save, write_data
 from fedpipe_api import wire
 from fedpipe_api.base import UserError
@@ -28,6 +30,8 @@ from fedpipe_api.lora.methods import Start
 from fedpipe_api.node import Capacity
 
 RESULTS = Path(__file__).parent / "results"
+COMMAND = "python tests/bench/families.py"
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 PRECISIONS = (Precision.FP32, Precision.NF4)
 SECONDS = 120.0
 NODES = ("one", "two")
@@ -242,17 +246,24 @@ def measure(family: str, task: Task, precision: Precision) -> dict[str, Any]:
     child.join()
     return {
         "family": family, "task": str(task), "precision": str(precision), "outcome": found[0], "detail": found[1],
-        "seconds": round(time.monotonic() - begin, 1),
+        "seconds": round(time.monotonic() - begin, 1), "commit": commit(),
     }  # fmt: skip
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the outcomes as a Markdown table."""
+def table(result: dict[str, Any]) -> str:
+    """Return the outcomes as a Markdown table, below what they were measured on."""
     found: dict[tuple[str, str], dict[str, str]] = {}
-    for row in rows:
+    for row in result["rows"]:
         text = "✓" if row["outcome"] == "green" else f"{row['outcome']}: {row['detail']}"
         found.setdefault((row["family"], row["task"]), {})[row["precision"]] = text.replace("|", "\\|")
-    lines = ["| family | task | " + " | ".join(PRECISIONS) + " |", "|---|---|" + "---|" * len(PRECISIONS)]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    commits = ", ".join(sorted({row["commit"] for row in result["rows"]}))
+    lines = [
+        f"`{COMMAND}` at {commits}; {versions}; {result['machine']['cores']} cores of {result['machine']['cpu']}.",
+        "",
+        "| family | task | " + " | ".join(PRECISIONS) + " |",
+        "|---|---|" + "---|" * len(PRECISIONS),
+    ]
     for (family, task), outcomes in sorted(found.items()):
         cells = " | ".join(outcomes.get(precision, "–") for precision in PRECISIONS)
         lines.append(f"| {family} | {task} | {cells} |")
@@ -263,23 +274,26 @@ def main() -> None:
     """Run the cases named, or all, and write the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("families", nargs="*")
-    parser.add_argument("--precision", type=Precision, nargs="+", default=PRECISIONS)
     options = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="families-") as work:  # imports what every case needs, once
         run_case("llama", Task.SEQUENCE_CLASSIFICATION, Precision.NF4, Path(work))
+    path = RESULTS / "families.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    known = {(row["family"], row["task"], row["precision"]): row for row in before}
     rows = []
     for family, task in cases():
-        if options.families and family not in options.families:
-            continue
-        for precision in options.precision:
-            rows.append(row := measure(family, task, precision))
-            print(*row.values(), flush=True)
-    if not options.families:
-        RESULTS.joinpath("families.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        RESULTS.joinpath("families.md").write_text(table(rows), encoding="utf-8")
+        for precision in PRECISIONS:
+            row = known.get((family, task, precision))
+            if not options.families or family in options.families:
+                row = measure(family, task, precision)
+                print(*row.values(), flush=True)
+            rows += [row] if row else []
+    found = {"machine": machine(), "versions": {name: version(name) for name in LIBRARIES}, "rows": rows}
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    RESULTS.joinpath("families.md").write_text(table(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

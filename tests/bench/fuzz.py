@@ -19,7 +19,6 @@ import re
 import signal
 import ssl
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import standins.serving
-from bench.bench_machine import machine
+from bench.bench_machine import commit, machine
 from bench.fuzz_inputs import HEADERS, METHODS, NASTY, PATHS, PIECES, Message
 from bench.fuzz_server import Coordinator, Tally
 from fedpipe_api.wire import MANIFEST_HEADER, Assignment, AssignmentKind, Evaluation, ProfileReport, Progress
@@ -347,12 +346,6 @@ async def fuzz(directory: Path, seconds: float, seed: int, requests: int) -> dic
         "log_lines": log.count("\n"),
         "findings": tally.findings,
     }
-
-
-def commit() -> str:
-    """Return the commit that is checked out."""
-    call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    return subprocess.run(call, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def main() -> int:

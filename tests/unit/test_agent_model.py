@@ -88,7 +88,7 @@ def test_every_precision_runs_forward_and_backward(models, kind, task, precision
         linear = model.get_submodule(shape.matrices[0].name)
         kept = {Precision.INT8: "Linear8bitLt", Precision.NF4: "Linear4bit"}.get(chosen)
         assert kept is None or type(linear).__name__ == kept
-        for kept in base.kept_modules(model, shape.head_modules):
+        for kept in base.kept_modules(model, shape.head_modules, config):
             assert type(model.get_submodule(kept)) is torch.nn.Linear
     (exact, exact_gradient), (found, gradient) = outputs
     tolerance = {Precision.FP32: 0, Precision.BF16: 0.05, Precision.INT8: 0.1, Precision.NF4: 0.6}[precision]

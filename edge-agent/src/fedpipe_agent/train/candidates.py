@@ -10,9 +10,9 @@ from torch import nn
 from fedpipe_api import wire
 from fedpipe_api.base import UserError
 
-SCAN_MODELS = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+SCAN_MODELS = frozenset({"falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h"})
 """Models whose fused kernels read the weights of `SCAN_MODULES` past the layer, so that peft refuses them."""
-SCAN_MODULES = frozenset({"conv1d", "out_proj"})
+SCAN_MODULES = frozenset({"conv1d", "dt_proj", "out_proj"})
 
 
 def candidates(

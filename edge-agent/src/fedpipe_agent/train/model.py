@@ -3,6 +3,7 @@
 
 import copy
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,17 @@ def read_config(source: Source, task: ModelSource, padding: int) -> Any:
     return config
 
 
-def loading(source: Source, config: Any, task: Task, **options: Any) -> tuple[Any, frozenset[str]]:
+def loading(
+    source: Source, config: Any, task: Task, *, packed: bool = False, **options: Any
+) -> tuple[Any, frozenset[str]]:
     """Return a model as transformers loads it, and the parameters that its checkpoint lacks.
+
+    Args:
+        source: of the weights.
+        config: from `read_config`.
+        task: decides the class.
+        packed: whether the checkpoint is quantized and the configuration is not: weights have other shapes.
+        options: of `from_pretrained`.
 
     Raises:
         UserError: nothing can be loaded, or more is lacking than a task head.
@@ -112,7 +122,11 @@ def loading(source: Source, config: Any, task: Task, **options: Any) -> tuple[An
             raise
         why = gated(error) or f"the model cannot be loaded: {line(error)}"
         raise UserError(f"{source.name}: {why}") from error
-    missing = frozenset(report["missing_keys"]) | {entry[0] for entry in report["mismatched_keys"]}
+    missing = frozenset(report["missing_keys"])
+    if packed:
+        _check_packed(source, model, report["unexpected_keys"])
+    else:
+        missing |= {entry[0] for entry in report["mismatched_keys"]}
     head = tuple(f"{name}." for name in head_modules(model, task, missing))
     lacking = sorted(name for name in missing if not name.startswith(head))
     if lacking:
@@ -120,6 +134,21 @@ def loading(source: Source, config: Any, task: Task, **options: Any) -> tuple[An
             f"{source.name}: not a whole {config.model_type} model: {lacking[0]} is missing or misshapen"
         )
     return model, missing
+
+
+def _check_packed(source: Source, model: Any, keys: Iterable[str]) -> None:
+    """Refuse a packed base whose layers have other names than those of the model for the task.
+
+    Of plain weights transformers adds the prefix, of packed ones it does not.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    for key in sorted(keys):
+        layer, packed, _ = key.partition(".weight.absmax")
+        if packed and layer not in modules:
+            raise UserError(
+                f"{source.name}: {layer} is stored in 4 bits, and transformers has no place for it in a "
+                f"{type(model).__name__}; give the model in float32 or bf16"
+            )
 
 
 def load(
@@ -146,10 +175,12 @@ def load(
     if quantization:
         import_bitsandbytes()
         options["device_map"] = {"": device}
+        bare = empty(config, task)
+        kept = kept_modules(bare, head_modules(bare, task), config)
         if stored_precision(config) is None:
-            bare = empty(config, task)
-            kept = kept_modules(bare, head_modules(bare, task))
             options["quantization_config"] = quantization(dtype, kept)
+        else:
+            config = _stored_for(config, dtype, kept)
     model, missing = loading(source, config, task, **options)
     model.requires_grad_(False)
     start_head(model, head_modules(model, task, missing), missing, config.num_labels, seed)
@@ -161,11 +192,32 @@ def load(
 
 def empty(config: Any, task: Task) -> Any:
     """Return the model that a configuration describes, without storage for its weights."""
-    plain = copy.deepcopy(config)
-    if stored_precision(config) is not None:
-        del plain.quantization_config
     with torch.device("meta"):
-        return model_class(task).from_config(plain)
+        return model_class(task).from_config(unquantized(config))
+
+
+def unquantized(config: Any) -> Any:
+    """Return a copy of a configuration that says nothing of quantization."""
+    plain = copy.deepcopy(config)
+    if getattr(plain, "quantization_config", None) is not None:
+        del plain.quantization_config
+    return plain
+
+
+def _stored_for(config: Any, dtype: torch.dtype, kept: list[str]) -> Any:
+    """Return a quantized checkpoint's configuration, to compute in a type and with `kept` as they are."""
+    changed = copy.deepcopy(config)
+    found = dict(_quantization(changed))
+    found["llm_int8_skip_modules"] = kept
+    found["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    changed.quantization_config = found
+    return changed
+
+
+def _quantization(config: Any) -> dict[str, Any]:
+    """Return what a configuration says of quantization; empty for nothing."""
+    found = getattr(config, "quantization_config", None) or {}
+    return found if isinstance(found, dict) else found.to_dict()
 
 
 def stored_precision(config: Any) -> Precision | None:
@@ -174,10 +226,9 @@ def stored_precision(config: Any) -> Precision | None:
     Raises:
         UserError: it is quantized in a way that has no backward pass here.
     """
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
+    found = _quantization(config)
+    if not found:
         return None
-    found = quantization if isinstance(quantization, dict) else quantization.to_dict()
     method = str(found.get("quant_method", "an unknown method"))
     for precision in Precision if method.startswith("bitsandbytes") else ():
         # transformers writes its flags with and without the underscore.
@@ -198,10 +249,29 @@ def model_class(task: Task) -> Any:
     )
 
 
-def kept_modules(model: Any, head: tuple[str, ...]) -> list[str]:
-    """Return the modules that are never quantized: the head and the output embeddings."""
+READ_PAST_LAYER = {
+    "jamba": ("dt_proj",),
+    "mamba": ("dt_proj",),
+    "rwkv": ("attention.output", "feed_forward.value"),
+}
+"""Ends of the names of layers that cannot be packed: the model's own code computes with their weights."""
+
+
+def kept_modules(model: Any, head: tuple[str, ...], config: Any) -> list[str]:
+    """Return the modules that are not quantized, or the ends of their names.
+
+    The head, the output embeddings, what the model does not call as a layer, and what its quantized
+    checkpoint keeps.
+
+    Args:
+        model: on any device.
+        head: modules that are trained whole.
+        config: as it was read.
+    """
     output = output_embeddings(model)
-    return [*head, *([output] if output else [])]
+    past = READ_PAST_LAYER.get(config.model_type, ())
+    stored = _quantization(config).get("llm_int8_skip_modules") or ()
+    return [*head, *([output] if output else []), *past, *stored]
 
 
 def _use_plain_layers() -> None:

@@ -3,6 +3,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,7 +16,7 @@ from fedpipe_api.lora.format import MatrixShape, TensorShape
 
 from .candidates import candidates, is_linear, is_transposed, output_embeddings, sides, text_config
 from .heads import head_modules, head_parameters
-from .model import Source, empty, kept_modules, line, loading, stored_precision
+from .model import Source, empty, kept_modules, line, loading, stored_precision, unquantized
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,14 @@ def skeleton(config: Any, task: Task, source: Source | None = None) -> Skeleton:
     Raises:
         UserError: the architecture has no such task, or its configuration makes no model.
     """
-    _check_direction(config, task)
+    _check_kind(config, task)
     missing: Collection[str] = ()
     try:
-        if source is None or stored_precision(config) is not None:
+        packed = stored_precision(config) is not None
+        if source is None:
             model = empty(config, task)
         else:
-            model, missing = loading(source, config, task, device_map="meta")
+            model, missing = loading(source, unquantized(config), task, packed=packed, device_map="meta")
     except UserError:
         raise
     except Exception as error:  # of whatever its configuration lacks; it holds no data
@@ -79,7 +81,7 @@ def read_shape(
     model, text = found.model, text_config(config)
     chosen, chooser = candidates(model, config, found.head, modules)
     head = dict(head_parameters(model, found.head))
-    quantized = _quantized(found)
+    quantized = _quantized(found, config)
     try:
         return wire.ModelShape(
             architecture=config.model_type,
@@ -132,10 +134,16 @@ PADDED_POSITIONS = frozenset(
 )
 
 
-def _check_direction(config: Any, task: Task) -> None:
+UNUSABLE = frozenset({"recurrent_gemma"})
+"""Models that this version of transformers builds but cannot run without a cache, as training does."""
+
+
+def _check_kind(config: Any, task: Task) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     kind = config.model_type
+    if kind in UNUSABLE:
+        raise UserError(f"spec.model: transformers {version('transformers')} cannot train a {kind} model")
     # Transformers builds it, but each position would see the token that it predicts.
     if (
         task is Task.CAUSAL_LM
@@ -145,11 +153,11 @@ def _check_direction(config: Any, task: Task) -> None:
         raise UserError(f"spec.model.task: a {kind} model is no causal-lm; use sequence-classification")
 
 
-def _quantized(found: Skeleton) -> int:
+def _quantized(found: Skeleton, config: Any) -> int:
     """Return the weights of the layers that bitsandbytes replaces: of the very class, and not kept."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    kept = kept_modules(found.model, found.head)
+    kept = kept_modules(found.model, found.head, config)
     kept += getattr(found.model, "_keep_in_fp32_modules", None) or ()
     layers: dict[str, Any] = dict(found.model.named_modules())
     return sum(
