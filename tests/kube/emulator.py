@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,10 @@ def _address(item: Document) -> str:
 def _wanted(item: Document, request: kmock.Request) -> bool:
     """Whether a list or watch asks for the object; of label selectors, KEY and KEY=VALUE are known."""
     meta = item["metadata"]
+    for term in filter(None, request.params.get("fieldSelector", "").split(",")):
+        path, _, value = term.partition("=")
+        if str(reduce(lambda found, key: found.get(key, {}), path.split("."), item)) != value:
+            return False
     labels = meta.get("labels") or {}
     terms = [term.partition("=") for term in request.params.get("labelSelector", "").split(",") if term]
     return request.namespace in (None, meta.get("namespace")) and all(

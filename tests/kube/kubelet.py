@@ -68,6 +68,8 @@ class Kubelet:
     dead: set[str] = field(default_factory=set)
     any_node: str = ""
     missing_images: set[str] = field(default_factory=set)
+    missing_claims: set[str] = field(default_factory=set)
+    """Claims that cannot be mounted: their Pods wait, and only an Event says why."""
     created: list[str] = field(default_factory=list)
     """Names of all Pods ever seen, once for each uid."""
 
@@ -164,6 +166,12 @@ class Kubelet:
                 meta["uid"], {"phase": "Pending", "containerStatuses": [_container(waiting=waiting)]}
             )
             return
+        claims = {
+            volume.get("persistentVolumeClaim", {}).get("claimName") for volume in pod["spec"]["volumes"]
+        }
+        if claims & self.missing_claims:
+            self._status(meta["uid"], {"phase": "Pending", "containerStatuses": []})
+            return self._warn(pod, 'MountVolume.SetUp failed for volume "data" : the claim is gone')
         if not self._project(pod, directory):
             del self._running[meta["uid"]]
             return
@@ -171,6 +179,23 @@ class Kubelet:
         known.process, known.phase = self.start(pod, directory), "Running"
         running = {"startedAt": _now()}
         self._status(meta["uid"], {"phase": "Running", "containerStatuses": [_container(running=running)]})
+
+    def _warn(self, pod: dict[str, Any], message: str) -> None:
+        meta = pod["metadata"]
+        event = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": f"{meta['name']}.{meta['uid'][:8]}", "namespace": self.namespace},
+            "involvedObject": {"apiVersion": "v1", "kind": "Pod", "namespace": self.namespace}
+            | {key: meta[key] for key in ("name", "uid")},
+            "type": "Warning",
+            "reason": "FailedMount",
+            "message": message,
+            "firstTimestamp": _now(),
+            "lastTimestamp": _now(),
+        }
+        status, answer = self.plane.request("POST", f"/api/v1/namespaces/{self.namespace}/events", event)
+        assert status == 201, answer
 
     def _project(self, pod: dict[str, Any], directory: Path) -> bool:
         """Write the token, bound to the Pod, and the CA, as the projected volume has them; False if it is gone."""

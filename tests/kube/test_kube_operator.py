@@ -204,6 +204,19 @@ def test_an_image_that_cannot_be_pulled_is_reported(cluster: Cluster, name: str)
     assert rows == {"lost"}
 
 
+def test_a_volume_that_cannot_be_mounted_is_reported(cluster: Cluster, name: str) -> None:
+    """Nothing in such a Pod's status says why it waits; the kubelet's Events do."""
+    assert cluster.kubelet is not None
+    cluster.kubelet.missing_claims.add("gone")
+    started = time.monotonic()
+    source = {"volume": {"persistentVolumeClaim": {"claimName": "gone"}}, "train": "train.jsonl"}
+    cluster.submit(name, data=source)
+    text = "its Pod does not start: FailedMount: MountVolume.SetUp failed"
+    cluster.wait("reported", lambda: text in json.dumps(cluster.status(name)))
+    assert time.monotonic() - started < 60
+    assert cluster.condition("Stalled", name)[0] == "True"
+
+
 def test_suspend_stops_agents_and_resume_goes_on(cluster: Cluster, name: str) -> None:
     cluster.submit(name, rounds={"count": 6, "localSteps": 2, "minUpdates": 2}, podTemplate=taking(0.5))
     cluster.wait("a round", lambda: cluster.status(name).get("round", 0) >= 1)

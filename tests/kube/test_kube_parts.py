@@ -20,6 +20,7 @@ from fedpipe_operator.engine import Engine, Refused
 from fedpipe_operator.engine.decide import Wait
 from fedpipe_operator.engine.jobs import Job
 from fedpipe_operator.engine.records import (
+    Offered,
     RoundAggregated,
     RoundClosed,
     RoundOpened,
@@ -34,6 +35,7 @@ from fedpipe_operator.kube.job_status import WriteBudget, invalid_status, job_st
 from fedpipe_operator.kube.resync import Resync
 from fedpipe_operator.kube.settings import OperatorSettings
 from fedpipe_operator.kube.tls import CA_LIFE, OVERLAP, SERVING_LIFE, Material, load_certificate, renew
+from fedpipe_operator.kube.views import pod_view
 from fedpipe_operator.metrics import FAMILIES, Exposition, OperatorMetrics, markdown
 from fedpipe_operator.metrics.job_totals import Totals
 from kube.objects import NOW, UID, capacity, job, node, pod
@@ -205,6 +207,22 @@ def test_an_invalid_spec_is_said_and_a_running_job_keeps_its_phase() -> None:
     assert (fresh.phase, fresh.conditions[0].reason) == (Phase.PENDING, "Invalid")
     before = fresh.model_copy(update={"phase": Phase.TRAINING})
     assert invalid_status("spec: x", 2, before, NOW).phase is Phase.TRAINING
+
+
+def test_an_agent_that_was_killed_for_memory_says_so_while_it_works_again() -> None:
+    known = known_job()
+    apply(known.state, Offered(sequence=1, nodes=("a",)), NOW)
+    ended = {"reason": "OOMKilled", "exitCode": 137}
+    status = [{"name": "agent", "state": {"running": {}}, "lastState": {"terminated": ended}}]
+    view = pod_view(pod("a", containerStatuses=status))
+    assert view
+    assert view.trouble is None
+    found = job_status(
+        job(), known, pods=[view], choice=None, refused=None, output=None, previous=None, now=NOW
+    )
+    assert found.node_table[0].message == (
+        "its container was started again: it was killed because it used more memory than it may (OOMKilled)"
+    )
 
 
 def test_gpu_nodes_are_held_by_one_job() -> None:

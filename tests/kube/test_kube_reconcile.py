@@ -43,6 +43,11 @@ def fleet(
     return ClusterNodes(nodes, capacities, held or {})
 
 
+def tainted(body: Any, key: str, effect: str = "NoSchedule", value: str = "") -> Any:
+    """A Node with a taint."""
+    return body | {"spec": body["spec"] | {"taints": [{"key": key, "effect": effect, "value": value}]}}
+
+
 def state_of(
     the_job: Any,
     offered: tuple[str, ...] = (),
@@ -117,6 +122,12 @@ def test_too_few_nodes_get_no_pods_and_hold_no_gpu() -> None:
     [
         (node("x", ready=False), capacity("x"), {}, "the Node is not ready"),
         (node("x", cordoned=True), capacity("x"), {}, "the Node is cordoned"),
+        (
+            tainted(node("x"), "dedicated"),
+            capacity("x"),
+            {},
+            "the Node has the taint dedicated:NoSchedule, which spec.podTemplate does not tolerate",
+        ),
         (node("x"), capacity("x", unschedulable=True), {}, "spec.unschedulable of its FedPipeNode is true"),
         (node("x"), capacity("x", at=NOW - 1000), {}, "its probe has gone silent"),
         (node("x"), capacity("x", ready=False), {}, "DriverMismatch: the driver was updated"),
@@ -131,6 +142,44 @@ def test_why_a_node_is_left_out(the_node: Any, report: Any, held: Any, why: str)
     assert found.choice.nodes == ("a", "b")
     assert found.choice.excluded == {"x": why}
     assert f"2 of 3 nodes can be used; 1: {why} (x)" in found.choice.explain()
+
+
+@pytest.mark.parametrize(
+    ("toleration", "kept_away"),
+    [
+        ({"key": "dedicated", "operator": "Exists"}, False),
+        ({"operator": "Exists"}, False),
+        ({"key": "dedicated", "value": "edge"}, False),
+        ({"key": "dedicated", "operator": "Equal", "value": "edge", "effect": "NoSchedule"}, False),
+        ({"key": "dedicated", "value": "else"}, True),
+        ({"key": "dedicated", "operator": "Exists", "effect": "NoExecute"}, True),
+        ({"key": "other", "operator": "Exists"}, True),
+    ],
+)
+def test_a_taint_keeps_agents_away_as_the_scheduler_would(toleration: Any, kept_away: bool) -> None:
+    one = job(podTemplate={"spec": {"tolerations": [toleration]}})
+    machines = fleet("a", "b", bodies=[tainted(node("x"), "dedicated", value="edge")])
+    found = look(one, machines, [], state_of(one)).choice
+    assert found
+    assert ("x" in found.excluded) is kept_away
+    at_work = state_of(one, ("a", "x"), ("a", "x"))
+    kept = look(one, machines, [pod("a"), pod("x")], at_work).choice
+    assert kept
+    assert "x" in kept.nodes, "a taint that comes later takes nobody from work; NoExecute evicts the Pod"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        tainted(node("x", nvidia_com_gpu="1"), "nvidia.com/gpu"),
+        tainted(node("x"), "dedicated", "PreferNoSchedule"),
+    ],
+)
+def test_taints_that_keep_no_agent_away(body: Any) -> None:
+    one = job()
+    found = look(one, fleet("a", bodies=[body], reports=[capacity("x", gpus=1)]), [], state_of(one)).choice
+    assert found
+    assert "x" in found.nodes
 
 
 def test_other_labels_and_the_maximum_are_counted_but_not_listed() -> None:
@@ -192,6 +241,15 @@ def test_a_silent_probe_or_a_cordon_takes_nobody_from_work() -> None:
                 ),
             ),
             "its container keeps failing: no /data/train.jsonl",
+        ),
+        (
+            pod(
+                "a",
+                containerStatuses=waiting(
+                    "CrashLoopBackOff", lastState={"terminated": {"reason": "OOMKilled", "exitCode": 137}}
+                ),
+            ),
+            "its container keeps failing: it was killed because it used more memory than it may (OOMKilled)",
         ),
         (
             pod(

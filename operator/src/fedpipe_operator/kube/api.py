@@ -14,6 +14,7 @@ from kubernetes.aio import client, config
 
 from fedpipe_api.names import GROUP, JOBS, NODES, VERSION
 
+from .fields import FieldReader
 from .shallow import decode
 
 Document = dict[str, Any]
@@ -141,6 +142,12 @@ class Api:
         """Apply a ConfigMap that lives as long as any of its owners."""
         metadata: Document = {"name": name, "ownerReferences": owners}
         await self._apply_core(namespace, "configmaps", "ConfigMap", metadata, {"data": dict(data)})
+
+    async def warnings_of(self, namespace: str, uid: str) -> list[FieldReader]:
+        """Return the newest Warnings of an object; Unreadable where they are not as Kubernetes has them."""
+        query = {"fieldSelector": f"involvedObject.uid={uid},type=Warning", "limit": "50"}
+        path = f"/api/v1/namespaces/{namespace}/events"
+        return FieldReader(await self.request("list", "GET", path, query=query)).objects("items")
 
     async def create_event(self, namespace: str, event: Document) -> None:
         """Create an Event."""

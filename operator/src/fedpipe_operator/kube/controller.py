@@ -5,6 +5,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,12 +25,13 @@ from .events import EventRecorder
 from .inventory import Inventory
 from .job_status import invalid_status, job_status, quarantined_status
 from .output_delivery import OutputDelivery
+from .pod_warnings import PodWarnings
 from .pods import build_agent_pod, owner_reference, template_digest
 from .reconcile import Actions, as_recorded, reconcile
 from .settings import OperatorSettings
 from .tracked_job import TrackedJob
 from .verified_precisions import VerifiedPrecisions
-from .views import Body
+from .views import Body, PodView
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class Controller:
         self._observe = observe
         self._clock = clock
         self._proofs = VerifiedPrecisions()
+        self._warnings = PodWarnings(api, clock)
         self._turn = asyncio.Lock()
 
     # What kopf's handlers say
@@ -125,6 +128,7 @@ class Controller:
         namespace = known.namespace if known else ledger.state.namespace if ledger else ""
         for pod in self.inventory.pods_of(namespace, uid):
             await self._api.delete_pod(pod.namespace, pod.name, pod.uid, force=False)
+        self._warnings.forget(uid)
         await self.engine.delete(uid)
         if self.inventory.hold(uid, ()):
             self.wake_all()
@@ -188,6 +192,7 @@ class Controller:
             return await self._write(known, status)
         if known.uid in self.engine.quarantined:
             return await self._quarantine(known, job)
+        await self._warnings.ask(known.uid, self.inventory.agents_of(known.namespace, known.uid))
         actions = self._decide(known, job)
         if actions.submit and not await self.engine.submit(job):
             log.warning("job %s: it is edited too often; generation %d waits", known.title, known.generation)
@@ -231,7 +236,7 @@ class Controller:
         actions = reconcile(
             job,
             self.inventory.fleet_for(known.uid, names),
-            self.inventory.agents_of(known.namespace, known.uid),
+            self._agents(known),
             engine_job.state if engine_job else None,
             seen={node: live.seen for node, live in engine_job.live.items()} if engine_job else {},
             template=template_digest(job, self._settings),
@@ -242,6 +247,11 @@ class Controller:
         if actions.hold is not None and self.inventory.hold(known.uid, actions.hold):
             self.wake_all()
         return actions
+
+    def _agents(self, known: TrackedJob) -> list[PodView]:
+        """Return the job's agent Pods, with what Events say of those that do not start."""
+        found = self.inventory.agents_of(known.namespace, known.uid)
+        return [replace(pod, trouble=pod.trouble or self._warnings.of(pod)) for pod in found]
 
     async def _change_engine(self, known: TrackedJob, actions: Actions) -> bool:
         """Return whether the engine's state changed, so that everything must be decided again."""
@@ -329,7 +339,7 @@ class Controller:
         status = job_status(
             job,
             engine_job,
-            pods=self.inventory.agents_of(known.namespace, known.uid),
+            pods=self._agents(known),
             choice=known.choice,
             refused=known.refused,
             output=known.output,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fedpipe_api.job import FedPipeJobSpec
 
 from ..engine.state import JobState
+from .taints import GPU_TOLERATION, tolerations_of, untolerated
 from .views import CapacityView, NodeView, PodView
 
 OTHER_LABELS = "labels do not match spec.nodes.selector"
@@ -58,6 +59,7 @@ def choose(
     """
     offered = frozenset(state.offered) if state else frozenset()
     left_out = state.plan.left_out if state and state.plan else {}
+    tolerations = tolerations_of(spec.pod_template)
     usable: list[tuple[bool, bool, bool, int, str]] = []
     excluded: dict[str, str] = {}
     reasons: Counter[str] = Counter()
@@ -67,7 +69,9 @@ def choose(
             reasons[OTHER_LABELS] += 1
             continue
         settled = name in offered and _settled(name, state, pods)
-        why = _unusable(node, capacity, settled, fleet.held.get(name), now)
+        why = _unusable(node, capacity, settled, fleet.held.get(name), now) or (
+            None if settled or node is None else _keeps_away(node, capacity, tolerations)
+        )
         if why is not None:
             excluded[name] = why
             reasons[why] += 1
@@ -94,6 +98,14 @@ def _settled(name: str, state: JobState | None, pods: Mapping[str, PodView]) -> 
     pod = pods.get(name)
     lost = state is not None and name in state.lost
     return pod is not None and pod.running and not pod.trouble and not lost
+
+
+def _keeps_away(node: NodeView, capacity: CapacityView, tolerations: list[Mapping[str, str]]) -> str | None:
+    ours = [GPU_TOLERATION] if node.accelerator is not None and capacity.devices else []
+    taint = untolerated(node.taints, [*tolerations, *ours])
+    if taint is None:
+        return None
+    return f"the Node has the taint {taint.key}:{taint.effect}, which spec.podTemplate does not tolerate"
 
 
 def _unusable(

@@ -157,13 +157,8 @@ def _rows(
     table: tuple[NodeStatus, ...], pods: Sequence[PodView], choice: NodeSelection | None
 ) -> tuple[NodeStatus, ...]:
     """Add the Pods' troubles, and the nodes that the selector matches but that cannot be used."""
-    troubles = {pod.node: pod.trouble for pod in pods if pod.trouble}
-    rows = [
-        row.model_copy(update={"message": troubles[row.name][:1024]})
-        if row.name in troubles and row.state in ("lost", "starting")
-        else row
-        for row in table
-    ]
+    by_node = {pod.node: pod for pod in pods}
+    rows = [row.model_copy(update={"message": _said(row, by_node.get(row.name))}) for row in table]
     excluded: Mapping[str, str] = choice.excluded if choice else {}
     shown = {row.name for row in rows}
     rows += [
@@ -172,6 +167,15 @@ def _rows(
         if name not in shown
     ]
     return tuple(rows[:NODE_ROWS])
+
+
+def _said(row: NodeStatus, pod: PodView | None) -> str | None:
+    """Return what a node's row says: of an agent that does not work, why its Pod does not."""
+    if pod is None:
+        return row.message
+    if row.state in ("lost", "starting"):
+        return (pod.trouble or pod.restarted or row.message or "")[:1024] or None
+    return row.message or (pod.restarted or "")[:1024] or None
 
 
 class WriteBudget:

@@ -23,6 +23,7 @@ from fedpipe_api.objects import Claim, HostPath, Volume
 
 from .merge import strategic_merge
 from .settings import OperatorSettings
+from .taints import GPU_TOLERATION
 from .views import AGENT, TEMPLATE_ANNOTATION, WRITER, CapacityView, NodeView
 
 CA_KEY = "ca.crt"
@@ -214,7 +215,7 @@ def _spec(job: FedPipeJob, node: NodeView, capacity: CapacityView, settings: Ope
         spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
     if node.accelerator is not None and capacity.devices:
         container["resources"]["limits"] = {node.accelerator: "1"}
-        spec["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+        spec["tolerations"] = [GPU_TOLERATION]
     elif capacity.devices:
         container["env"].append({"name": "NVIDIA_VISIBLE_DEVICES", "value": "all"})
         if settings.runtime_class:
@@ -268,7 +269,8 @@ def _model(
     job: FedPipeJob, node: str, settings: OperatorSettings
 ) -> tuple[str, list[Document], list[Document], list[Document]]:
     """Return the model's argument, volumes, mounts and environment."""
-    source, environment = job.spec.model, [{"name": "HOME", "value": "/tmp"}]  # noqa: S108 - in the Pod
+    source = job.spec.model
+    environment: list[Document] = [{"name": "HOME", "value": "/tmp"}]  # noqa: S108 - in the Pod
     if source.hugging_face is None:
         volume, mount = _source(
             "model", MODEL_DIRECTORY, source.persistent_volume_claim or source.host_path, node

@@ -9,6 +9,7 @@ from fedpipe_api.names import COMPONENT_LABEL, GROUP, NODE_LABEL
 from fedpipe_api.node import READY, STALE_SECONDS
 
 from .fields import FieldReader, one_line
+from .taints import Taint, taints_of
 
 Body = Mapping[str, Any]
 
@@ -42,6 +43,7 @@ class NodeView:
     labels: Mapping[str, str]
     ready: bool
     cordoned: bool
+    taints: tuple[Taint, ...]
     accelerator: str | None
     """Resource name of a whole GPU or of the largest MIG instance it offers."""
 
@@ -94,6 +96,8 @@ class PodView:
     """Whether it writes the job's output; then it stands for no node."""
     trouble: str | None = None
     """Why its agent does not run, as a clause about the Pod."""
+    restarted: str | None = None
+    """Why its agent, which runs, had to be started again."""
     ended: float | None = None
 
     @property
@@ -124,6 +128,7 @@ def node_view(body: Body) -> NodeView:
         labels=meta.texts("labels"),
         ready=any(c.text("type") == "Ready" and c.text("status") == "True" for c in conditions),
         cordoned=spec.flag("unschedulable"),
+        taints=taints_of(spec),
         accelerator=offered[0] if offered else None,
     )
 
@@ -193,6 +198,7 @@ def pod_view(body: Body) -> PodView | None:
         until=meta.time("deletionTimestamp"),
         writer=writer,
         trouble=_trouble(status, containers),
+        restarted=_restarted(status, containers),
         ended=_ended(status, containers),
     )
 
@@ -202,8 +208,8 @@ def _trouble(status: FieldReader, containers: Iterable[FieldReader]) -> str | No
         waiting = container.object("state").object("waiting")
         reason = waiting.text("reason")
         if reason in _STUCK:
-            last = container.object("lastState").object("terminated").text("message")
-            return f"{_STUCK[reason]}: {one_line(last or waiting.text('message') or reason)}"
+            last = _last_end(container)
+            return f"{_STUCK[reason]}: {last or one_line(waiting.text('message') or reason)}"
     if status.text("phase") == "Failed":
         ended = next(iter(_terminated(containers)), FieldReader({}))
         detail = status.text("message") or ended.text("message") or ended.text("reason") or "no reason given"
@@ -213,6 +219,23 @@ def _trouble(status: FieldReader, containers: Iterable[FieldReader]) -> str | No
         if condition.text("type") == "PodScheduled" and condition.text("reason") == "Unschedulable":
             return f"its Pod cannot be scheduled: {one_line(condition.text('message'))}"
     return None
+
+
+def _restarted(status: FieldReader, containers: Iterable[FieldReader]) -> str | None:
+    """Return how the process before the one that runs now ended, where it ended badly."""
+    if status.text("phase") != "Running":
+        return None
+    ends = (_last_end(container) for container in containers)
+    return next((f"its container was started again: {end}" for end in ends if end), None)
+
+
+def _last_end(container: FieldReader) -> str:
+    """Return why a container ended before it was started again, empty if it did not or had nothing to say."""
+    ended = container.object("lastState").object("terminated")
+    reason = ended.text("reason", longest=63)
+    if reason == "OOMKilled":
+        return "it was killed because it used more memory than it may (OOMKilled)"
+    return one_line(ended.text("message") or ("" if reason in ("Error", "Completed") else reason))
 
 
 def _terminated(containers: Iterable[FieldReader]) -> list[FieldReader]:
