@@ -169,6 +169,28 @@ def test_export_merge_writes_a_whole_model(finished, inputs, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()} == {0o644}
 
 
+def test_a_run_goes_on_from_an_adapter(finished, inputs, tmp_path):
+    _, directory, _ = finished
+    before = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    document = job_of(inputs, count=1)
+    document["spec"]["adapter"] |= {"from": {"path": str(directory.adapter)}}
+    job = write_job(tmp_path / "job.yaml", document)
+    done = fedpipe(command(job, inputs, tmp_path / "more"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = [json.loads(line) for line in RunDirectory(tmp_path / "more").metrics.read_text().splitlines()]
+    # The first run evaluated its adapter as nodes download it, rounded to int8.
+    assert after[0]["loss"] == pytest.approx(before[-1]["loss"], rel=0.02)
+    assert after[0]["loss"] < 0.9 * before[0]["loss"]
+
+    given = tmp_path / "given"
+    shutil.copytree(directory.adapter, given)
+    config = json.loads((given / "adapter_config.json").read_text())
+    (given / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    document["spec"]["adapter"]["from"]["path"] = str(given)
+    arguments = [FEDPIPE, "plan", str(write_job(job, document)), "--fleet", str(inputs / "fleet.yaml")]
+    assert_mistake(fedpipe(arguments), "job.yaml: spec.adapter.from: ")
+
+
 def everything_under(root):
     return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
 

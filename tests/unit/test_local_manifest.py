@@ -112,6 +112,10 @@ BAD_JOBS = {
     "a wanted label of nodes": (SPEC + "nodes.selector", {"matchLabels": {"gpu": True}},
                                 "job.yaml: spec.nodes.selector.matchLabels.gpu: must be text, but is true"),
     "path out": (SPEC + "data.train", "../train.jsonl", "job.yaml: spec.data.train: leaves the volume"),
+    "start without adapter": (SPEC + "adapter", {"from": {"path": "data/0"}},
+                              "job.yaml: spec.adapter.from.path: data/0 is no PEFT directory"),
+    "start from a job": (SPEC + "adapter", {"from": {"job": "first"}},
+                         "job.yaml: spec.adapter.from.job: of a cluster; give path, such as runs/first/adap"),
     "wrong kind": ("kind", "Job", "job.yaml: kind: "),
     "no name": ("metadata", {}, "job.yaml: metadata.name: required, but not given"),
 }  # fmt: skip

@@ -35,6 +35,7 @@ from .training import (
     Adapter,
     Aggregation,
     Checks,
+    Given,
     Optimizer,
     Ranks,
     Robust,
@@ -55,6 +56,7 @@ __all__ = [
     "FedPipeJobSpec",
     "FedPipeJobStatus",
     "Fields",
+    "Given",
     "HostPath",
     "HuggingFace",
     "LabelSelector",
@@ -359,6 +361,13 @@ class FedPipeJobSpec(Model):
                     and spec.rounds.until.metric == "accuracy"
                 )
             ),
+        ),
+        Rule(
+            field="adapter.from",
+            message="needs aggregation.method exact, truncate or stack",
+            cel="!has(self.adapter) || !has(self.adapter.from) || !has(self.aggregation) || "
+            "!has(self.aggregation.method) || !(self.aggregation.method in ['zero-pad', 'average'])",
+            holds=lambda spec: spec.adapter.from_ is None or not spec.aggregation.method.averages_factors,
         ),
         *immutable("model", "data", "adapter", "quantization", "optimizer", "aggregation", "output", "seed"),
     )

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from .base import Duration, Model, ModuleName
 from .lora.methods import Method
-from .rules import Rule, immutable, min_not_above_max
+from .rules import Rule, exactly_one, immutable, min_not_above_max
 
 
 class Until(Model):
@@ -113,8 +113,32 @@ class Selection(Model):
     )
 
 
+class Given(Model):
+    """An adapter that exists, which round 1 starts from; its base model must be the job's."""
+
+    path: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=4096,
+        description="PEFT directory, for `fedpipe run`; relative to where that is started.",
+    )
+    job: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=63,
+        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$",
+        description="Job of the same namespace, whose latest adapter it is; in a cluster.",
+    )
+
+    rules: ClassVar = (exactly_one("path", "job"),)
+
+
 class Adapter(Model):
     """The LoRA adapter."""
+
+    from_: Given | None = Field(
+        default=None, alias="from", description="An adapter that training starts from; default: none."
+    )
 
     modules: tuple[ModuleName, ...] = Field(
         default=(),

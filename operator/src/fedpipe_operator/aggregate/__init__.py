@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a round's updates become the next global adapter (METHOD §4); numpy only, made for a worker process."""
 
+from .given import convert_given, read_given
 from .messages import AggregationReport, AggregationRequest, MatrixReport, NodeReport, NodeUpdate, StoredFile
 from .run import aggregate_round
 from .sent import make_again
@@ -16,5 +17,7 @@ __all__ = [
     "StoredFile",
     "aggregate_round",
     "check_update_file",
+    "convert_given",
     "make_again",
+    "read_given",
 ]

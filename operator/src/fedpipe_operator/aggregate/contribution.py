@@ -39,6 +39,7 @@ class Matrix:
     previous: TensorFile | None
     state: TensorFile | None
     aggregation: Aggregation
+    rounded: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:

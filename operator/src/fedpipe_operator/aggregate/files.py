@@ -132,6 +132,11 @@ class TensorFile:
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
+    @property
+    def path(self) -> Path:
+        """Where it is stored."""
+        return Path(self._path)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
         return self.entries[name].shape

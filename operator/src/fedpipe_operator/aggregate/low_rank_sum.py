@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from fedpipe_api.lora.codec import Float32, received
-from fedpipe_api.lora.format import LORA_A, LORA_B, Encoding
+from fedpipe_api.lora.format import LORA_A, LORA_B
 
 from . import server_optimizer as optimizer
 from .comparison import NotFiniteError, Products
@@ -93,7 +93,7 @@ def sum_products(matrix: Matrix, starts_from_best: bool, untrained: Untrained) -
     """
     previous = saved(matrix.previous, matrix.name, (LORA_A, LORA_B))
     state = saved(matrix.state, matrix.name, (LORA_A, LORA_B, optimizer.SECOND_MOMENT, optimizer.STEPS))
-    rounded = matrix.aggregation.method.download is Encoding.INT8
+    rounded = matrix.rounded
     start = received(previous) if rounded else {}
     terms = _Terms(matrix, sum(len(stored[LORA_A]) for stored in (previous, start, state) if stored))
     ours, begun, theirs = (terms.append_stored(stored) for stored in (previous, start, state))

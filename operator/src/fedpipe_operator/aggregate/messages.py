@@ -28,6 +28,7 @@ class AggregationRequest:
     `alpha` and `rs_lora` give the LoRA scale. `adapter` is the global adapter the updates started from and
     `server_state` the server optimizer's state beside it; None before the first. `norms` are the norms of
     earlier updates that the running median still sees, in any order. New files are made in `directory`.
+    `as_is` says that nodes downloaded `adapter` itself, although the method rounds what is sent.
     `threads` matrices are worked on at a time (default: one a core, at most 4); the bytes of the result do
     not depend on it.
     """
@@ -40,6 +41,7 @@ class AggregationRequest:
     adapter: Path | None = None
     server_state: Path | None = None
     norms: tuple[float, ...] = ()
+    as_is: bool = False
     threads: int | None = None
 
 

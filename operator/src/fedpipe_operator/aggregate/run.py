@@ -172,7 +172,8 @@ class _Round:
             for index in trained
         ]
         aggregation = self._request.aggregation
-        matrix = Matrix(name, parts, self._adapter, self._state, aggregation)
+        rounded = aggregation.method.download is Encoding.INT8 and not self._request.as_is
+        matrix = Matrix(name, parts, self._adapter, self._state, aggregation, rounded)
         self._require_shapes(matrix)
         done = RULES[aggregation.method](matrix)
         tensors, state = (

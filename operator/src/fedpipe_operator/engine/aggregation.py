@@ -85,6 +85,7 @@ def request_of(blobs: Blobs, state: JobState) -> AggregationRequest:
         for _, check in sorted(known.checks.items())
         if check.verdict == "ok"
     ]
+    adapter = result.adapter if result else state.given
     return AggregationRequest(
         aggregation=spec.aggregation,
         alpha=spec.adapter.alpha,
@@ -94,7 +95,8 @@ def request_of(blobs: Blobs, state: JobState) -> AggregationRequest:
             for node, manifest in sorted(current.updates.items())
         ),
         directory=blobs.temporary,
-        adapter=blobs.path(result.adapter.digest) if result else None,
+        adapter=blobs.path(adapter.digest) if adapter else None,
+        as_is=result is None,
         server_state=blobs.path(result.server_state.digest) if result and result.server_state else None,
         norms=tuple(norms[:NORM_HISTORY]),
     )

@@ -38,6 +38,11 @@ class MakePlan:
 
 
 @dataclass(frozen=True)
+class Begin:
+    """Take in the adapter that round 1 starts from."""
+
+
+@dataclass(frozen=True)
 class OpenRound:
     """Begin a round."""
 
@@ -67,7 +72,7 @@ class Finish:
     message: str
 
 
-Action = Wait | MakePlan | OpenRound | CloseRound | Aggregate | Finish
+Action = Wait | Begin | MakePlan | OpenRound | CloseRound | Aggregate | Finish
 
 
 def decide(state: JobState, now: float) -> Action:
@@ -135,6 +140,8 @@ def _gather(state: JobState, now: float) -> Action:
         if not missing or now >= until:
             if state.shape is None:
                 return Wait(Reason.MODEL_DIFFERS, _disagreement(state))
+            if spec.adapter.from_ is not None and state.given is None:
+                return Begin()
             late = f"{_names(missing)} did not register in time"
             return MakePlan(late if missing else "all agents registered")
     text = f"{len(live)} of {len(state.offered)} agents registered"

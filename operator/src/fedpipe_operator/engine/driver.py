@@ -7,15 +7,17 @@ import logging
 from fedpipe_api.base import UserError
 from fedpipe_api.conditions import Reason
 from fedpipe_api.status import Phase
+from fedpipe_api.wire import Blob
 
 from ..store import is_full
 from .aggregation import aggregate
-from .decide import Action, Aggregate, CloseRound, Finish, MakePlan, OpenRound, Wait, decide
+from .begin import adapter_of, converted
+from .decide import Action, Aggregate, Begin, CloseRound, Finish, MakePlan, OpenRound, Wait, decide
 from .integrity import Integrity
 from .jobs import Job, until
 from .journal import Journal
 from .planning import PlanInfeasible, make_plan
-from .records import Finished, Record, RoundClosed, RoundOpened, UpdateDropped
+from .records import Begun, Finished, Record, RoundClosed, RoundOpened, UpdateDropped
 from .state import blobs_in_use
 from .worker import Worker
 
@@ -31,10 +33,13 @@ LONGEST_DOUBLING = 6
 class Driver:
     """What drives every job: one task for each calls `drive`."""
 
-    def __init__(self, journal: Journal, worker: Worker, integrity: Integrity) -> None:
+    def __init__(
+        self, journal: Journal, worker: Worker, integrity: Integrity, *, reads_paths: bool = False
+    ) -> None:
         self._journal = journal
         self._worker = worker
         self._integrity = integrity
+        self._reads_paths = reads_paths
 
     async def drive(self, job: Job) -> None:
         """Drive one job until it ends."""
@@ -84,6 +89,8 @@ class Driver:
                 record: Record = await make_plan(self._worker, job.state, action.reason)
                 async with job.lock:
                     await self._journal.commit(job, record)
+            case Begin():
+                await self._begin(job)
             case Aggregate():
                 await self._aggregate(job, action.round, committed)
             case OpenRound() | CloseRound() | Finish():
@@ -116,6 +123,23 @@ class Driver:
                 )
             case Finish():
                 return Finished(phase=action.phase, reason=action.reason, message=action.message)
+
+    async def _begin(self, job: Job) -> None:
+        """Take in the adapter that the job starts from."""
+        given = job.state.spec.adapter.from_
+        assert given is not None
+        if given.job is not None:
+            async with job.lock, self._journal.store_lock:
+                # With the lock held its file stays until the record says that this job needs it too.
+                adapter = adapter_of(self._journal.jobs.values(), job.state)
+                await self._journal.commit(job, Begun(adapter=adapter))
+            return
+        if not self._reads_paths:
+            raise UserError("spec.adapter.from.path: is of `fedpipe run`; in a cluster name a job")
+        file = await converted(self._worker, self._journal.blobs, job.state)
+        async with job.lock, self._journal.store_lock:
+            await asyncio.to_thread(self._journal.blobs.adopt, file.path, file.digest)
+            await self._journal.commit(job, Begun(adapter=Blob(digest=file.digest, size=file.size)))
 
     async def _aggregate(self, job: Job, round_number: int, committed: asyncio.Event) -> None:
         again = self._journal.clock() + RETRY_SECONDS

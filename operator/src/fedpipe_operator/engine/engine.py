@@ -31,12 +31,14 @@ class Engine(Inbox):
         *,
         clock: Callable[[], float] = time.time,
         notify: Callable[[str, JobEvent], None] = lambda uid, event: None,
+        reads_paths: bool = False,
     ) -> None:
+        """Open a store; `reads_paths` lets jobs start from adapters in directories of this machine."""
         self._directory = directory
         self._worker = Worker()
         journal = Journal(directory, clock=clock, notify=notify)
         super().__init__(journal, Integrity(journal, self._worker))
-        self._driver = Driver(journal, self._worker, self.integrity)
+        self._driver = Driver(journal, self._worker, self.integrity, reads_paths=reads_paths)
         self.background = Background()
 
     # Life

@@ -69,5 +69,5 @@ def _start(state: JobState) -> list[str]:
     """Return the digests of what the next aggregation and the nodes start from."""
     known = state.rounds.get(state.done)
     result = known.result if known else None
-    files = (result.adapter, result.server_state, result.sent) if result else ()
+    files = (result.adapter, result.server_state, result.sent) if result else (state.given,)
     return [file.digest for file in files if file]

@@ -4,6 +4,7 @@
 from .records import (
     AgentLost,
     AgentRegistered,
+    Begun,
     Evaluated,
     Finished,
     Offered,
@@ -47,6 +48,8 @@ def _follows(state: JobState, record: Record) -> bool:
         case PlanMade():
             known = record.shape is None or record.shape in state.models
             return known and bool(state.agents) and record.version == len(state.plans) + 1
+        case Begun():
+            return state.given is None and not state.rounds
         case Profiled():
             return state.plan is not None and record.node not in state.profiles
         case Evaluated():

@@ -158,6 +158,18 @@ class Profiled(Model):
         return f"profiled/{self.node}"
 
 
+class Begun(Model):
+    """The global adapter that round 1 starts from was given, and is durable."""
+
+    kind: Literal["begun"] = "begun"
+    adapter: Blob
+
+    @property
+    def key(self) -> str:
+        """Unique within the job."""
+        return "begun"
+
+
 class RoundOpened(Model):
     """A round began: who takes part, from which adapter, until when (seconds since the epoch)."""
 
@@ -296,6 +308,7 @@ Record = (
     | Offered
     | AgentRegistered
     | AgentLost
+    | Begun
     | PlanMade
     | Profiled
     | RoundOpened

@@ -56,7 +56,8 @@ def sizes(request: AggregationRequest, state: JobState) -> tuple[list[MatrixSize
         if ranks:
             known = result.matrices.get(matrix.name) if result else None
             # What no node trained in the last round has no figures, but may have been trained before.
-            previous = 0 if result is None else known.rank if known else most
+            unknown = most if result or state.given else 0
+            previous = known.rank if known else unknown
             matrices.append(MatrixSize(matrix.rows, matrix.columns, ranks, previous))
     return matrices, [tensor.size for tensor in state.model.head]
 

@@ -10,6 +10,7 @@ from fedpipe_api.wire import Blob, Evaluation, ModelShape, UpdateManifest
 from .records import (
     AgentLost,
     AgentRegistered,
+    Begun,
     Evaluated,
     Finished,
     Offered,
@@ -67,6 +68,8 @@ class JobState:
     plans: dict[int, PlanMade] = field(default_factory=dict)
     plan_at: float | None = None
     profiles: dict[str, Profiled] = field(default_factory=dict)
+    given: Blob | None = None
+    """The global adapter of round 0, where there is one; nodes download it as it is."""
     rounds: dict[int, Round] = field(default_factory=dict)
     accepted: dict[str, int] = field(default_factory=dict)
     """The round of every update that was accepted, by its digest."""
@@ -117,7 +120,9 @@ class JobState:
         return known.result.adapter if known and known.result else None
 
     def sent_after(self, round_number: int) -> Blob | None:
-        """Return the global adapter of a round as nodes download it; None for round 0, which has none."""
+        """Return the global adapter of a round as nodes download it; None for round 0 without a given one."""
+        if round_number == 0:
+            return self.given
         known = self.rounds.get(round_number)
         return (known.result.sent or known.result.adapter) if known and known.result else None
 
@@ -174,6 +179,8 @@ def apply(state: JobState, record: Record, at: float) -> None:
                 else record.model_copy(update={"shape": next(iter(state.models), None)})
             )
             state.plans[record.version], state.plan_at = known, at
+        case Begun():
+            state.given = record.adapter
         case Profiled():
             state.profiles[record.node] = record
         case RoundOpened():
@@ -262,6 +269,8 @@ def kept_blobs(state: JobState) -> dict[str, int]:
         if known and known.result:
             files = (known.result.adapter, known.result.sent, known.result.server_state)
             keep |= {file.digest: file.size for file in files if file}
+    if state.given and state.done <= 1:
+        keep[state.given.digest] = state.given.size
     current = state.current
     if current and current.result is None:
         keep |= {manifest.digest: manifest.size for manifest in current.updates.values()}

@@ -51,6 +51,7 @@ def read(job_file: Path, fleet_file: Path) -> LocalJob:
         raise UserError(f"{job_file}: spec.suspend: a suspended job does not start; remove it")
     chosen, excluded = choose(job.spec, fleet)
     _check_numbers(job.spec, len(chosen), job_file, fleet_file)
+    _check_start(job.spec, job_file)
     members = tuple(Member(node, _data(job.spec, node, job_file, fleet_file)) for node in chosen)
     model = model_of(job.spec, fleet, job_file, fleet_file)
     return LocalJob(job_file, fleet_file, job, fleet, members, excluded, model)
@@ -116,6 +117,19 @@ def _check_numbers(spec: FedPipeJobSpec, matching: int, job_file: Path, fleet_fi
             f"{job_file}: spec.rounds.minUpdates: {quorum} updates are required but {matching} nodes of "
             f"{fleet_file} match. Lower minUpdates or add nodes."
         )
+
+
+def _check_start(spec: FedPipeJobSpec, job_file: Path) -> None:
+    """UserError where the adapter to start from is not here; whether it fits only the model shows."""
+    given = spec.adapter.from_
+    if given is None:
+        return
+    if given.path is None:
+        raise UserError(
+            f"{job_file}: spec.adapter.from.job: of a cluster; give path, such as runs/{given.job}/adapter"
+        )
+    if not (Path(given.path).expanduser() / "adapter_config.json").is_file():
+        raise UserError(f"{job_file}: spec.adapter.from.path: {given.path} is no PEFT directory")
 
 
 def _data(spec: FedPipeJobSpec, node: FleetNode, job_file: Path, fleet_file: Path) -> Path:

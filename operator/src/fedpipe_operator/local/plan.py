@@ -18,6 +18,7 @@ from fedpipe_api import memory
 from fedpipe_api.base import UserError
 from fedpipe_api.wire import Registration
 
+from ..aggregate import read_given
 from ..planner import NodeFacts, Plan, PlanRequest, modules_line, plan, rows, summary_line
 from .agents import agent_command, capacity_of, environment, last_line
 from .interrupt import clean_interrupt
@@ -122,4 +123,11 @@ def describe(local: LocalJob) -> list[Registration]:
     if done.returncode != 0:
         message = last_line(done.stderr) or f"fedpipe-agent describe ended with status {done.returncode}"
         raise UserError(f"{local.job_file}: {message}" if message.startswith("spec.") else message)
-    return [Registration.model_validate_json(line) for line in done.stdout.splitlines()]
+    found = [Registration.model_validate_json(line) for line in done.stdout.splitlines()]
+    given = local.job.spec.adapter.from_
+    if given is not None and given.path is not None:
+        try:
+            read_given(Path(given.path), local.job.spec, found[0].model)
+        except UserError as error:
+            raise UserError(f"{local.job_file}: {error}") from None
+    return found

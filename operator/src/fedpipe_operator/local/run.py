@@ -204,7 +204,7 @@ async def _session(
         if event.reason not in (Reason.AGENT_LOST, Reason.AGENT_FAILED) or engine.jobs[uid].state.rounds:
             seen.event(event)
 
-    engine = Engine(directory.store, clock=_clock(last_at), notify=notify)
+    engine = Engine(directory.store, clock=_clock(last_at), notify=notify, reads_paths=True)
     await engine.start()
     tokens = Tokens()
     coordinator = await serve(application(engine, tokens), listener, shutdown_timeout=1.0)
