@@ -123,9 +123,9 @@ def outcome(history: History, rows: list[RoundRow]) -> str:
     head = "done in" if state.finished and state.finished.phase is Phase.SUCCEEDED else "stopped after"
     parts = [f"{head} {spent}"]
     if series:
-        parts.append(
-            f"{name} {series[-1]:.3f}" + (f" (untrained {series[0]:.3f})" if rows[0]["round"] == 0 else "")
-        )
+        start = "as given" if state.given else "untrained"
+        before = f" ({start} {series[0]:.3f})" if rows[0]["round"] == 0 else ""
+        parts.append(f"{name} {series[-1]:.3f}{before}")
     parts.append(f"{units.transfer(up)} up, {units.transfer(down)} down")
     return " · ".join(parts)
 
