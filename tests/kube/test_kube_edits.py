@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A job that is edited more often than the engine records goes on, and takes the newest edit in its time."""
+"""The controller alone: a job that is edited too often goes on; looks that fail are seen from outside."""
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 
 from fedpipe_operator.engine import Engine, jobs
 from fedpipe_operator.kube import controller
+from fedpipe_operator.kube.api import ApiError
 from fedpipe_operator.kube.controller import Controller
 from fedpipe_operator.kube.settings import OperatorSettings
 from kube.objects import NOW, UID, capacity, job, node
@@ -75,6 +77,40 @@ async def test_a_job_edited_too_often_goes_on_as_it_was(
         while await tended._look(known) == 0.0:
             pass
         assert (state.generation, state.spec.rounds.count) == (2, 9)
+    finally:
+        await tended.stop()
+        await engine.stop()
+
+
+async def test_an_operator_whose_looks_all_fail_is_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The alert FedPipeOperatorStuck follows the time since the last look that worked."""
+    monkeypatch.setattr(controller, "PACE_SECONDS", 0.0)
+    engine = Engine(tmp_path, clock=lambda: NOW)
+    await engine.start()
+    settings = OperatorSettings("fedpipe-system", "fedpipe", tmp_path, "agent:1", "operator:1")
+    tended = Controller(
+        engine, Recorded(), settings, None, publish_ca=no_ca, write_output=None, clock=lambda: NOW  # type: ignore[arg-type]
+    )  # fmt: skip
+
+    async def fail(known: object) -> None:
+        raise ApiError(403, "Forbidden", "no right is left")
+
+    look = tended._look
+    monkeypatch.setattr(tended, "_look", fail)
+    before = tended.last_look
+    try:
+        tended.see_job(at_generation(1))
+        known = tended.jobs[UID]
+        async with asyncio.timeout(30):
+            while not known.failures:
+                await asyncio.sleep(0.01)
+            assert tended.last_look == before
+            monkeypatch.setattr(tended, "_look", look)
+            while tended.last_look == before:
+                known.changed.set()
+                await asyncio.sleep(0.01)
     finally:
         await tended.stop()
         await engine.stop()

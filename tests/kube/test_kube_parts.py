@@ -238,14 +238,31 @@ def test_gpu_nodes_are_held_by_one_job() -> None:
 
 def test_a_heartbeat_wakes_nobody() -> None:
     reported: list[str] = []
-    inventory = Inventory(lambda: reported.append("fleet"), reported.append)
+    clock = Clock()
+    inventory = Inventory(lambda: reported.append("fleet"), reported.append, clock)
     inventory.see_node(node("a"))
     inventory.see_capacity(capacity("a"))
     reported.clear()
+    clock.now += 60
     inventory.see_capacity(capacity("a", at=NOW + 60))
     assert reported == []
+    clock.now += 9999
     inventory.see_capacity(capacity("a", at=NOW + 9999))
     assert reported == ["fleet"], "it had been treated as gone"
+
+
+@pytest.mark.parametrize("wrong", [-86_400, -400, 0, 86_400])
+def test_a_probe_is_silent_by_the_operator_s_clock(wrong: float) -> None:
+    """However wrong the clock of its node is."""
+    clock = Clock()
+    inventory = Inventory(lambda: None, lambda uid: None, clock)
+    for _ in range(3):
+        inventory.see_capacity(capacity("a", at=clock.now + wrong))
+        clock.now += 120
+    assert not inventory.capacities["a"].stale(clock.now)
+    inventory.see_capacity(capacity("a", at=clock.now - 120 + wrong))
+    clock.now += 300
+    assert inventory.capacities["a"].stale(clock.now)
 
 
 class Paged:

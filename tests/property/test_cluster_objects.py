@@ -151,7 +151,7 @@ def test_a_pod_is_read_or_named_as_unreadable(body: Any) -> None:
 )
 def test_nothing_that_is_seen_stops_the_others(seen: list[tuple[str, Any]]) -> None:
     """Beside any objects, another node is offered, and every job is reconciled."""
-    inventory = Inventory(lambda: None, lambda uid: None)
+    inventory = Inventory(lambda: None, lambda uid: None, lambda: NOW)
     for kind, body in [
         *seen,
         ("node", node("edge-2")),
@@ -170,7 +170,7 @@ def test_nothing_that_is_seen_stops_the_others(seen: list[tuple[str, Any]]) -> N
 
 
 def test_a_fedpipenode_of_the_year_0_is_left_out_named_and_counted(caplog: pytest.LogCaptureFixture) -> None:
-    inventory = Inventory(lambda: None, lambda uid: None)
+    inventory = Inventory(lambda: None, lambda uid: None, lambda: NOW)
     inventory.see_node(node("edge-1"))
     bad = replaced(capacity("edge-1"), "status.observedAt", "0000-01-01T00:00:00Z")
     inventory.see_capacity(bad)
@@ -185,7 +185,7 @@ def test_a_fedpipenode_of_the_year_0_is_left_out_named_and_counted(caplog: pytes
 
 
 def test_an_agent_at_work_outlives_a_report_that_cannot_be_read() -> None:
-    inventory = Inventory(lambda: None, lambda uid: None)
+    inventory = Inventory(lambda: None, lambda uid: None, lambda: NOW)
     inventory.see_node(node("edge-1"))
     inventory.see_capacity(capacity("edge-1", gpus=1))
     state = state_of(job(), ("edge-1",), ("edge-1",))
@@ -197,7 +197,7 @@ def test_an_agent_at_work_outlives_a_report_that_cannot_be_read() -> None:
 
 def test_a_pod_that_becomes_unreadable_is_as_good_as_gone() -> None:
     woken: list[str] = []
-    inventory = Inventory(lambda: None, woken.append)
+    inventory = Inventory(lambda: None, woken.append, lambda: NOW)
     inventory.see_pod(pod("edge-1"))
     inventory.see_pod(replaced(pod("edge-1"), "metadata.annotations.note", 1))
     assert inventory.pod("support", child_name("tickets", "edge-1")) is None

@@ -21,8 +21,8 @@ from .waiting import Waiter
 LINK_INTERVAL = 3600.0
 """Seconds between two measurements of the link; each moves up to link.SAMPLE_BYTES."""
 
-LINK_RETRY = 300.0
-"""Seconds after one that failed: the coordinator may have started after the probe."""
+LINK_RETRY, LONGEST_LINK_RETRY = 15.0, 300.0
+"""Seconds after one that failed, doubled each time: the coordinator may have started after the probe."""
 
 JITTER = 0.1
 """Share by which intervals vary, so that the probes of a fleet do not keep step."""
@@ -80,6 +80,7 @@ class Link:
         self._coordinator = coordinator
         self._child = Child(link.DEADLINE)
         self._due = 0.0
+        self._failures = 0
         self._trouble = ""
         self.rate = known if coordinator else None
 
@@ -102,7 +103,9 @@ class Link:
             self._report(str(error))
         else:
             self._report("")
-        self._due = time.monotonic() + _vary(LINK_RETRY if self.rate is None else LINK_INTERVAL)
+        self._failures = 0 if self.rate is not None else self._failures + 1
+        retry = min(LINK_RETRY * 2 ** min(self._failures - 1, 10), LONGEST_LINK_RETRY)
+        self._due = time.monotonic() + _vary(LINK_INTERVAL if self.rate is not None else retry)
         return self.rate
 
     def _report(self, trouble: str) -> None:

@@ -69,7 +69,7 @@ class Controller:
     ) -> None:
         self.engine = engine
         self.jobs: dict[str, TrackedJob] = {}
-        self.inventory = Inventory(self.wake_all, self.wake)
+        self.inventory = Inventory(self.wake_all, self.wake, clock)
         self.last_look = time.monotonic()
         self._api = api
         self._settings = settings
@@ -170,6 +170,8 @@ class Controller:
             try:
                 again = await self._look(known)
                 known.failures = 0
+                # Not of a look that fails: an operator all of whose looks fail is stuck.
+                self.last_look = time.monotonic()
             except ApiError as error:
                 log.warning("job %s: %s; trying again", known.title, error)
                 known.failures += 1
@@ -179,7 +181,6 @@ class Controller:
                 known.failures += 1
                 again = min(2.0**known.failures, 30.0)
             self._observe(time.perf_counter() - started)
-            self.last_look = time.monotonic()
             await _any_of(events, LONGEST_PAUSE if again is None else min(again, LONGEST_PAUSE))
             await asyncio.sleep(PACE_SECONDS)
 

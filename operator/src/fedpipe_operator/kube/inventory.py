@@ -2,6 +2,7 @@
 """What the watches have shown: nodes, capacities, Pods, and who holds which GPU node."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -24,13 +25,21 @@ class Inventory:
     An object that cannot be read is left out, logged once, and never keeps the others from being seen.
     """
 
-    def __init__(self, on_fleet: Callable[[], None], on_pod: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        on_fleet: Callable[[], None],
+        on_pod: Callable[[str], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.nodes: dict[str, NodeView] = {}
         self.capacities: dict[str, CapacityView] = {}
         self._pods: dict[tuple[str, str], dict[str, PodView]] = {}
         self._by_name: dict[tuple[str, str], PodView] = {}
         self._holders: dict[str, str] = {}
         self._unreadable: dict[str, dict[str, str]] = {"Node": {}, "FedPipeNode": {}, "Pod": {}}
+        self._clock = clock
+        # What a node's clock said at its latest report, and what ours did when it came.
+        self._reports: dict[str, tuple[float, float]] = {}
         self._on_fleet = on_fleet
         self._on_pod = on_pod
 
@@ -51,7 +60,9 @@ class Inventory:
         One that cannot be read is a node that no agent is started on; one at work keeps its place.
         """
         view = self._read("FedPipeNode", capacity_view, body)
-        if view is None:
+        if view is not None:
+            view = replace(view, observed_at=self._came(view.name, view.observed_at))
+        else:
             name = _name(body)
             if not name:
                 return
@@ -61,6 +72,19 @@ class Inventory:
         self.capacities[view.name] = view
         if before is None or not view.same_but_time(before) or before.stale(view.observed_at):
             self._on_fleet()
+
+    def _came(self, name: str, stamp: float) -> float:
+        """Return when a report came, by our clock: that of a node may be wrong by any amount.
+
+        One that was there before us counts as made when it says, at most now.
+        """
+        known = self._reports.get(name)
+        if known is None:
+            came = min(stamp, self._clock())
+        else:
+            came = known[1] if known[0] == stamp else self._clock()
+        self._reports[name] = stamp, came
+        return came
 
     def see_pod(self, body: Body) -> None:
         """Take in a Pod; one that cannot be read any more is as good as gone."""
@@ -100,6 +124,7 @@ class Inventory:
     def lose_capacity(self, name: str) -> None:
         """Forget a FedPipeNode."""
         self._unreadable["FedPipeNode"].pop(name, None)
+        self._reports.pop(name, None)
         if self.capacities.pop(name, None):
             self._on_fleet()
 

@@ -62,6 +62,7 @@ class CapacityView:
     link_rate: int | None
     """Bytes per second from the coordinator, as measured or declared."""
     observed_at: float
+    """When its probe made the report, in seconds since the epoch."""
 
     def same_but_time(self, other: "CapacityView") -> bool:
         """Whether nothing but the heartbeat moved."""
