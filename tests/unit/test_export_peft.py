@@ -211,6 +211,7 @@ def test_the_tokenizer_goes_beside_the_adapter(tmp_path):
         "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json",
     }  # fmt: skip
     assert (tmp_path / "out/chat_template.jinja").read_text() == "chat_template.jinja"
+    assert not tokenizer_files(str(tmp_path / "gone"))
 
 
 def test_an_adapter_is_replaced_whole(tmp_path):

@@ -12,9 +12,12 @@ FILES = (
 
 
 def tokenizer_files(model: str) -> list[Path]:
-    """Return the tokenizer's files of a model: a directory, or what the hub's cache has of repo@revision."""
+    """Return the tokenizer's files of a model: an absolute path, or what the hub's cache has of repo@revision.
+
+    A directory that is gone has none: the adapter is worth having without them.
+    """
     directory = Path(model)
-    if directory.is_dir():
+    if directory.is_absolute():
         return [directory / name for name in FILES if (directory / name).is_file()]
     # It comes with the agent, which has loaded the model.
     from huggingface_hub import try_to_load_from_cache
