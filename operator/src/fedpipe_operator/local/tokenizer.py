@@ -12,7 +12,7 @@ FILES = (
 
 
 def tokenizer_files(model: str) -> list[Path]:
-    """Return the tokenizer's files of a model: an absolute path, or what the hub's cache has of repo@revision.
+    """Return the tokenizer's files of a model: an absolute path, or repo@revision in the hub's cache.
 
     A directory that is gone has none: the adapter is worth having without them.
     """
