@@ -114,3 +114,23 @@ async def test_an_operator_whose_looks_all_fail_is_stuck(
     finally:
         await tended.stop()
         await engine.stop()
+
+
+async def test_an_adapter_on_somebodys_laptop_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    api = Recorded()
+    engine = Engine(tmp_path, clock=lambda: NOW)
+    settings = OperatorSettings("fedpipe-system", "fedpipe", tmp_path, "agent:1", "operator:1")
+    tended = Controller(
+        engine, api, settings, None, publish_ca=no_ca, write_output=None, clock=lambda: NOW  # type: ignore[arg-type]
+    )  # fmt: skip
+    await engine.start()
+    try:
+        tended.see_job(at_generation(1, adapter={"from": {"path": "/etc"}}))
+        known = tended.jobs[UID]
+        assert known.invalid == "spec.adapter.from.path: is of `fedpipe run`; in a cluster name a job"
+        await tended._look(known)
+        assert not api.pods
+        assert UID not in engine.jobs
+    finally:
+        await tended.stop()
+        await engine.stop()

@@ -13,6 +13,9 @@ from .jobs import Job
 from .state import JobState
 from .worker import Worker
 
+NO_PATHS = "spec.adapter.from.path: is of `fedpipe run`; in a cluster name a job"
+"""What is said where the engine reads no directories of users."""
+
 
 async def converted(worker: Worker, blobs: Blobs, state: JobState) -> StoredFile:
     """Return a new file with the PEFT directory of spec.adapter.from.path as a global adapter.

@@ -11,7 +11,7 @@ from fedpipe_api.wire import Blob
 
 from ..store import is_full
 from .aggregation import aggregate
-from .begin import adapter_of, converted
+from .begin import NO_PATHS, adapter_of, converted
 from .decide import Action, Aggregate, Begin, CloseRound, Finish, MakePlan, OpenRound, Wait, decide
 from .integrity import Integrity
 from .jobs import Job, until
@@ -135,7 +135,7 @@ class Driver:
                 await self._journal.commit(job, Begun(adapter=adapter))
             return
         if not self._reads_paths:
-            raise UserError("spec.adapter.from.path: is of `fedpipe run`; in a cluster name a job")
+            raise UserError(NO_PATHS)
         file = await converted(self._worker, self._journal.blobs, job.state)
         async with job.lock, self._journal.store_lock:
             await asyncio.to_thread(self._journal.blobs.adopt, file.path, file.digest)

@@ -19,6 +19,7 @@ from fedpipe_api.status import FedPipeJobStatus
 
 from ..engine import Engine, JobEvent
 from ..engine.background import cancel
+from ..engine.begin import NO_PATHS
 from ..engine.state import JobState
 from .api import Api, ApiError
 from .events import EventRecorder
@@ -110,8 +111,12 @@ class Controller:
 
     def _not_allowed(self, known: TrackedJob) -> str | None:
         """Return why the administrator does not allow a job; one that runs already goes on to its end."""
-        output = known.job.spec.output if known.job else None
-        if output is None or output.url is None or known.uid in self.engine.jobs:
+        if known.job is None or known.uid in self.engine.jobs:
+            return None
+        given, output = known.job.spec.adapter.from_, known.job.spec.output
+        if given is not None and given.path is not None:
+            return NO_PATHS
+        if output is None or output.url is None:
             return None
         try:
             self._settings.store_of(output.url)
