@@ -127,7 +127,7 @@ def test_a_gpu_is_asked_for_as_the_node_offers_it(resources: dict[str, str], lim
     pod = build(the_node=body, report=capacity("edge-1", gpus=1), settings=settings)
     kubernetes_validate.validate(pod, "1.36", strict=True)
     assert pod["spec"]["containers"][0]["resources"].get("limits") == limit
-    assert pod["spec"].get("runtimeClassName") == (None if limit else "nvidia")
+    assert pod["spec"]["runtimeClassName"] == "nvidia", "also where a device plugin hands GPUs out"
     cpu = build(the_node=body)
     assert "limits" not in cpu["spec"]["containers"][0]["resources"]
     assert "runtimeClassName" not in cpu["spec"]

@@ -218,8 +218,9 @@ def _spec(job: FedPipeJob, node: NodeView, capacity: CapacityView, settings: Ope
         spec["tolerations"] = [GPU_TOLERATION]
     elif capacity.devices:
         container["env"].append({"name": "NVIDIA_VISIBLE_DEVICES", "value": "all"})
-        if settings.runtime_class:
-            spec["runtimeClassName"] = settings.runtime_class
+    if capacity.devices and settings.runtime_class:
+        # Also beside a device plugin: on k3s the driver's libraries come with the RuntimeClass alone.
+        spec["runtimeClassName"] = settings.runtime_class
     return spec
 
 
