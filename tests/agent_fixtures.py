@@ -136,7 +136,7 @@ def write_rows(path: Path, count: int = 24, seed: int = 0) -> Path:
 
 def sample_of(tokens: list[int], mark: int, task: Task) -> Any:
     """Return a sample of class `mark`, or with so many tokens of a prompt."""
-    from fedpipe_agent.train.tokens import Sample
+    from fedpipe_agent.train.tokenization import Sample
 
     if task is Task.SEQUENCE_CLASSIFICATION:
         return Sample(tokens, label=mark)

@@ -15,7 +15,7 @@ from fedpipe_agent.train.adapters import Adapters, GlobalAdapter
 from fedpipe_agent.train.data import Samples, step_order
 from fedpipe_agent.train.device import Device
 from fedpipe_agent.train.shape import read_shape
-from fedpipe_agent.train.tokens import Sample
+from fedpipe_agent.train.tokenization import Sample
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision, Task
 from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B

@@ -18,8 +18,8 @@ from fedpipe_api.wire import (
 )
 from fedpipe_operator.coordinator import bodies
 from fedpipe_operator.engine import Engine
+from fedpipe_operator.engine.allowances import Allowance, Registrations
 from fedpipe_operator.engine.events import JobEvent
-from fedpipe_operator.engine.jobs import Allowance, Registrations
 from fedpipe_operator.engine.status import status
 from standins.agents import StandIn, make_update, manifest_of, model_shape, registration
 from standins.local import Local, local, working

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedpipe_operator.engine import Engine, jobs
+from fedpipe_operator.engine import Engine, allowances
 from fedpipe_operator.kube import controller
 from fedpipe_operator.kube.api import ApiError
 from fedpipe_operator.kube.controller import Controller
@@ -47,7 +47,7 @@ async def test_a_job_edited_too_often_goes_on_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(allowances, "time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(controller, "PACE_SECONDS", 0.0)
     api = Recorded()
     engine = Engine(tmp_path, clock=lambda: NOW)
@@ -62,7 +62,7 @@ async def test_a_job_edited_too_often_goes_on_as_it_was(
         known.task.cancel()  # type: ignore[union-attr]
         while await tended._look(known) == 0.0:
             pass
-        engine.jobs[UID].edits._used[UID] = (jobs.Edits.BURST, now)
+        engine.jobs[UID].edits._used[UID] = (allowances.Edits.BURST, now)
         for name in ("edge-1", "edge-2"):
             tended.inventory.see_node(node(name))
             tended.inventory.see_capacity(capacity(name))
@@ -73,7 +73,7 @@ async def test_a_job_edited_too_often_goes_on_as_it_was(
         assert state.offered == ("edge-1", "edge-2"), "it goes on"
         assert len(api.pods) == 2
         assert (state.generation, state.spec.rounds.count) == (1, 3)
-        now = jobs.Edits.SECONDS
+        now = allowances.Edits.SECONDS
         while await tended._look(known) == 0.0:
             pass
         assert (state.generation, state.spec.rounds.count) == (2, 9)

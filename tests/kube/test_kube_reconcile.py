@@ -19,7 +19,7 @@ from fedpipe_operator.engine.records import (
     Submitted,
 )
 from fedpipe_operator.engine.state import JobState, apply, submitted
-from fedpipe_operator.kube.fleet import ClusterNodes
+from fedpipe_operator.kube.node_selection import ClusterNodes
 from fedpipe_operator.kube.reconcile import Actions, reconcile
 from fedpipe_operator.kube.views import capacity_view, node_view, pod_view
 from kube.objects import NOW, UID, capacity, job, node, pod, stamp, waiting

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fedpipe_operator.kube.fleet import ClusterNodes
+from fedpipe_operator.kube.node_selection import ClusterNodes
 from fedpipe_operator.kube.reconcile import reconcile
 from fedpipe_operator.kube.resync import Resync
 from fedpipe_operator.kube.settings import OperatorSettings

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fedpipe_api.names import child_name
 from fedpipe_operator.kube.fields import Unreadable
-from fedpipe_operator.kube.fleet import choose
 from fedpipe_operator.kube.inventory import Inventory
+from fedpipe_operator.kube.node_selection import choose
 from fedpipe_operator.kube.reconcile import reconcile
 from fedpipe_operator.kube.views import capacity_view, node_view, pod_view
 from kube.objects import NOW, UID, capacity, job, node, pod, stamp, waiting

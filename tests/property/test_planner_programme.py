@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision
 from fedpipe_operator.planner import Calibration, NodeFacts, PlanRequest, memory, plan, speed
-from fedpipe_operator.planner.node import (
+from fedpipe_operator.planner.node_plan import (
     SPEED_VALUE,
     STEPS_FOR_RANKS,
     UNTRAINED_PENALTY,

@@ -11,7 +11,7 @@ import pytest
 
 from agent_fixtures import registered
 from fedpipe_agent.train import data
-from fedpipe_agent.train.tokens import cut
+from fedpipe_agent.train.tokenization import cut
 from fedpipe_api.base import UserError
 from fedpipe_api.job import Fields, Task
 

@@ -16,7 +16,7 @@ from fedpipe_agent.train.importance import Increment, measure
 from fedpipe_agent.train.loop import Settings
 from fedpipe_agent.train.model import Source
 from fedpipe_agent.train.shape import read_shape
-from fedpipe_agent.train.tokens import Sample
+from fedpipe_agent.train.tokenization import Sample
 from fedpipe_api import wire
 from fedpipe_api.job import Precision, Task
 from fedpipe_api.node import Capacity

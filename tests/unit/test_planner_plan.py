@@ -23,7 +23,7 @@ from fedpipe_operator.planner import (
     slow_line,
     summary_line,
 )
-from fedpipe_operator.planner.solve import rank_choices, under_training
+from fedpipe_operator.planner.fleet_plan import rank_choices, under_training
 
 GIB = 2**30
 NAMES = tuple(

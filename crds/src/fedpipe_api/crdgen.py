@@ -13,6 +13,7 @@ from .docs import reference
 from .job import FedPipeJob
 from .names import GROUP, JOBS, NODES, VERSION
 from .node import FedPipeNode
+from .printer_columns import JOB_COLUMNS, NODE_COLUMNS
 from .schema import structural
 
 
@@ -25,33 +26,6 @@ class PlainDumper(yaml.SafeDumper):
 
 
 HEADER = "# Generated from fedpipe_api by `make generate`; edit the models instead.\n"
-
-
-def column(name: str, path: str, kind: str = "string", *, wide: bool = False) -> dict[str, Any]:
-    """Return one printer column, for `kubectl get -o wide` alone where it is wide."""
-    return {"name": name, "type": kind, "jsonPath": path} | ({"priority": 1} if wide else {})
-
-
-JOB_COLUMNS = [
-    column("Phase", ".status.phase"),
-    column("Reason", '.status.conditions[?(@.type=="Ready")].reason'),
-    column("Round", ".status.rounds"),
-    column("Nodes", ".status.nodes.summary"),
-    column("Metric", ".status.metricSummary"),
-    column("Best", ".status.metric.best", "number"),
-    column("ETA", ".status.eta"),
-    column("Age", ".metadata.creationTimestamp", "date"),
-    column("Message", ".status.message", wide=True),
-]
-
-NODE_COLUMNS = [
-    column("Device", ".status.deviceSummary"),
-    column("Memory", ".status.memorySummary"),
-    column("Free", ".status.freeSummary"),
-    column("Precisions", ".status.precisionSummary"),
-    column("Seen", ".status.observedAt", "date"),
-    column("Ready", '.status.conditions[?(@.type=="Ready")].status'),
-]
 
 
 def definition(

@@ -18,7 +18,7 @@ from fedpipe_api.wire import DataNotes
 
 from .examples import Found, check_length, examples, held_out_of
 from .seeds import generator
-from .tokens import Sample, Tokenization
+from .tokenization import Sample, Tokenization
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from fedpipe_api.job import DataSource, ModelSource, Task
 from fedpipe_api.rows import Row, read
 from fedpipe_api.wire import DataNotes
 
-from .chats import Message, alpaca, has, kind_of, messages_of, sharegpt, text_of, tools_of, value_of
+from .chat_layouts import Message, alpaca, has, kind_of, messages_of, sharegpt, text_of, tools_of, value_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,8 @@ from ..engine import Engine, Refused
 from ..engine.state import blobs_in_use
 from ..store import is_full
 from .bodies import Bodies, arriving
+from .concurrency import Callers
 from .identity import Identify, Identity
-from .limits import Callers
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Model)

@@ -24,9 +24,10 @@ from ..aggregate import InvalidUpdateFile, check_update_file
 from ..store import Incoming
 from . import accept
 from .accept import Refused, Verdict
+from .allowances import require_allowed
 from .decide import Wait, assignment
 from .integrity import Integrity
-from .jobs import Allowance, Job, Live, until
+from .jobs import Job, Live, until
 from .journal import Journal, gone
 from .quota import held, quota, tenant_quota
 from .records import AgentLost, AgentRegistered, Evaluated, Profiled, UpdateAccepted
@@ -75,7 +76,7 @@ class Inbox:
 
     def require_registration(self, uid: str, node: str) -> None:
         """Refuse a node that registers too often, before its message is read."""
-        _require_allowed(self.job(uid).registrations, node)
+        require_allowed(self.job(uid).registrations, node)
 
     async def register(self, uid: str, node: str, message: Registration) -> AgentConfig:
         """Take an agent in."""
@@ -83,7 +84,7 @@ class Inbox:
         async with job.lock:
             state = job.state
             if not state.finished and accept.registration(state, node, message) is Verdict.NEW:
-                _require_allowed(job.returns, node)
+                require_allowed(job.returns, node)
                 await self._journal.commit(
                     job,
                     AgentRegistered(
@@ -249,7 +250,7 @@ class Inbox:
         job.live.setdefault(node, Live(self.clock())).seen = self.clock()
         if known is not None and node in job.state.lost:
             async with job.lock:
-                _require_allowed(job.returns, node)
+                require_allowed(job.returns, node)
                 sequence = job.state.sequence + 1
                 await self._journal.commit(
                     job, known.model_copy(update={"sequence": sequence, "model": None})
@@ -264,12 +265,6 @@ class Inbox:
                 sequence = state.sequence + 1
                 record = AgentLost(sequence=sequence, node=node, reason=reason[:1024], failed=failed)
                 await self._journal.commit(job, record)
-
-
-def _require_allowed(allowance: Allowance, node: str) -> None:
-    if not allowance.take(node):
-        text = f"{node} registers too often; it is taken in again after a pause"
-        raise Refused(429, "TooManyRegistrations", text, retry_after=round(allowance.SECONDS))
 
 
 async def _finish(incoming: Incoming, manifest: UpdateManifest) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from .fields import FieldReader, Unreadable
-from .fleet import ClusterNodes
+from .node_selection import ClusterNodes
 from .views import CapacityView, NodeView, PodView, capacity_view, node_view, pod_view
 
 Body = Mapping[str, Any]

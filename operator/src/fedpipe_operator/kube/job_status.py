@@ -23,7 +23,7 @@ from ..engine.jobs import Job
 from ..engine.quarantine import Quarantine
 from ..engine.status import NODE_ROWS
 from ..engine.status import status as engine_status
-from .fleet import NodeSelection
+from .node_selection import NodeSelection
 from .views import PodView
 
 WRITES_PER_ROUND = 2

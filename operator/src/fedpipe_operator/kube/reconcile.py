@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fedpipe_api.job import FedPipeJob
 
 from ..engine.state import JobState
-from .fleet import ClusterNodes, NodeSelection, choose
+from .node_selection import ClusterNodes, NodeSelection, choose
 from .views import PodView
 
 REPLACE_SECONDS = 10.0

@@ -12,8 +12,8 @@ from fedpipe_api.conditions import OUTPUT
 from fedpipe_api.job import FedPipeJob
 from fedpipe_api.status import FedPipeJobStatus
 
-from .fleet import NodeSelection
 from .job_status import OutputResult, WriteBudget
+from .node_selection import NodeSelection
 from .views import Body
 
 

@@ -2,10 +2,10 @@
 """The planner: from a job, a model's shape and the nodes' facts to what each node carries, and why. Pure."""
 
 from .calibration import Calibration
+from .fleet_plan import asked_steps, calibrate, plan
 from .replan import needs_replan
 from .request import NodeFacts, Plan, PlanRequest
 from .selection import select_matrices
-from .solve import asked_steps, calibrate, plan
 from .table import PlanRow, modules_line, rows, slow_line, summary_line
 
 __all__ = [

@@ -13,7 +13,7 @@ import numpy as np
 from fedpipe_api.base import UserError
 
 from ..errors import Stopped
-from .chats import Message
+from .chat_layouts import Message
 from .examples import Example, Found
 
 END = math.inf

@@ -18,7 +18,7 @@ from fedpipe_api.precisions import allowed
 
 from . import format, memory, speed
 from .calibration import Calibration
-from .node import Case, Choice, Infeasible, Problem
+from .node_plan import Case, Choice, Infeasible, Problem
 from .programme import Known
 from .request import NodeFacts, Plan, PlanRequest
 from .selection import selected_matrices
