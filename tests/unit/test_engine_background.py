@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedpipe_api.job import FedPipeJob
-from fedpipe_operator.engine import Engine, jobs
+from fedpipe_operator.engine import Engine, allowances
 from fedpipe_operator.engine.background import uninterrupted
 from standins.agents import model_shape, registration
 from standins.local import local
@@ -79,17 +79,17 @@ async def test_what_is_edited_in_a_loop_does_not_fill_the_ledger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(allowances, "time", SimpleNamespace(monotonic=lambda: now))
     async with local(tmp_path, nodes=1, count=5) as served:
         state = served.engine.jobs[UID].state
         taken = [
             await served.engine.submit(at_generation(generation, job(1, 5 + generation)))
             for generation in range(2, 5000)
         ]
-        assert sum(taken) == jobs.Edits.BURST
+        assert sum(taken) == allowances.Edits.BURST
         kept = [entry for entry in served.engine._journal._ledger.replay() if entry.key.startswith("spec/")]
-        assert len(kept) == jobs.Edits.BURST
-        now += jobs.Edits.SECONDS
+        assert len(kept) == allowances.Edits.BURST
+        now += allowances.Edits.SECONDS
         await served.engine.submit(at_generation(5000, job(1, 7)))
         assert (state.generation, state.spec.rounds.count) == (5000, 7), "the newest, once its time has come"
 
