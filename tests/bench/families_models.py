@@ -246,6 +246,8 @@ def save(family: str, task: Task, directory: Path) -> None:
         fields = {**fields, "text_config": {**fields["text_config"], **special}}
     # Random weights of a size that makes differences show.
     config = AutoConfig.for_model(family, **{**special, **fields, "initializer_range": 0.1})
+    if family == "funnel":  # it has two base models
+        config.architectures = ["FunnelBaseModel"]
     torch.manual_seed(0)
     kind = AutoModelForCausalLM if family in DECODERS else AutoModel
     kind.from_config(config).save_pretrained(directory)

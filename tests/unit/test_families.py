@@ -14,9 +14,12 @@ from fedpipe_api.base import UserError
 from fedpipe_api.job import Precision, Task
 
 
-@pytest.mark.parametrize("family", ["mamba", "rwkv"])
-def test_a_model_that_computes_with_bare_weights_trains_in_4_bits(family, tmp_path):
-    assert run_case(family, Task.CAUSAL_LM, Precision.NF4, tmp_path)
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("mamba", Task.CAUSAL_LM), ("rwkv", Task.CAUSAL_LM), ("longformer", Task.SEQUENCE_CLASSIFICATION)],
+)
+def test_a_model_that_goes_past_its_layers_trains_in_4_bits(family, task, tmp_path):
+    assert run_case(family, task, Precision.NF4, tmp_path)
 
 
 def test_a_model_that_cannot_be_trained_is_refused_in_one_line(tmp_path):

@@ -251,10 +251,12 @@ def model_class(task: Task) -> Any:
 
 READ_PAST_LAYER = {
     "jamba": ("dt_proj",),
+    "longformer": ("query", "query_global"),
     "mamba": ("dt_proj",),
     "rwkv": ("attention.output", "feed_forward.value"),
 }
-"""Ends of the names of layers that cannot be packed: the model's own code computes with their weights."""
+"""Ends of the names of layers that cannot be packed: the model's own code computes with their weights, or changes what
+they put out in place."""
 
 
 def kept_modules(model: Any, head: tuple[str, ...], config: Any) -> list[str]:
