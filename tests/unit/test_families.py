@@ -22,11 +22,17 @@ def test_a_model_that_goes_past_its_layers_trains_in_4_bits(family, task, tmp_pa
     assert run_case(family, task, Precision.NF4, tmp_path)
 
 
-def test_a_model_that_cannot_be_trained_is_refused_in_one_line(tmp_path):
-    with pytest.raises(
-        UserError, match=r"^spec\.model: transformers \S+ cannot train a recurrent_gemma model$"
-    ):
-        run_case("recurrent_gemma", Task.CAUSAL_LM, Precision.FP32, tmp_path)
+@pytest.mark.parametrize(
+    ("family", "task", "why"),
+    [
+        ("recurrent_gemma", Task.CAUSAL_LM, "cannot be run without a cache, as training does"),
+        ("nystromformer", Task.SEQUENCE_CLASSIFICATION, "takes inputs of one length alone"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_in_one_line(family, task, why, tmp_path):
+    message = rf"^spec\.model: a {family} model of transformers \S+ {why}; choose another$"
+    with pytest.raises(UserError, match=message):
+        run_case(family, task, Precision.FP32, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["roberta", "electra", "modernbert", "albert"])
@@ -82,3 +88,13 @@ def test_a_base_stored_in_another_way_is_refused(monkeypatch, tmp_path):
         UserError, match=r"^spec\.model: its weights are quantized \(gptq\); give the model in "
     ):
         run_case("llama", Task.CAUSAL_LM, Precision.NF4, tmp_path)
+
+
+def test_an_error_of_the_models_code_is_nothing_to_try_again(monkeypatch, tmp_path):
+    def train(*_, **__):
+        raise TypeError("vault")
+
+    monkeypatch.setattr("fedpipe_agent.train.loop.train", train)
+    message = r"^spec\.model: this llama model cannot be trained \(TypeError at .*\); choose another$"
+    with pytest.raises(UserError, match=message):
+        run_case("llama", Task.CAUSAL_LM, Precision.FP32, tmp_path)

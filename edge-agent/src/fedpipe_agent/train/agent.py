@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One agent's life in one job: register, then profile, train and evaluate as assigned until it is stopped."""
 
+import contextlib
 import hashlib
 import logging
 import math
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from fedpipe_api import wire
+from fedpipe_api.base import UserError
 from fedpipe_api.lora.format import Encoding, trained_bytes
 from fedpipe_api.lora.methods import Start
 from fedpipe_api.precisions import Precision
 from fedpipe_api.wire import AssignmentKind
 
-from ..errors import Aborted, Failure
+from ..errors import Aborted, Failure, describe, trace
 from ..heartbeat import Work
 from ..kernels import Check
 from ..transport import Transport
@@ -34,6 +37,8 @@ log = logging.getLogger(__name__)
 
 ABORTED_PAUSE = 0.2
 """Seconds before asking for work again when the last was not wanted any more."""
+MODEL_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+"""What the code of a model raises that cannot be trained as it is asked to."""
 UPLOAD_RESERVE = 1.0
 """Seconds kept free before a round's deadline beside the expected upload."""
 
@@ -124,36 +129,51 @@ class Agent:
             log.info("%s of round %d is no longer wanted", assignment.kind, assignment.round)
             time.sleep(ABORTED_PAUSE)
 
+    @contextlib.contextmanager
+    def _first_work(self) -> Iterator[None]:
+        """Say of an error of the model's code that it is nothing to try again; a GPU may have caused it."""
+        try:
+            yield
+        except MODEL_ERRORS as error:
+            if self._device.cuda or is_out_of_memory(error):
+                raise
+            log.error("%s", trace(error).rstrip())
+            kind, why = self._shape.architecture, describe(error)
+            raise UserError(
+                f"spec.model: this {kind} model cannot be trained ({why}); choose another"
+            ) from error
+
     def _profile(self, assignment: wire.Assignment, plan: wire.NodePlan, work: Work) -> None:
         """Measure a few steps of the plan, and the importance of every candidate matrix when asked."""
-        self._load(plan.precision)
-        scores: dict[str, float] = {}
-        if assignment.importance:
-            steps = self._job.adapter.selection.warmup_steps
-            work.report(state="profiling", steps=steps)
-            self._install(None, {}, Start.FRESH, 0)
-            self._adapters.remove()
-            scores = importance.measure(
+        with self._first_work():
+            self._load(plan.precision)
+            scores: dict[str, float] = {}
+            if assignment.importance:
+                steps = self._job.adapter.selection.warmup_steps
+                work.report(state="profiling", steps=steps)
+                self._install(None, {}, Start.FRESH, 0)
+                self._adapters.remove()
+                scores = importance.measure(
+                    self._model,
+                    matrices=self._shape.matrices,
+                    samples=self._samples,
+                    order=self._order(plan, 0),
+                    settings=self._settings(plan, steps, self._job.optimizer.learning_rate),
+                    device=self._device,
+                    seed=self._job.seed,
+                    after=lambda step: _report(work, step=step),
+                )
+            steps = max(1, assignment.profile_steps)
+            work.report(state="profiling", step=0, steps=steps)
+            self._install(None, plan.ranks, Start.FRESH, 0)
+            outcome = loop.train(
                 self._model,
-                matrices=self._shape.matrices,
-                samples=self._samples,
-                order=self._order(plan, 0),
-                settings=self._settings(plan, steps, self._job.optimizer.learning_rate),
-                device=self._device,
-                seed=self._job.seed,
-                after=lambda step: _report(work, step=step),
+                self._samples,
+                self._order(plan, 0),
+                self._settings(plan, steps, self._job.optimizer.learning_rate),
+                self._device,
+                after=lambda step: _report(work, step=step.number),
             )
-        steps = max(1, assignment.profile_steps)
-        work.report(state="profiling", step=0, steps=steps)
-        self._install(None, plan.ranks, Start.FRESH, 0)
-        outcome = loop.train(
-            self._model,
-            self._samples,
-            self._order(plan, 0),
-            self._settings(plan, steps, self._job.optimizer.learning_rate),
-            self._device,
-            after=lambda step: _report(work, step=step.number),
-        )
         self._transport.profile(
             wire.ProfileReport(
                 step_seconds=outcome.step_seconds,

@@ -255,8 +255,8 @@ READ_PAST_LAYER = {
     "mamba": ("dt_proj",),
     "rwkv": ("attention.output", "feed_forward.value"),
 }
-"""Ends of the names of layers that cannot be packed: the model's own code computes with their weights, or changes what
-they put out in place."""
+"""Ends of the names of layers that cannot be packed: the model's own code computes with their weights, or
+changes what they put out in place."""
 
 
 def kept_modules(model: Any, head: tuple[str, ...], config: Any) -> list[str]:

@@ -134,8 +134,11 @@ PADDED_POSITIONS = frozenset(
 )
 
 
-UNUSABLE = frozenset({"recurrent_gemma"})
-"""Models that this version of transformers builds but cannot run without a cache, as training does."""
+UNUSABLE = {
+    "nystromformer": "takes inputs of one length alone",
+    "recurrent_gemma": "cannot be run without a cache, as training does",
+}
+"""Models that transformers builds and that cannot be trained here, and why."""
 
 
 def _check_kind(config: Any, task: Task) -> None:
@@ -143,7 +146,8 @@ def _check_kind(config: Any, task: Task) -> None:
 
     kind = config.model_type
     if kind in UNUSABLE:
-        raise UserError(f"spec.model: transformers {version('transformers')} cannot train a {kind} model")
+        library = f"transformers {version('transformers')}"
+        raise UserError(f"spec.model: a {kind} model of {library} {UNUSABLE[kind]}; choose another")
     # Transformers builds it, but each position would see the token that it predicts.
     if (
         task is Task.CAUSAL_LM
