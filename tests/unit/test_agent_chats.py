@@ -3,9 +3,7 @@
 
 import json
 import re
-import warnings
-from importlib.metadata import distribution
-from pathlib import Path
+from functools import partial
 
 import pytest
 
@@ -14,12 +12,9 @@ from fedpipe_agent.train import data
 from fedpipe_agent.train.tokenization import cut
 from fedpipe_api.base import UserError
 from fedpipe_api.job import Fields, Task
+from standins import sft
+from standins.sft import CHATML, TEMPLATES
 
-TEMPLATES = Path(str(distribution("trl").locate_file("trl/chat_templates")))
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 EQUAL = [
     *("chatml", "cohere", "cohere2", "gemma", "gemma3", "lfm2", "llama3", "phi3", "phi3_5"),
     *("qwen2_5_training", "qwen2_5_vl", "qwen3_training", "qwen3_instruct_2507", "qwen3_vl"),
@@ -53,66 +48,17 @@ CALLS = [
 
 @pytest.fixture(scope="module")
 def bpe():
-    """A byte-level BPE tokenizer with the special tokens of all templates."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    texts = [path.read_text() for path in TEMPLATES.glob("*.jinja")] + [CHATML]
-    special = {token for text in texts for token in re.findall(r"<[|｜]?[A-Za-z_/▁:0-9]+[|｜]?>", text)}
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=800,
-        special_tokens=["<s>", "</s>", *sorted(special - {"<s>", "</s>"})],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([json.dumps(SYSTEM + CALLS)] * 3, trainer)
-    return tokenizer
+    return sft.byte_level_bpe([json.dumps(SYSTEM + CALLS)] * 3)
 
 
 @pytest.fixture
 def tokenizer_of(bpe):
-    from transformers import PreTrainedTokenizerFast
-
-    def make(template, **options):
-        tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", **options}
-        return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template, **tokens)
-
-    return make
+    return partial(sft.tokenizer_of, bpe)
 
 
 @pytest.fixture(scope="module")
 def trl(bpe, tmp_path_factory):
-    """Return what TRL makes of rows: ids and labels, -100 where nothing is learned."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from datasets import Dataset, disable_progress_bars
-        from transformers import LlamaConfig, LlamaForCausalLM
-        from trl import SFTConfig, SFTTrainer
-    disable_progress_bars()
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=bpe.get_vocab_size(), **sizes))
-    out = tmp_path_factory.mktemp("trl")
-
-    def rows(tokenizer, rows, **options):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            settings = SFTConfig(
-                output_dir=str(out),
-                max_length=None,
-                report_to="none",
-                use_cpu=True,
-                disable_tqdm=True,
-                **options,
-            )
-            dataset = Dataset.from_list(rows)
-            trainer = SFTTrainer(
-                model=model, args=settings, train_dataset=dataset, processing_class=tokenizer
-            )
-        return [(list(row["input_ids"]), list(row["labels"])) for row in trainer.train_dataset]
-
-    return rows
+    return sft.Reference(bpe, tmp_path_factory.mktemp("trl")).rows
 
 
 def load(tokenizer, directory, rows, longest=4096, **options):
@@ -131,11 +77,6 @@ def ours(tokenizer, directory, rows, **options):
     ]
 
 
-def shifted(rows):
-    """Return rows without the first token's label: nothing precedes it, so that nothing predicts it."""
-    return [(ids, [-100, *labels[1:]]) for ids, labels in rows]
-
-
 @pytest.mark.parametrize("name", EQUAL)
 def test_chats_are_those_of_trl_token_for_token(name, tokenizer_of, trl, tmp_path):
     template = CHATML if name == "chatml" else (TEMPLATES / f"{name}.jinja").read_text()
@@ -145,7 +86,7 @@ def test_chats_are_those_of_trl_token_for_token(name, tokenizer_of, trl, tmp_pat
         name == "chatml"
     ):  # TRL knows no training template of it: what follows a prompt is learned, turn by turn
         rows = [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats]
-        assert ours(tokenizer_of(template), tmp_path, rows) == shifted(trl(tokenizer_of(template), rows))
+        assert ours(tokenizer_of(template), tmp_path, rows) == sft.shifted(trl(tokenizer_of(template), rows))
         single = [{"messages": CHAT[:2]}]
         assert (
             ours(tokenizer_of(template), tmp_path, single)[0]
@@ -153,14 +94,14 @@ def test_chats_are_those_of_trl_token_for_token(name, tokenizer_of, trl, tmp_pat
         )
         return
     expected = trl(tokenizer_of(template), rows, assistant_only_loss=True)
-    assert ours(tokenizer_of(template), tmp_path, rows) == shifted(expected)
+    assert ours(tokenizer_of(template), tmp_path, rows) == sft.shifted(expected)
 
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_tools_and_their_calls_are_those_of_trl(name, tokenizer_of, trl, tmp_path):
     template = (TEMPLATES / f"{name}.jinja").read_text()
     rows = [{"messages": CALLS, "tools": json.dumps([FUNCTION])}]
-    expected = shifted(trl(tokenizer_of(template), rows, assistant_only_loss=True))
+    expected = sft.shifted(trl(tokenizer_of(template), rows, assistant_only_loss=True))
     assert ours(tokenizer_of(template), tmp_path, rows) == expected
     # As services write them: arguments as JSON text, null where there is no content.
     call = {**CALL, "function": {**CALL["function"], "arguments": '{"city": "Paris"}'}}
@@ -172,7 +113,7 @@ def test_tools_and_their_calls_are_those_of_trl(name, tokenizer_of, trl, tmp_pat
 def test_a_prompt_and_completion_of_messages_are_those_of_trl(name, tokenizer_of, trl, tmp_path):
     template = (TEMPLATES / f"{name}.jinja").read_text()
     rows = [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in (CHAT, SYSTEM, CHAT[:2])]
-    assert ours(tokenizer_of(template), tmp_path, rows) == shifted(trl(tokenizer_of(template), rows))
+    assert ours(tokenizer_of(template), tmp_path, rows) == sft.shifted(trl(tokenizer_of(template), rows))
 
 
 def test_texts_and_completions_are_those_of_trl(tokenizer_of, trl, tmp_path):
@@ -184,7 +125,7 @@ def test_texts_and_completions_are_those_of_trl(tokenizer_of, trl, tmp_path):
     ]
     texts = [{"text": "What is the weather?"}, {"text": "It is sunny.</s>"}, {"text": "é — "}]
     for rows in (completions, texts):
-        assert ours(tokenizer_of(None), tmp_path, rows) == shifted(trl(tokenizer_of(None), rows))
+        assert ours(tokenizer_of(None), tmp_path, rows) == sft.shifted(trl(tokenizer_of(None), rows))
 
 
 def decoded(tokenizer, row):
