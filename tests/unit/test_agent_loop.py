@@ -170,7 +170,7 @@ def test_a_passed_memory_budget_halves_the_micro_batch(sources, tmp_path):
     task = Task.SEQUENCE_CLASSIFICATION
     samples = samples_of(task)
     outcomes = []
-    for memory in (None, "1Mi"):
+    for memory in (None, "64Mi"):
         model = prepared(sources, task, tmp_path)
         settings = Settings(steps=3, micro_batch=8, accumulation=1, learning_rate=1e-2)
         order = step_order(samples, 8, 0)
