@@ -30,7 +30,7 @@ they are generated from, and numbered samples:
 | `01-quickstart.yaml` | a text classifier over four nodes, small enough for a laptop |
 | `02-private-tickets.yaml` | private data on a claim per node, early stopping, output to a claim |
 | `03-causal-lm.yaml` | a language model trained on prompts and completions |
-| `04-suspended-queue.yaml` | a job that a queue admits, with a Pod template and time limits |
+| `04-suspended.yaml` | a job that waits until it is resumed, with a Pod template and time limits |
 | `05-fleet.yaml` | a fleet file with every field |
 | `06-quickstart-chat.yaml` | a chat model over four nodes, small enough for a laptop |
 
