@@ -39,7 +39,7 @@ test: $(VENV)/installed  ## every test
 	@# The GPU's tests have it to themselves. The others run many at a time and compute on the CPU, a GPU is hidden
 	@# from them; in the order of their folders: the few long ones of e2e and fault begin early, so that no worker idles.
 	$(BIN)/pytest tests/gpu
-	CUDA_VISIBLE_DEVICES= $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --ignore tests/gpu tests
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest --numprocesses $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder --ignore tests/gpu tests
 
 check: $(VENV)/installed  ## format, lint, types, layers, generated files
 	$(BIN)/ruff format --check .
