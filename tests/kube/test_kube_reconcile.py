@@ -206,6 +206,22 @@ def test_strong_nodes_come_first_and_nodes_at_work_stay() -> None:
     assert kept.nodes == ("a", "b", "d")
 
 
+@pytest.mark.parametrize(("waited", "nodes"), [(30, ("a", "b", "c")), (90, ("a", "b", "d"))])
+def test_a_node_whose_pod_cannot_be_scheduled_makes_room_for_a_free_one(
+    waited: int, nodes: tuple[str, ...]
+) -> None:
+    one = job()  # spec.nodes.max is 3
+    full = [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no memory"}]
+    pods = [pod("a"), pod("b"), pod("c", phase="Pending", created=NOW - waited, conditions=full)]
+    state = state_of(one, ("a", "b", "c"), ("a", "b"))
+    found = look(one, fleet("a", "b", "c", "d"), pods, state).choice
+    assert found
+    assert found.nodes == nodes
+    alone = look(one, fleet("a", "b", "c"), pods, state).choice
+    assert alone
+    assert alone.nodes == ("a", "b", "c"), "nobody else wants its place"
+
+
 def test_a_left_out_node_frees_its_place_and_loses_its_pod() -> None:
     one = job()
     state = state_of(one, ("a", "b", "c"), ("a", "b", "c"), plan=("a", "b"), left_out=("c",))

@@ -11,6 +11,12 @@ from ..engine.state import JobState
 from .taints import GPU_TOLERATION, tolerations_of, untolerated
 from .views import CapacityView, NodeView, PodView
 
+STUCK_SECONDS = 60.0
+"""How long a Pod may be kept from starting before its node makes room for another."""
+
+_OFFERED, _FREE, _STUCK = range(3)
+"""Who comes first."""
+
 OTHER_LABELS = "labels do not match spec.nodes.selector"
 
 
@@ -54,13 +60,14 @@ def choose(
     """Return the nodes that the job may use, at most spec.nodes.max of them.
 
     A node at work keeps its place: a silent probe, a cordon or a Node that is briefly not ready costs nobody
-    an agent that still trains. Free places go to nodes with a GPU and much memory first. Nodes that the plan
-    left out do not count against the maximum.
+    an agent that still trains. One whose Pod cannot start, for want of room for example, keeps it only while
+    no other node is free. Free places go to nodes with a GPU and much memory first. Nodes that the plan left
+    out do not count against the maximum.
     """
     offered = frozenset(state.offered) if state else frozenset()
     left_out = state.plan.left_out if state and state.plan else {}
     tolerations = tolerations_of(spec.pod_template)
-    usable: list[tuple[bool, bool, bool, int, str]] = []
+    usable: list[tuple[int, bool, bool, int, str]] = []
     excluded: dict[str, str] = {}
     reasons: Counter[str] = Counter()
     for name, capacity in fleet.capacities.items():
@@ -76,7 +83,8 @@ def choose(
             excluded[name] = why
             reasons[why] += 1
         else:
-            usable.append((name not in offered, not settled, not capacity.devices, -capacity.memory, name))
+            rank = _STUCK if _stuck(pods.get(name), now) else _OFFERED if name in offered else _FREE
+            usable.append((rank, not settled, not capacity.devices, -capacity.memory, name))
     usable.sort()
     chosen: list[str] = []
     places = spec.nodes.max
@@ -89,6 +97,13 @@ def choose(
         else:
             reasons[f"spec.nodes.max is {spec.nodes.max}"] += 1
     return NodeSelection(tuple(sorted(chosen)), excluded, reasons)
+
+
+def _stuck(pod: PodView | None, now: float) -> bool:
+    """Whether the node's Pod has been there for long and something keeps it from starting."""
+    if pod is None or pod.trouble is None or pod.phase != "Pending":
+        return False
+    return now - pod.created > STUCK_SECONDS
 
 
 def _settled(name: str, state: JobState | None, pods: Mapping[str, PodView]) -> bool:
