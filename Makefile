@@ -58,6 +58,7 @@ generate: $(VENV)/installed  ## rewrite the CRDs, the chart's copies, dashboards
 	$(BIN)/python -m fedpipe_api.crdgen crds
 	$(BIN)/python charts/generate.py
 	$(BIN)/python tests/nvml/plans.py
+	$(BIN)/python tests/bench/supported.py
 
 images:  ## build the operator, probe and agent images
 	images/build.sh

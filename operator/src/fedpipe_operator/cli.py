@@ -85,6 +85,15 @@ def plan(job: JobFile, fleet: FleetFile) -> int:
 
 
 @app.command()
+def models() -> int:
+    """Print the families of models that were tested."""
+    from .local.models import lines, summary, tested
+
+    found = tested()
+    return _say("\n".join([summary(found), "", *lines(found)]))
+
+
+@app.command()
 def export(
     run_dir: RunDir,
     out: Annotated[
