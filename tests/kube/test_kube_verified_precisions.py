@@ -10,6 +10,8 @@ from kube.objects import job
 from kube.test_kube_reconcile import SHAPE, state_of
 from standins.agents import registration
 
+NODES = {"edge-1", "edge-2"}
+
 
 def registered(at: float, *, usable: bool, node: str = "edge-1") -> JobState:
     """A job whose agent registered on the node at `at`, nf4 usable or not."""
@@ -25,7 +27,7 @@ def due(proofs: VerifiedPrecisions, *states: JobState) -> list[tuple[float, bool
     """Look at every job once and record what is due: its time, and what it says of nf4."""
     found = []
     for state in states:
-        for proof in proofs.due(state, states):
+        for proof in proofs.due(state, lambda: states, NODES):
             proofs.recorded(proof)
             found.append((proof.at, proof.kernels[0].usable))
     return found
@@ -61,7 +63,7 @@ def test_nodes_are_apart_and_an_agent_without_a_check_proves_nothing() -> None:
 
 def test_a_failure_without_words_gets_some() -> None:
     state = registered(100, usable=False)
-    (proof,) = VerifiedPrecisions().due(state, [state])
+    (proof,) = VerifiedPrecisions().due(state, lambda: [state], NODES)
     assert proof.precisions() == [
         {"precision": "nf4", "usable": False, "verified": True, "message": "its kernel failed"}
     ]

@@ -3,6 +3,7 @@
 
 import asyncio
 import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -185,7 +186,7 @@ class StandIn:
         manifest = manifest_of(body, work.plan, work.round, work.adapter, samples=self.samples)
         url = f"{self.address()}/v1/rounds/{work.round}/update"
         headers = {MANIFEST_HEADER: manifest.to_json()}
-        async with self._session.put(url, data=body, headers=headers) as response:
+        async with self._session.put(url, data=io.BytesIO(body), headers=headers) as response:
             if response.status == 409:
                 return
             response.raise_for_status()

@@ -23,6 +23,8 @@ from fedpipe_api.wire import (
     ModelShape,
 )
 from fedpipe_operator.export import write_adapter
+from fedpipe_operator.export.archive import AdapterArchive
+from fedpipe_operator.kube.get import adapter_files
 from fedpipe_operator.local.tokenizer import tokenizer_files
 
 
@@ -183,6 +185,19 @@ def test_one_rank_for_all_changes_no_logit(tmp_path):
     np.testing.assert_allclose(found[0], found[1], atol=1e-5)
     stored = load_file(tmp_path / "padded/adapter_model.safetensors")
     assert {tensor.shape[0] for name, tensor in stored.items() if "lora_A" in name} == {6}
+
+
+def test_the_tar_made_while_it_is_sent_holds_the_directory(tmp_path):
+    build, task, suffixes, heads = CASES["gpt2-classes"]
+    model = build()
+    save_file(global_adapter(model, suffixes, heads), tmp_path / "global.safetensors")
+    spec, shape = spec_of(task), shape_of(model)
+    write_adapter(tmp_path / "global.safetensors", spec, shape, tmp_path / "out")
+    with (tmp_path / "global.safetensors").open("rb") as source:
+        archive = AdapterArchive(source.fileno(), spec, shape)
+        body = b"".join(archive.chunks())
+    assert len(body) == len(archive)
+    assert adapter_files(body) == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
 def test_the_card_says_what_vllm_needs(tmp_path):

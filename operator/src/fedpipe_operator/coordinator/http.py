@@ -6,10 +6,12 @@ import contextlib
 import logging
 import re
 import sqlite3
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from pathlib import Path
 from typing import TypeVar
 
-from aiohttp import web
+from aiohttp import web, web_fileresponse
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.typedefs import Handler, Middleware
 
 from fedpipe_api.base import Model
@@ -29,6 +31,7 @@ from fedpipe_api.wire import (
 )
 
 from ..engine import Engine, Refused
+from ..engine.readers import Readers
 from ..engine.state import blobs_in_use
 from ..store import is_full
 from .bodies import Bodies, arriving
@@ -147,6 +150,32 @@ async def _link(request: web.Request) -> web.StreamResponse:
     return response
 
 
+class _BlobResponse(web.FileResponse):
+    """A blob, for as long as the job uses it."""
+
+    def __init__(self, readers: Readers, path: Path) -> None:
+        super().__init__(path, chunk_size=_CHUNK)
+        self._readers = readers
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Send it all, as the class does here."""
+        if not web_fileresponse.NOSENDFILE:
+            # Plain HTTP, of one machine alone, has asyncio's sendfile, which outlives an aborted connection.
+            return await super().prepare(request)
+        with self._readers.reading(self._path.name, cutting_off(request)):
+            return await super().prepare(request)
+
+
+def cutting_off(request: web.BaseRequest) -> Callable[[], None]:
+    """Return what ends the connection of a request at once."""
+
+    def cut() -> None:
+        if request.transport:
+            request.transport.abort()
+
+    return cut
+
+
 class _Routes:
     def __init__(self, engine: Engine, identify: Identify) -> None:
         self._engine = engine
@@ -206,7 +235,7 @@ class _Routes:
         size = path.stat().st_size
         wanted = request.http_range
         self._engine.sent(who.job, max(0, size - (wanted.start or 0)))
-        return web.FileResponse(path, chunk_size=_CHUNK)
+        return _BlobResponse(self._engine.readers, path)
 
     async def update(self, request: web.Request) -> web.Response:
         who, number = request[_IDENTITY], _round(request)

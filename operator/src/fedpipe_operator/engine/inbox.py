@@ -53,6 +53,7 @@ class Inbox:
         self.jobs = journal.jobs
         self.quarantined = journal.quarantined
         self.blobs = journal.blobs
+        self.readers = journal.readers
         self.clock = journal.clock
 
     def job(self, uid: str) -> Job:

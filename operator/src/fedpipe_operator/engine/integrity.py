@@ -6,7 +6,7 @@ import asyncio
 from ..aggregate import make_again
 from .jobs import Job
 from .journal import Journal
-from .state import JobState
+from .state import JobState, blobs_in_use
 from .worker import Worker
 
 
@@ -28,6 +28,8 @@ class Integrity:
         async with self._turn:
             if await self.is_intact(digest) or await self._make_again(job, digest):
                 return True
+        if digest not in blobs_in_use(job.state):
+            return False  # the job went on while the caller waited for its turn
         job.damage = (
             f"file {digest[:12]} of the global adapter is damaged or missing in the store; "
             "restore a backup, or delete the job and start it again"

@@ -20,6 +20,7 @@ from .events import Before, JobEvent, event_of
 from .jobs import Job
 from .order import check
 from .quarantine import Quarantine, UnreadableError, check_usable, digests_named, fold, names_in, parse
+from .readers import Readers
 from .records import Record, Submitted
 from .state import JobState, apply, blobs_in_use, submitted
 
@@ -47,6 +48,7 @@ class Journal:
         self._notify = notify
         self._ledger = Ledger(directory / "ledger.sqlite")
         self.blobs = Blobs(directory / "blobs")
+        self.readers = Readers()
         self._threads = ThreadPoolExecutor(1, "ledger")
         # Held while a blob and the record that names it are written, and while unused blobs are removed.
         self.store_lock = asyncio.Lock()
@@ -187,6 +189,7 @@ class Journal:
         for digest in digests - self._in_use():
             try:
                 await asyncio.to_thread(self.blobs.remove, digest)
+                self.readers.cut_off(digest)
             except OSError as error:
                 log.warning("blob %s: cannot be removed (%s); the next start tries again", digest, error)
 

@@ -13,7 +13,8 @@ from fedpipe_api.job import Task
 from fedpipe_api.lora.format import LORA_B
 from fedpipe_api.wire import ModelShape
 
-from .peft import padded, rank_of
+from .peft import padded
+from .weights import rank_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ def write_gguf(global_safetensors: Path, task: Task, shape: ModelShape, path: Pa
         writer = GGUFWriter(written, family.name)
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string(Keys.Adapter.TYPE, "lora")
-        writer.add_float32(Keys.Adapter.LORA_ALPHA, rank_of(tensors))
+        writer.add_float32(
+            Keys.Adapter.LORA_ALPHA, rank_of({name: tensor.shape for name, tensor in tensors.items()})
+        )
         for name, tensor in sorted(tensors.items()):
             matrix, _, factor = name.rpartition(".")
             target = names.get_name(matrix)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from fedpipe_api.job import FedPipeJobSpec, ModelSource, Task
-from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B
 from fedpipe_api.wire import ModelShape
 
-_PREFIX = "base_model.model."
+from .weights import PeftWeights, matrices_of, padded_shape, rank_of
+
+WEIGHTS = "adapter_model.safetensors"
+
 _TASK_TYPES = {Task.SEQUENCE_CLASSIFICATION: "SEQ_CLS", Task.CAUSAL_LM: "CAUSAL_LM"}
 _AUTO_CLASSES = {
     Task.SEQUENCE_CLASSIFICATION: "AutoModelForSequenceClassification",
@@ -54,14 +55,14 @@ def write_adapter(
         facts: a paragraph for the model card.
         beside: files that are copied into it, such as the tokenizer's.
     """
-    tensors = padded(load_file(global_safetensors))
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     try:
-        save_file(_peft_tensors(tensors), temporary / "adapter_model.safetensors", {"format": "pt"})
-        config = json.dumps(_config(tensors, spec, shape), indent=2, sort_keys=True)
-        (temporary / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(_card(spec, facts, rank_of(tensors)), encoding="utf-8")
+        with global_safetensors.open("rb") as source, (temporary / WEIGHTS).open("wb") as file:
+            weights = PeftWeights(source.fileno())
+            file.writelines(weights.chunks())
+        for name, text in peft_texts(weights, spec, shape, facts).items():
+            (temporary / name).write_bytes(text)
         temporary.chmod(0o755)
         for path in beside:
             shutil.copyfile(path, temporary / path.name)
@@ -74,28 +75,23 @@ def write_adapter(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def peft_texts(
+    weights: PeftWeights, spec: FedPipeJobSpec, shape: ModelShape, facts: str = ""
+) -> dict[str, bytes]:
+    """Return the files of a PEFT directory beside its tensors by name; see `write_adapter`."""
+    config = json.dumps(_config(weights, spec, shape), indent=2, sort_keys=True) + "\n"
+    card = _card(spec, facts, weights.rank)
+    return {"adapter_config.json": config.encode(), "README.md": card.encode()}
+
+
 def padded(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return a global adapter whose matrices all have the highest rank; zeros change no product."""
-    rank = rank_of(tensors)
+    rank = rank_of({name: tensor.shape for name, tensor in tensors.items()})
     found = {}
     for name, tensor in tensors.items():
-        axis = 0 if name.endswith(LORA_A) else 1
-        factor = not name.startswith(HEAD) and name.endswith((LORA_A, LORA_B))
-        missing = [
-            (0, rank - tensor.shape[axis]) if factor and i == axis else (0, 0) for i in range(tensor.ndim)
-        ]
-        found[name] = np.pad(tensor, missing)
+        wanted = padded_shape(name, tensor.shape, rank)
+        found[name] = np.pad(tensor, [(0, w - h) for w, h in zip(wanted, tensor.shape, strict=True)])
     return found
-
-
-def rank_of(tensors: Mapping[str, np.ndarray]) -> int:
-    """Return the highest rank of a global adapter's matrices; at least 1, as readers ask."""
-    ranks = [len(tensor) for name, tensor in tensors.items() if _is_a(name)]
-    return max([1, *ranks])
-
-
-def _is_a(name: str) -> bool:
-    return name.endswith(LORA_A) and not name.startswith(HEAD)
 
 
 def _replace(new: Path, directory: Path) -> None:
@@ -106,17 +102,7 @@ def _replace(new: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _peft_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return the tensors under PEFT's names; lora_A.weight is (r, c), lora_B.weight (d, r)."""
-    named = {}
-    for name, tensor in tensors.items():
-        plain = name.removeprefix(HEAD) if name.startswith(HEAD) else f"{name}.weight"
-        named[_PREFIX + plain] = np.ascontiguousarray(tensor)
-    return named
-
-
-def _config(tensors: Mapping[str, np.ndarray], spec: FedPipeJobSpec, shape: ModelShape) -> dict[str, Any]:
-    rank = rank_of(tensors)
+def _config(weights: PeftWeights, spec: FedPipeJobSpec, shape: ModelShape) -> dict[str, Any]:
     name, revision = base_of(spec.model)
     return {
         "peft_type": "LORA",
@@ -124,12 +110,12 @@ def _config(tensors: Mapping[str, np.ndarray], spec: FedPipeJobSpec, shape: Mode
         "base_model_name_or_path": name,
         "revision": revision,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
+        "r": weights.rank,
+        "lora_alpha": weights.rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": shape.architecture in _FAN_IN_FAN_OUT,
-        "target_modules": sorted(name.removesuffix(LORA_A) for name in tensors if _is_a(name)),
+        "target_modules": matrices_of(weights.shapes),
         "modules_to_save": sorted(shape.head_modules) or None,
     }
 

@@ -4,13 +4,12 @@
 import asyncio
 import logging
 import ssl
-from typing import Any
 from urllib.parse import urlsplit
 
 from fedpipe_api.base import UserError
 from fedpipe_api.names import CA_CONFIGMAP, OPERATOR_KEY
 
-from .api import Api, ApiError
+from .api import Api, ApiError, Document
 from .pods import CA_KEY
 from .settings import OperatorSettings
 from .tls import Material, load_certificate, now_utc, renew
@@ -28,7 +27,7 @@ class Authority:
         self._api = api
         self._settings = settings
         self._material: Material | None = None
-        self._published: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+        self._published: dict[str, tuple[str, Document]] = {}
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
 
@@ -71,8 +70,8 @@ class Authority:
             try:
                 await self.load()
                 if self._material is not None and not self._published:
-                    for namespace, (_, owners) in known.items():
-                        await self._apply(namespace, owners)
+                    for namespace, (_, owner) in known.items():
+                        await self._apply(namespace, owner)
             except (ApiError, UserError) as error:
                 log.warning("the coordinator's certificate: %s; trying again", error)
 
@@ -89,17 +88,16 @@ class Authority:
         except ApiError as error:
             log.warning("ConfigMap %s, with the CA for probes and Prometheus: %s; trying again", name, error)
 
-    async def publish(self, namespace: str, owners: list[dict[str, Any]]) -> None:
-        """Make the CA known in a namespace, for as long as any of the owners lives."""
+    async def publish(self, namespace: str, owner: Document) -> None:
+        """Make the CA known in a namespace, for as long as its owner lives."""
         assert self._material is not None
-        owners = sorted(owners, key=lambda owner: str(owner["uid"]))
-        if self._published.get(namespace) == (self._material.bundle, owners):
+        if self._published.get(namespace) == (self._material.bundle, owner):
             return
-        await self._apply(namespace, owners)
+        await self._apply(namespace, owner)
 
-    async def _apply(self, namespace: str, owners: list[dict[str, Any]]) -> None:
+    async def _apply(self, namespace: str, owner: Document) -> None:
         assert self._material is not None
         operator = f"{self._settings.namespace}/{self._settings.service}"
         data = {CA_KEY: self._material.bundle, OPERATOR_KEY: operator}
-        await self._api.apply_config_map(namespace, CA_CONFIGMAP, data, owners)
-        self._published[namespace] = (self._material.bundle, owners)
+        await self._api.apply_config_map(namespace, CA_CONFIGMAP, data, [owner])
+        self._published[namespace] = (self._material.bundle, owner)

@@ -4,10 +4,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -21,7 +20,7 @@ from ..engine import Engine, JobEvent
 from ..engine.background import cancel
 from ..engine.begin import NO_PATHS
 from ..engine.state import JobState
-from .api import Api, ApiError
+from .api import Api, ApiError, Document
 from .events import EventRecorder
 from .inventory import Inventory
 from .job_status import invalid_status, job_status, quarantined_status
@@ -40,7 +39,10 @@ PACE_SECONDS = 0.5
 """Pause between a change and the look at it, so that many changes at once cost one look."""
 
 LONGEST_PAUSE = 10.0
-"""Every job is looked at at least so often, whatever happens."""
+"""Every job that has not ended is looked at at least so often, whatever happens."""
+
+ENDED_PAUSE = 300.0
+"""And every other: a tenant may keep thousands, and no other job may wait behind looks at them."""
 
 EXPECTED_SECONDS = 30.0
 """How long a Pod that was created may take to be seen before it is created again."""
@@ -63,13 +65,15 @@ class Controller:
         settings: OperatorSettings,
         events: EventRecorder,
         *,
-        publish_ca: Callable[[str, list[dict[str, Any]]], Awaitable[None]],
+        publish_ca: Callable[[str, Document], Awaitable[None]],
         write_output: Callable[[FedPipeJob, JobState], Awaitable[str]],
         observe: Callable[[float], None] = lambda seconds: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.engine = engine
         self.jobs: dict[str, TrackedJob] = {}
+        self._titles: dict[str, str] = {}
+        self._namespaces: dict[str, dict[str, TrackedJob]] = {}
         self.inventory = Inventory(self.wake_all, self.wake, clock)
         self.last_look = time.monotonic()
         self._api = api
@@ -94,6 +98,8 @@ class Controller:
         known = self.jobs.get(uid)
         if known is None:
             known = self.jobs[uid] = TrackedJob.of(body)
+            self._titles[uid] = known.title
+            self._namespaces.setdefault(known.namespace, {})[uid] = known
         elif known.generation == generation:
             known.changed.set()
             return
@@ -126,7 +132,7 @@ class Controller:
 
     async def forget_job(self, uid: str) -> None:
         """Remove what belongs to a job that is being deleted: Pods, then its rows and blobs. Idempotent."""
-        known = self.jobs.pop(uid, None)
+        known = self.jobs.get(uid)
         if known is not None:
             await cancel([known.task, known.output_task])
         ledger = self.engine.jobs.get(uid)
@@ -134,9 +140,37 @@ class Controller:
         for pod in self.inventory.pods_of(namespace, uid):
             await self._api.delete_pod(pod.namespace, pod.name, pod.uid, force=False)
         self._warnings.forget(uid)
+        self._untrack(uid, namespace)
+        if self._namespaces.get(namespace):
+            await self._hand_on(namespace)
         await self.engine.delete(uid)
         if self.inventory.hold(uid, ()):
             self.wake_all()
+
+    async def _hand_on(self, namespace: str) -> None:
+        """Give what all jobs of a namespace share to the next: it goes with the job that owns it."""
+        try:
+            await self._publish_ca(namespace, self._owner(namespace))
+        except ApiError as error:
+            # The namespace itself may be on its way out, and takes nothing new.
+            if not error.permanent:
+                raise
+
+    def _untrack(self, uid: str, namespace: str) -> None:
+        self.jobs.pop(uid, None)
+        self._titles.pop(uid, None)
+        others = self._namespaces.get(namespace, {})
+        others.pop(uid, None)
+        if not others:
+            self._namespaces.pop(namespace, None)
+
+    def _owner(self, namespace: str) -> Document:
+        """Return the reference to the job that owns what all jobs of a namespace share: the first known.
+
+        One alone: with one for each of ten thousand jobs an object is larger than the API server takes.
+        """
+        first = next(iter(self._namespaces[namespace].values()))
+        return owner_reference(first.name, first.uid) | {"controller": False, "blockOwnerDeletion": False}
 
     def wake(self, uid: str) -> None:
         """Have a job looked at."""
@@ -144,9 +178,14 @@ class Controller:
             self.jobs[uid].changed.set()
 
     def wake_all(self) -> None:
-        """Have every job looked at, in the order they were submitted."""
+        """Have every job that may want nodes looked at, in the order they were submitted."""
         for known in self.jobs.values():
-            known.changed.set()
+            if not self._has_ended(known):
+                known.changed.set()
+
+    def _has_ended(self, known: TrackedJob) -> bool:
+        engine_job = self.engine.jobs.get(known.uid)
+        return engine_job is not None and engine_job.state.finished is not None
 
     def record_event(self, uid: str, event: JobEvent) -> None:
         """Post an event of the engine as an Event."""
@@ -186,7 +225,8 @@ class Controller:
                 known.failures += 1
                 again = min(2.0**known.failures, 30.0)
             self._observe(time.perf_counter() - started)
-            await _any_of(events, LONGEST_PAUSE if again is None else min(again, LONGEST_PAUSE))
+            longest = ENDED_PAUSE if self._has_ended(known) else LONGEST_PAUSE
+            await _any_of(events, longest if again is None else min(again, longest))
             await asyncio.sleep(PACE_SECONDS)
 
     async def _look(self, known: TrackedJob) -> float | None:
@@ -238,10 +278,9 @@ class Controller:
     def _decide(self, known: TrackedJob, job: FedPipeJob) -> Actions:
         """Decide and take hold of GPU nodes with nothing in between, so that no two jobs take the same."""
         engine_job = self.engine.jobs.get(known.uid)
-        names = {uid: other.title for uid, other in self.jobs.items()}
         actions = reconcile(
             job,
-            self.inventory.fleet_for(known.uid, names),
+            self.inventory.fleet_for(known.uid, self._titles),
             self._agents(known),
             engine_job.state if engine_job else None,
             seen={node: live.seen for node, live in engine_job.live.items()} if engine_job else {},
@@ -278,12 +317,7 @@ class Controller:
         due = [node for node in nodes if known.expected.get(node, 0.0) <= now]
         if not due:
             return EXPECTED_SECONDS if nodes else None
-        owners = [
-            owner_reference(other.job) | {"controller": False, "blockOwnerDeletion": False}
-            for other in self.jobs.values()
-            if other.namespace == known.namespace and other.job is not None
-        ]
-        await self._publish_ca(known.namespace, owners)
+        await self._publish_ca(known.namespace, self._owner(known.namespace))
         try:
             for node in due:
                 await self._create_one(known, job, node)
@@ -326,15 +360,16 @@ class Controller:
         engine_job = self.engine.jobs.get(known.uid)
         if engine_job is None:
             return
-        for proof in self._proofs.due(engine_job.state, [job.state for job in self.engine.jobs.values()]):
-            if proof.node not in self.inventory.capacities:
-                continue
+        for proof in self._proofs.due(engine_job.state, self._states, self.inventory.capacities):
             try:
                 await self._api.apply_precisions(proof.node, proof.precisions())
             except ApiError as error:
                 log.warning("FedPipeNode %s: %s; trying again", proof.node, error)
             else:
                 self._proofs.recorded(proof)
+
+    def _states(self) -> Iterable[JobState]:
+        return (job.state for job in self.engine.jobs.values())
 
     # Its status
 

@@ -2,38 +2,32 @@
 """What the operator answers besides agents: probes of the kubelet, Prometheus, and who wants an adapter."""
 
 import asyncio
-import copy
 import logging
-import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from fedpipe_api.names import ADAPTER_AUDIENCE
 
+from ..coordinator.http import cutting_off
 from ..engine import Engine, Refused
 from ..engine.jobs import Job
-from ..engine.state import JobState
-from ..export import write_adapter
+from ..export.archive import AdapterArchive
 from ..metrics import OperatorMetrics
 from .access import METRICS, Access, adapter_right, bearer
 
 log = logging.getLogger(__name__)
 
 OWN_ADAPTER_PATH = "/v1/adapter"
-SENT_AT_ONCE, SENT_AT_ONCE_OF_TENANT, SENT_AT_ONCE_OF_JOB = 8, 4, 2
+SENT_AT_ONCE, SENT_AT_ONCE_OF_TENANT, SENT_AT_ONCE_OF_JOB = 64, 4, 2
 """Adapters being sent: to readers, and as many again to the Pods that write spec.output."""
 
 SLOWEST = 128 * 1024
 """Bytes per second at which an adapter must be read at least: a slow reader stands in others' way."""
 
 GRACE_SECONDS = 60.0
-
-_CHUNK = 128 * 1024
 
 ADAPTER_PATH = "/v1/jobs/{namespace}/{name}/adapter"
 
@@ -104,7 +98,7 @@ def own_adapter(engine: Engine, writer: Callable[[str], Awaitable[str | None]]) 
 
 
 class _Sending:
-    """Sends adapters from disk piece by piece, a few at a time: no number of readers fills the memory."""
+    """Sends adapters from the store piece by piece, a few at a time: readers fill neither memory nor disk."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -114,71 +108,58 @@ class _Sending:
     async def send(self, request: web.Request, job: Job) -> web.StreamResponse:
         """Answer with the job's adapter as a tar; Refused 429 when too many are being sent.
 
-        Who has not read it after GRACE_SECONDS and its size at SLOWEST is cut off.
+        Who has not read it after GRACE_SECONDS and its size at SLOWEST is cut off, and so is who still reads
+        it when the job has gone, or needs it no more.
         """
-        # The state as it is now: the job goes on while its adapter is written and sent.
-        state = copy.copy(job.state)
-        assert state.adapter is not None
+        uid, namespace = job.state.uid, job.state.namespace
         if (
             self._now.total() >= SENT_AT_ONCE
-            or self._tenants[state.namespace] >= SENT_AT_ONCE_OF_TENANT
-            or self._now[state.uid] >= SENT_AT_ONCE_OF_JOB
+            or self._tenants[namespace] >= SENT_AT_ONCE_OF_TENANT
+            or self._now[uid] >= SENT_AT_ONCE_OF_JOB
         ):
             raise Refused(429, "TooManyRequests", "too many adapters are being read", retry_after=5)
-        self._now[state.uid] += 1
-        self._tenants[state.namespace] += 1
+        self._now[uid] += 1
+        self._tenants[namespace] += 1
         try:
-            with tempfile.TemporaryDirectory() as temporary:
-                path = Path(temporary) / "adapter.tar"
-                await asyncio.to_thread(write_adapter_tar, self._engine, state, path)
-                response = web.StreamResponse(headers={"FedPipe-Digest": state.adapter.digest})
-                response.content_type, response.content_length = "application/x-tar", path.stat().st_size
-                await response.prepare(request)
-                try:
-                    async with asyncio.timeout(GRACE_SECONDS + path.stat().st_size / SLOWEST):
-                        await _write(response, path)
-                except TimeoutError:
-                    log.warning("adapter of %s/%s: its reader was too slow", state.namespace, state.name)
-                    if request.transport:
-                        request.transport.abort()
-            return response
+            return await self._send(request, job)
         finally:
-            self._now[state.uid] -= 1
-            self._tenants[state.namespace] -= 1
+            self._now[uid] -= 1
+            self._tenants[namespace] -= 1
             # Without those that are 0: jobs and namespaces come and go.
             self._now, self._tenants = +self._now, +self._tenants
 
+    async def _send(self, request: web.Request, job: Job) -> web.StreamResponse:
+        state = job.state
+        assert state.adapter is not None
+        assert state.model is not None
+        spec, model, digest = state.spec, state.model, state.adapter.digest
+        path = await self._engine.readable(state.uid, digest)
+        with self._engine.readers.reading(digest, cutting_off(request)):
+            try:
+                source = path.open("rb")
+            except FileNotFoundError:
+                text = f"job {state.name} has a newer adapter, or none any more"
+                raise Refused(503, "AdapterReplaced", text, retry_after=1) from None
+            with source:
+                archive = await asyncio.to_thread(AdapterArchive, source.fileno(), spec, model)
+                response = web.StreamResponse(headers={"FedPipe-Digest": digest})
+                response.content_type, response.content_length = "application/x-tar", len(archive)
+                await response.prepare(request)
+                try:
+                    async with asyncio.timeout(GRACE_SECONDS + len(archive) / SLOWEST):
+                        await _write(response, archive)
+                except TimeoutError:
+                    log.warning("adapter of %s/%s: its reader was too slow", state.namespace, state.name)
+                    cutting_off(request)()
+        return response
 
-async def _write(response: web.StreamResponse, path: Path) -> None:
-    with path.open("rb") as file:
-        while chunk := await asyncio.to_thread(file.read, _CHUNK):
-            await response.write(chunk)
+
+async def _write(response: web.StreamResponse, archive: AdapterArchive) -> None:
+    chunks = archive.chunks()
+    while chunk := await asyncio.to_thread(next, chunks, b""):
+        await response.write(chunk)
 
 
 def _find(engine: Engine, namespace: str, name: str) -> Job | None:
     found = (j for j in engine.jobs.values() if (j.state.namespace, j.state.name) == (namespace, name))
     return next(found, None)
-
-
-def export_adapter(engine: Engine, state: JobState, directory: Path) -> None:
-    """Write the job's latest adapter as a PEFT directory. Blocks; use a thread."""
-    assert state.adapter is not None
-    assert state.model is not None
-    if not engine.blobs.intact(state.adapter.digest):
-        raise Refused(
-            503, "StoreDamaged", "the adapter is damaged in the store; restore a backup of the store"
-        )
-    write_adapter(engine.blobs.path(state.adapter.digest), state.spec, state.model, directory)
-
-
-def write_adapter_tar(engine: Engine, state: JobState, path: Path) -> None:
-    """Write the PEFT directory as a tar whose bytes depend on the adapter alone. Blocks; use a thread."""
-    directory = path.parent / "adapter"
-    export_adapter(engine, state, directory)
-    with tarfile.open(path, mode="w") as archive:
-        for file in sorted(directory.iterdir()):
-            entry = tarfile.TarInfo(file.name)
-            entry.size = file.stat().st_size
-            entry.mode = 0o644
-            with file.open("rb") as content:
-                archive.addfile(entry, content)

@@ -41,13 +41,13 @@ TOKEN_KEY = "HF_TOKEN"  # noqa: S105 - a name
 Document = dict[str, Any]
 
 
-def owner_reference(job: FedPipeJob) -> Document:
-    """Return the reference by which Kubernetes collects what belongs to the job."""
+def owner_reference(job: str, uid: str) -> Document:
+    """Return the reference by which Kubernetes collects what belongs to a job, by its name."""
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "FedPipeJob",
-        "name": job.metadata.name,
-        "uid": job.metadata.uid,
+        "name": job,
+        "uid": uid,
         "controller": True,
         "blockOwnerDeletion": True,
     }
@@ -167,7 +167,7 @@ def _metadata(job: FedPipeJob, node: str, component: str, settings: OperatorSett
             "app.kubernetes.io/managed-by": "fedpipe-operator",
         },
         "annotations": {NODE_LABEL: node, TEMPLATE_ANNOTATION: template_digest(job, settings)},
-        "ownerReferences": [owner_reference(job)],
+        "ownerReferences": [owner_reference(name, job.metadata.uid or "")],
     }
 
 

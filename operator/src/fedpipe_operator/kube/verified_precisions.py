@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which agent's kernel check a FedPipeNode shows as verified: that of the newest registration on the node."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,13 +39,19 @@ class VerifiedPrecisions:
         """Start with nothing recorded, as after a restart."""
         self._recorded: dict[str, float] = {}
 
-    def due(self, state: JobState, states: Collection[JobState]) -> Iterator[Verification]:
-        """Yield what a job's agents proved and is not recorded, unless another job's registered later."""
+    def due(
+        self, state: JobState, states: Callable[[], Iterable[JobState]], there: Container[str]
+    ) -> Iterator[Verification]:
+        """Yield what a job's agents proved and is not recorded, unless another job's registered later.
+
+        `states` gives those of all jobs, asked for only while something is not recorded; `there` are the
+        nodes that have a FedPipeNode.
+        """
         for node, agent in list(state.agents.items()):
             at, kernels = state.registered_at[node], agent.device.kernels
-            if not kernels or at <= self._recorded.get(node, 0.0):
+            if not kernels or node not in there or at <= self._recorded.get(node, 0.0):
                 continue
-            if all(other.registered_at.get(node, 0.0) <= at for other in states):
+            if all(other.registered_at.get(node, 0.0) <= at for other in states()):
                 yield Verification(node, at, kernels)
 
     def recorded(self, proof: Verification) -> None:
