@@ -183,6 +183,11 @@ class Controller:
             if not self._has_ended(known):
                 known.changed.set()
 
+    def age(self) -> float:
+        """Return the seconds since the last look at any job; 0 where none needs one every few seconds."""
+        busy = any(not self._has_ended(known) for known in self.jobs.values())
+        return time.monotonic() - self.last_look if busy else 0.0
+
     def _has_ended(self, known: TrackedJob) -> bool:
         engine_job = self.engine.jobs.get(known.uid)
         return engine_job is not None and engine_job.state.finished is not None

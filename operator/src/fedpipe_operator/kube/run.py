@@ -6,7 +6,6 @@ import contextlib
 import gc
 import logging
 import signal
-import time
 from collections.abc import Awaitable, Callable
 
 import kopf
@@ -84,8 +83,7 @@ class Operator:
         self.controller.record_event(uid, event)
 
     def _age(self) -> float:
-        # Every job is looked at every few seconds; without jobs there is nothing to be late for.
-        return time.monotonic() - self.controller.last_look if self.controller.jobs else 0.0
+        return self.controller.age()
 
     def _count_unreadable(self) -> dict[str, int]:
         return self.controller.inventory.unreadable()
