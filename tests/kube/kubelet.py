@@ -139,6 +139,8 @@ class Kubelet:
             return
         elif "deletionTimestamp" in meta:
             self._end(pod, known)
+        elif known is not None and known.phase == "Mounting":
+            self._start(pod, known.directory)
         elif known is not None and known.phase == "Running":
             self._check(pod, known)
 
@@ -172,10 +174,18 @@ class Kubelet:
         if claims & self.missing_claims:
             self._status(meta["uid"], {"phase": "Pending", "containerStatuses": []})
             return self._warn(pod, 'MountVolume.SetUp failed for volume "data" : the claim is gone')
+        self._start(pod, directory)
+
+    def _start(self, pod: dict[str, Any], directory: Path) -> None:
+        """Mount its volumes and run it; a Pod whose CA is missing waits, as on a node."""
+        meta = pod["metadata"]
+        known = self._running[meta["uid"]]
+        if self._authorities(pod) is None:
+            known.phase = "Mounting"
+            return
         if not self._project(pod, directory):
             del self._running[meta["uid"]]
             return
-        known = self._running[meta["uid"]]
         known.process, known.phase = self.start(pod, directory), "Running"
         running = {"startedAt": _now()}
         self._status(meta["uid"], {"phase": "Running", "containerStatuses": [_container(running=running)]})
@@ -221,14 +231,18 @@ class Kubelet:
             return False
         assert status == 201, answer
         (directory / "token").write_text(answer["status"]["token"])
-        name = sources[1]["configMap"]["name"]
-        status, answer = self.plane.request("GET", f"/api/v1/namespaces/{self.namespace}/configmaps/{name}")
-        assert status == 200, answer
-        (directory / "ca.crt").write_text(answer["data"]["ca.crt"])
+        (directory / "ca.crt").write_text(self._authorities(pod) or "")
         for volume in spec["volumes"]:
             if "secret" in volume:
                 self._mount_secret(volume["secret"], directory / volume["name"])
         return True
+
+    def _authorities(self, pod: dict[str, Any]) -> str | None:
+        """Return the CA that the Pod mounts, None while it is not there."""
+        identity = next(v for v in pod["spec"]["volumes"] if v["name"] == "identity")
+        name = identity["projected"]["sources"][1]["configMap"]["name"]
+        status, answer = self.plane.request("GET", f"/api/v1/namespaces/{self.namespace}/configmaps/{name}")
+        return answer["data"]["ca.crt"] if status == 200 else None
 
     def _mount_secret(self, source: dict[str, Any], directory: Path) -> None:
         directory.mkdir(exist_ok=True)

@@ -32,7 +32,7 @@ class Recorded:
         self.status = status
 
 
-async def no_ca(namespace: str, owner: dict[str, Any]) -> None:
+async def no_ca(namespace: str, owner: dict[str, Any], *, again: bool = False) -> None:
     """The namespace has the CA already."""
 
 

@@ -217,6 +217,16 @@ def test_a_volume_that_cannot_be_mounted_is_reported(cluster: Cluster, name: str
     assert cluster.condition("Stalled", name)[0] == "True"
 
 
+def test_a_deleted_ca_comes_back_for_the_pods_that_wait_for_it(cluster: Cluster, name: str) -> None:
+    cluster.submit(f"{name}-before", rounds={"count": 1, "localSteps": 2, "minUpdates": 2})
+    cluster.wait_phase("Succeeded", f"{name}-before")
+    path = f"/api/v1/namespaces/{cluster.namespace}/configmaps/fedpipe-ca"
+    assert cluster.plane.request("DELETE", path)[0] == 200
+    cluster.submit(name)
+    cluster.wait_phase("Succeeded", name, 120)
+    cluster.plane.request("DELETE", cluster.job_path(f"{name}-before"))
+
+
 def test_suspend_stops_agents_and_resume_goes_on(cluster: Cluster, name: str) -> None:
     cluster.submit(name, rounds={"count": 6, "localSteps": 2, "minUpdates": 2}, podTemplate=taking(0.5))
     cluster.wait("a round", lambda: cluster.status(name).get("round", 0) >= 1)

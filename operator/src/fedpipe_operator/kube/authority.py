@@ -88,10 +88,10 @@ class Authority:
         except ApiError as error:
             log.warning("ConfigMap %s, with the CA for probes and Prometheus: %s; trying again", name, error)
 
-    async def publish(self, namespace: str, owner: Document) -> None:
-        """Make the CA known in a namespace, for as long as its owner lives."""
+    async def publish(self, namespace: str, owner: Document, *, again: bool = False) -> None:
+        """Make the CA known in a namespace, for as long as its owner lives; `again` even where it is known."""
         assert self._material is not None
-        if self._published.get(namespace) == (self._material.bundle, owner):
+        if not again and self._published.get(namespace) == (self._material.bundle, owner):
             return
         await self._apply(namespace, owner)
 

@@ -54,7 +54,7 @@ REFUSED_SECONDS = 60.0
 class Controller:
     """All jobs.
 
-    `publish_ca` makes the coordinator's CA known in a namespace, `write_output` delivers an adapter and
+    `publish_ca` is `Authority.publish`, `write_output` delivers an adapter and
     returns where it is stored, `observe` receives each reconcile's duration in seconds.
     """
 
@@ -65,7 +65,7 @@ class Controller:
         settings: OperatorSettings,
         events: EventRecorder,
         *,
-        publish_ca: Callable[[str, Document], Awaitable[None]],
+        publish_ca: Callable[..., Awaitable[None]],
         write_output: Callable[[FedPipeJob, JobState], Awaitable[str]],
         observe: Callable[[float], None] = lambda seconds: None,
         clock: Callable[[], float] = time.time,
@@ -243,7 +243,9 @@ class Controller:
             return await self._write(known, status)
         if known.uid in self.engine.quarantined:
             return await self._quarantine(known, job)
-        await self._warnings.ask(known.uid, self.inventory.agents_of(known.namespace, known.uid))
+        if await self._warnings.ask(known.uid, self.inventory.agents_of(known.namespace, known.uid)):
+            # It may be the CA that they wait for: anybody may have deleted it.
+            await self._publish_ca(known.namespace, self._owner(known.namespace), again=True)
         actions = self._decide(known, job)
         if actions.submit and not await self.engine.submit(job):
             log.warning("job %s: it is edited too often; generation %d waits", known.title, known.generation)

@@ -35,19 +35,21 @@ class PodWarnings:
         known = self._jobs.get(pod.job, {}).get(pod.uid)
         return known.text or None if known and pod.phase == "Pending" else None
 
-    async def ask(self, job: str, pods: Iterable[PodView]) -> None:
-        """Look up those of a job's Pods that have waited for long, each now and then."""
-        before, answers = self._jobs.get(job, {}), {}
+    async def ask(self, job: str, pods: Iterable[PodView]) -> bool:
+        """Look up those of a job's Pods that have waited for long, now and then; return whether any was."""
+        before, answers, asked = self._jobs.get(job, {}), {}, False
         for pod in pods:
             if pod.phase != "Pending" or pod.deleting or pod.trouble is not None:
                 continue
             known = before.get(pod.uid, _Answer(pod.created, ""))
             if known.asked + QUIET_SECONDS <= self._clock():
+                asked = True
                 known = _Answer(self._clock(), await self._ask(pod) or known.text)
             answers[pod.uid] = known
         self._jobs[job] = answers
         if not answers:
             self.forget(job)
+        return asked
 
     def forget(self, job: str) -> None:
         """Forget a job's Pods."""
