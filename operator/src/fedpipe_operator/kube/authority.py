@@ -89,7 +89,7 @@ class Authority:
             log.warning("ConfigMap %s, with the CA for probes and Prometheus: %s; trying again", name, error)
 
     async def publish(self, namespace: str, owner: Document, *, again: bool = False) -> None:
-        """Make the CA known in a namespace, for as long as its owner lives; `again` even where it is known."""
+        """Make the CA known in a namespace, for as long as its owner lives; `again`: even if it is known."""
         assert self._material is not None
         if not again and self._published.get(namespace) == (self._material.bundle, owner):
             return
