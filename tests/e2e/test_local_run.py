@@ -202,6 +202,10 @@ def test_a_second_run_says_what_is_there_and_does_nothing(finished, inputs):
     assert done.returncode == 0
     assert done.stdout.startswith(f"{directory.root}: holds this run, finished")
     assert "done in" in done.stdout
+    quiet = fedpipe(command(job, inputs, directory.root, "--quiet"))
+    assert quiet.stdout == done.stdout.partition("\n")[2]
+    both = fedpipe(command(job, inputs, directory.root, "--quiet", "--json"))
+    assert_mistake(both, "--json and --quiet: give one")
     kept = {path: at for path, at in everything_under(directory.root).items() if path.suffix != ".sqlite"}
     assert kept == {path: at for path, at in before.items() if path.suffix != ".sqlite"}
 
@@ -279,8 +283,15 @@ def test_whatever_dies_the_run_goes_on_where_it_stopped(inputs, tmp_path):
         assert time.monotonic() < end, "agents outlived the run"
         time.sleep(0.05)
 
-    finished = fedpipe(command(job, inputs, out, "--resume"))
+    finished = fedpipe(command(job, inputs, out, "--resume", "--json"))
     assert finished.returncode == 0, finished.stdout + finished.stderr
+    events = [json.loads(line) for line in finished.stdout.splitlines()]
+    rounds = [event["round"] for event in events if event["event"] == "round"]
+    assert rounds == list(range(rounds[0], 9))
+    assert {event["event"] for event in events} <= {"stage", "node", "plan", "round", "notice", "end"}
+    assert events[-1]["event"] == "end"
+    assert events[-1]["phase"] == "Succeeded"
+    assert events[-1]["adapter"] == str(out / "adapter")
     state = RunDirectory(out).history().state
     assert state.done == 8
     assert {"edge-a", "edge-b", "edge-c"} == set(state.rounds[8].updates)

@@ -44,17 +44,6 @@ class Direct(Worker):
         return await asyncio.to_thread(call, *args, **kwargs)
 
 
-class Checked:
-    """The results of a kernel check."""
-
-    def __init__(self, results: list[KernelResult]) -> None:
-        self._results = tuple(results)
-
-    def results(self) -> tuple[KernelResult, ...]:
-        """Return them."""
-        return self._results
-
-
 def train(directory: Path, node: str, url: str, model: Path, kernel: list[KernelResult]) -> None:
     """Work on the job as a node's agent."""
     from fedpipe_agent.train.agent import Agent
@@ -71,7 +60,7 @@ def train(directory: Path, node: str, url: str, model: Path, kernel: list[Kernel
     device = Device(Capacity(threads=1))
     agent = Agent(transport.job(), Source(str(model)), transport, device, work)
     agent.prepare(data)
-    agent.run(Checked(kernel))  # type: ignore[arg-type]
+    agent.run(tuple(kernel))
 
 
 async def run_job(

@@ -110,6 +110,9 @@ EVALUATIONS: dict[str, tuple[dict[str, Any], int, str]] = {
     "nothing counted": ({"correct": None}, 422, "ClaimInvalid"),
     "more classes than samples": ({"tokens": 100}, 422, "ClaimInvalid"),
     "a loss beyond all models": ({"loss_sum": 1e18}, 422, "ClaimInvalid"),
+    "a confusion matrix of another size": ({"confusion": (5, 5)}, 422, "ClaimInvalid"),
+    "one of more samples": ({"confusion": (5, 6, *(0,) * 7)}, 422, "ClaimInvalid"),
+    "one of other right answers": ({"confusion": (3, 5, 0, 2, *(0,) * 5)}, 422, "ClaimInvalid"),
     "another precision": ({"precision": Precision.NF4}, 409, "PrecisionDiffers"),
     "another round": ({"round": 2}, 409, "RoundClosed"),
 }
@@ -120,6 +123,8 @@ def test_an_evaluation_claims_no_more_than_it_may(case: str) -> None:
     change, status, reason = EVALUATIONS[case]
     good = Evaluation(round=1, samples=10, tokens=10, loss_sum=20, correct=5, precision=Precision.FP32)
     assert accept.evaluation(WORLD.state, "node-0", good) is Verdict.NEW
+    counted = good.model_copy(update={"confusion": (5, 5, *(0,) * 7)})
+    assert accept.evaluation(WORLD.state, "node-0", counted) is Verdict.NEW
     with pytest.raises(Refused) as caught:
         accept.evaluation(WORLD.state, "node-0", good.model_copy(update=change))
     assert (caught.value.status, caught.value.reason) == (status, reason)
@@ -131,7 +136,7 @@ def test_a_language_model_evaluates_tokens_and_counts_no_classes() -> None:
     state.spec = job(3, 3, model=model).spec
     good = Evaluation(round=1, samples=10, tokens=2560, loss_sum=20, precision=Precision.FP32)
     assert accept.evaluation(state, "node-0", good) is Verdict.NEW
-    for change in ({"tokens": 2561}, {"correct": 1}):
+    for change in ({"tokens": 2561}, {"correct": 1}, {"confusion": (10,)}):
         with pytest.raises(Refused, match=next(iter(change))):
             accept.evaluation(state, "node-0", good.model_copy(update=change))
 

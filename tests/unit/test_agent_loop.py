@@ -2,6 +2,7 @@
 import gc
 import math
 import time
+from collections import Counter
 from itertools import islice
 
 import numpy as np
@@ -276,7 +277,7 @@ def test_evaluation_sums_over_targets(sources, device, tmp_path, task):
     model, samples = prepared(sources, task, tmp_path), samples_of(task, 11)
     seen = []
     sums = evaluate(model, samples, 2, device, after=seen.append)
-    total, correct = 0.0, 0
+    total, correct, pairs = 0.0, 0, []
     for index in range(11):
         batch = samples.batch(np.array([index]), torch.device("cpu"))
         logits = model(**batch.inputs).logits.double()[0]
@@ -287,9 +288,15 @@ def test_evaluation_sums_over_targets(sources, device, tmp_path, task):
         else:
             total -= logits.log_softmax(-1)[samples.classes[index]].item()
             correct += int(logits.argmax()) == samples.classes[index]
+            pairs.append((samples.classes[index], int(logits.argmax())))
     assert sums.loss == pytest.approx(total, rel=1e-4)
     assert sums.samples == seen[-1] == 11
     assert sums.correct == (None if task is Task.CAUSAL_LM else correct)
+    if task is Task.CAUSAL_LM:
+        assert sums.confusion is None
+    else:
+        assert len(pairs) == 11
+        assert {(i, j): count for (i, j), count in np.ndenumerate(sums.confusion) if count} == Counter(pairs)
     assert sums.targets == samples.targets(np.arange(11))
 
 

@@ -152,7 +152,7 @@ def test_a_secret_is_read_by_its_keys_alone(tmp_path: Path) -> None:
 
 
 def test_a_local_run_writes_as_its_user_and_asks_for_credentials_before_it_trains(
-    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     volume = {"persistentVolumeClaim": {"claimName": "models"}}
     output = {"url": "s3://adapters/mine", "secretName": "writer", "volume": volume}
@@ -169,11 +169,10 @@ def test_a_local_run_writes_as_its_user_and_asks_for_credentials_before_it_train
     for file, content in FILES.items():
         (tmp_path / file).write_bytes(content)
     state: Any = SimpleNamespace(spec=spec, name="tickets")
-    deliver(tmp_path, state)
+    lines = deliver(tmp_path, state)
     assert set(store.objects) == {f"/adapters/mine/tickets/{file}" for file in FILES}
-    reported = capsys.readouterr().out
-    assert "s3://adapters/mine/tickets" in reported
-    assert "spec.output.volume" in reported
+    assert lines[0] == "stored   s3://adapters/mine/tickets"
+    assert lines[1].startswith("spec.output.volume is of a cluster")
 
 
 def test_a_local_run_takes_the_users_own_credentials(monkeypatch: pytest.MonkeyPatch) -> None:

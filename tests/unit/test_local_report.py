@@ -139,11 +139,13 @@ def records(adapter, rounds, finished):
             )  # fmt: skip
         for i, name in enumerate(NODES):
             loss = 50 * (2.5 / (1 + 0.3 * number) + 0.1 * i)
+            correct = int(45 * number / (number + 1)) + i
             yield at + 9.5, Evaluated(
                 node=name,
                 evaluation=Evaluation(
                     round=number, samples=50, tokens=50, loss_sum=loss,
-                    correct=int(45 * number / (number + 1)) + i, precision="fp32",
+                    correct=correct, confusion=(correct, 30, 20 - correct, 0) if correct <= 20 else
+                    (20, 50 - correct, 0, correct - 20), precision="fp32",
                 ),
             )  # fmt: skip
     if finished:
@@ -204,6 +206,9 @@ def test_a_finished_run_leaves_adapter_metrics_and_a_report_that_needs_nothing_e
     assert not re.search(r"(src|href)=\"?https?:|@import|url\(", text)
     assert page.all("html")[0]["lang"] == "en"
     assert all(cell.get("scope") in ("col", "row") for cell in page.all("th"))
+    assert [cell["class"] for cell in page.all("td") if "class" in cell] == ["hit", "miss", "hit"]
+    assert re.findall(r"<td class=[^>]*>(\d+)</td>", text) == ["80", "30", "90"]
+    assert "after round 12, 4 nodes together" in text
     assert len(list(directory.plots.glob("*.png"))) == 7
 
 

@@ -284,6 +284,10 @@ LOSS_LIMIT = 1000.0
 model this far off has diverged, and how far says nothing."""
 
 
+CONFUSION_CLASSES = 20
+"""Of more classes no confusion matrix is sent: nobody could read it."""
+
+
 class Evaluation(Model):
     """Loss and metrics of a global adapter on a node's held-out share; sums, for the engine to add."""
 
@@ -292,6 +296,11 @@ class Evaluation(Model):
     tokens: Positive = Field(description="Predicted tokens; equals samples for classification.")
     loss_sum: float = Field(ge=0, le=1e19, description="Summed over tokens (natural log).")
     correct: Count | None = None
+    confusion: tuple[Count, ...] = Field(
+        default=(),
+        max_length=CONFUSION_CLASSES**2,
+        description="Samples by class (rows) and predicted class (columns), row by row; empty: not counted.",
+    )
     precision: Precision
 
 
@@ -319,13 +328,18 @@ class UpdateManifest(Model):
     train_seconds: Seconds = 0
 
 
+STARTING = ("importing", "reading data", "checking kernels")
+"""What an agent does before it registers, in this order."""
+
+
 class Progress(Model):
-    """A sign of life; sent at every new state, and every two seconds while working."""
+    """A sign of life; sent at every new state, and every two seconds while working or starting."""
 
     kind: AssignmentKind
     round: RoundNumber
     state: Word = Field(
-        max_length=32, description="loading, profiling, training, uploading, evaluating, failed."
+        max_length=32,
+        description="One of STARTING, then loading, profiling, training, uploading, evaluating, failed.",
     )
     step: Count = 0
     steps: Count = 0

@@ -16,11 +16,16 @@ PERIOD = 2.0
 
 
 class Work:
-    """One assignment in progress: posts Progress from a thread of its own until the `with` block ends."""
+    """One assignment in progress, or the start of the agent.
 
-    def __init__(self, transport: Transport, kind: wire.AssignmentKind, round_number: int):
+    Posts Progress from a thread of its own until the `with` block ends.
+    """
+
+    def __init__(
+        self, transport: Transport, kind: wire.AssignmentKind, round_number: int, state: str = "loading"
+    ):
         self._transport = transport
-        self._progress = wire.Progress(kind=kind, round=round_number, state="loading")
+        self._progress = wire.Progress(kind=kind, round=round_number, state=state)
         self._changed = threading.Condition()
         self._ended = False
         self._wanted = True

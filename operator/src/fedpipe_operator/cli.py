@@ -56,6 +56,7 @@ def _complain(message: str, status: int) -> int:
 @app.command()
 def run(
     job: JobFile,
+    *,
     fleet: FleetFile,
     out: Annotated[
         Path | None, typer.Option(parser=expanded, metavar="DIR", help="Default: runs/JOB-NAME.")
@@ -64,15 +65,21 @@ def run(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Loopback port of the coordinator; 0: any.")
     ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON objects, one a line.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the summary alone.")] = False,
 ) -> int:
     """Run a job on this machine, one process for each node of the fleet."""
     from .local.manifest import read
 
+    if as_json and quiet:
+        raise UserError("--json and --quiet: give one of them")
     local = read(job, fleet)
     # Only now what takes long to import: a mistake in the manifests is reported at once.
+    from .local.run import Output
     from .local.run import run as run_job
 
-    return run_job(local, out, resume, port)
+    output = Output.JSON if as_json else Output.QUIET if quiet else Output.PEOPLE
+    return run_job(local, out, resume, port, output)
 
 
 @app.command()

@@ -24,7 +24,6 @@ from fedpipe_api.wire import AssignmentKind
 
 from ..errors import Aborted, Failure, describe, trace
 from ..heartbeat import Work
-from ..kernels import Check
 from ..transport import Transport
 from . import data, importance, loop
 from . import model as base
@@ -93,12 +92,10 @@ class Agent:
         )
         log.info("%s: %d samples, %d held out", job.node, len(self._samples), len(self._held_out))
 
-    def run(self, check: Check) -> None:
+    def run(self, kernels: tuple[wire.KernelResult, ...]) -> None:
         """Register with the verified precisions, then work until the job stops."""
         counts = len(self._samples), len(self._held_out)
-        self._transport.register(
-            registration(self._device.facts(check.results()), self._shape, counts, self._notes)
-        )
+        self._transport.register(registration(self._device.facts(kernels), self._shape, counts, self._notes))
         while True:
             assignment = self._transport.assignment()
             if assignment is None:
@@ -296,6 +293,7 @@ class Agent:
                 tokens=sums.targets,
                 loss_sum=_reported(sums.loss, sums.targets),
                 correct=sums.correct,
+                confusion=() if sums.confusion is None else tuple(sums.confusion.ravel().tolist()),
                 precision=plan.precision,
             )
         )

@@ -15,11 +15,12 @@ from typing import NoReturn
 from fedpipe_api.base import UserError, parse_quantity
 from fedpipe_api.data_files import locate
 from fedpipe_api.node import Capacity
+from fedpipe_api.wire import AssignmentKind
 
 from ..console import own_lines_only
 from ..documents import load
 from ..errors import Stopped
-from ..heartbeat import report_failure
+from ..heartbeat import Work, report_failure
 from ..kernels import Check
 from ..transport import Transport
 
@@ -63,18 +64,22 @@ def _work(options: argparse.Namespace, capacity: Capacity, work: Path) -> None:
     check = agent = None
     try:
         locate(options.data, job.data)
-        from .device import Device
+        with Work(transport, AssignmentKind.PROFILE, 0, state="importing") as starting:
+            from .device import Device
 
-        # Before the check: its child makes a CUDA context too, and ours may show only in free memory.
-        device = Device(capacity, options.link_rate)
-        check = Check(capacity.precisions)
-        # Slow imports, while the kernels run.
-        from .agent import Agent
-        from .model import Source
+            # Before the check: its child makes a CUDA context too, and ours may show only in free memory.
+            device = Device(capacity, options.link_rate)
+            check = Check(capacity.precisions)
+            # Slow imports, while the kernels run.
+            from .agent import Agent
+            from .model import Source
 
-        agent = Agent(job, Source(options.model), transport, device, work)
-        agent.prepare(options.data)
-        agent.run(check)
+            starting.report(state="reading data")
+            agent = Agent(job, Source(options.model), transport, device, work)
+            agent.prepare(options.data)
+            starting.report(state="checking kernels")
+            kernels = check.results()
+        agent.run(kernels)
     except (Stopped, KeyboardInterrupt):
         raise
     except BaseException as error:  # a panic of a library's Rust is no Exception

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fedpipe_api.wire import CONFUSION_CLASSES
+
 from ..errors import Failure
 from .data import IGNORED, Batch, Samples
 from .device import Device, is_out_of_memory
@@ -62,12 +64,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums of an evaluation; `correct` counts right classes."""
+    """Sums of an evaluation; `correct` counts right classes.
+
+    `confusion` counts samples by class (rows) and predicted class (columns), of CONFUSION_CLASSES at most.
+    """
 
     samples: int
     targets: int
     loss: float
     correct: int | None
+    confusion: np.ndarray | None
 
 
 def losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,16 +240,19 @@ def evaluate(
     # The longest first: what they leave has room for the others, and too little memory shows at once.
     order = np.argsort(-samples.lengths, kind="stable")
     size = 2 * micro_batch
-    total, correct, done = 0.0, 0, 0
-    classes = True
+    total, done = 0.0, 0
+    correct: int | None = None
+    confusion: np.ndarray | None = None
     while done < len(order):
         begin = time.perf_counter()
         try:
             batch = samples.batch(order[done : done + size], device.torch)
             loss, logits = losses(model, batch)
-            classes = batch.keep is None
-            if classes:
-                correct += int((logits.argmax(-1) == batch.labels).sum())
+            if batch.keep is None:
+                predicted = logits.argmax(-1)
+                correct = (correct or 0) + int((predicted == batch.labels).sum())
+                counted = _confusion(batch.labels, predicted, logits.shape[-1])
+                confusion = counted if confusion is None else confusion + counted
             total += loss.item()
             done += size
             del batch, loss, logits  # not beside the next batch's
@@ -259,8 +268,17 @@ def evaluate(
         samples=len(samples),
         targets=max(1, samples.targets(order)),
         loss=total,
-        correct=correct if classes else None,
+        correct=correct,
+        confusion=confusion if confusion is not None and confusion.size else None,
     )
+
+
+def _confusion(labels: torch.Tensor, predicted: torch.Tensor, classes: int) -> np.ndarray:
+    """Return the samples by class and predicted class, (classes, classes); of too many classes (0, 0)."""
+    if classes > CONFUSION_CLASSES:
+        return np.zeros((0, 0), dtype=np.int64)
+    pairs = (labels * classes + predicted).cpu().numpy()
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def checkpoint(model: nn.Module, wanted: bool) -> None:

@@ -139,12 +139,24 @@ def evaluation(state: JobState, node: str, message: Evaluation) -> Verdict:
         if message.correct is None:
             raise Refused(422, "ClaimInvalid", f"{node}: correct: missing, though samples have classes")
         _at_most(node, "correct", message.correct, message.samples, "evaluated")
+        if message.confusion:
+            _confusion(state, node, message)
     else:
         _at_most(node, "tokens", message.tokens, message.samples * state.spec.data.max_length, "possible")
-        if message.correct is not None:
-            raise Refused(422, "ClaimInvalid", f"{node}: correct: given, though samples have no classes")
+        if message.correct is not None or message.confusion:
+            field = "confusion" if message.correct is None else "correct"
+            raise Refused(422, "ClaimInvalid", f"{node}: {field}: given, though samples have no classes")
     _at_most(node, "lossSum", message.loss_sum, LOSS_LIMIT * message.tokens, "possible")
     return Verdict.NEW
+
+
+def _confusion(state: JobState, node: str, message: Evaluation) -> None:
+    """Raise Refused for a confusion matrix that the counts beside it contradict."""
+    classes, cells = len(state.spec.model.labels), message.confusion
+    right = sum(cells[:: classes + 1])
+    if (len(cells), sum(cells), right) != (classes**2, message.samples, message.correct):
+        text = f"{node}: confusion: not of {classes} classes, or another sum than samples and correct have"
+        raise Refused(422, "ClaimInvalid", text)
 
 
 def update(state: JobState, node: str, round_number: int, manifest: UpdateManifest) -> Verdict:

@@ -178,7 +178,8 @@ def _profile(state: JobState, now: float) -> Action:
         return MakePlan(f"{_names(waiting)} not measured in time")
     if not state.planned:
         return Wait(Reason.QUORUM_LOST, "no planned node has a running agent")
-    text = f"{len(reported)} of {len(state.plan.nodes)} nodes measured"
+    what = "importance, time, memory" if state.spec.adapter.selection.mode == "importance" else "time, memory"
+    text = f"{len(reported)} of {len(state.plan.nodes)} nodes measured ({what})"
     return Wait(Reason.PROFILING, text, until if until > now else None)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from fedpipe_api.conditions import Reason
 from fedpipe_api.lora.format import HEADER_BYTES, update_shapes
 from fedpipe_api.wire import (
+    STARTING,
     AgentConfig,
     Assignment,
     Evaluation,
@@ -221,6 +222,11 @@ class Inbox:
         if message.state == "failed":
             await self.mark_lost(uid, node, message.message or "the agent failed", failed=True)
             return False
+        if message.state in STARTING:
+            # A lost node's agent that starts is not back before it registers.
+            job.live.setdefault(node, Live(self.clock())).progress = message
+            job.shown.fire()
+            return True
         await self._heard(job, node)
         if node in job.live:
             job.live[node].progress = message

@@ -76,6 +76,9 @@ class JobState:
     evaluations: dict[int, dict[str, Evaluation]] = field(default_factory=dict)
     added: dict[int, "Evaluations | None"] = field(default_factory=dict)
     """What the evaluations of each round but the latest add up to."""
+    confusion: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Each node's confusion matrix of `confusion_round`, row by row; earlier rounds' are not kept."""
+    confusion_round: int = -1
     finished: Finished | None = None
     finished_at: float | None = None
     sequence: int = 0
@@ -191,8 +194,7 @@ def apply(state: JobState, record: Record, at: float) -> None:
         case UpdateDropped():
             _drop(state.rounds[record.round], record)
         case Evaluated():
-            state.evaluations.setdefault(record.evaluation.round, {})[record.node] = record.evaluation
-            state.added.pop(record.evaluation.round, None)
+            _evaluated(state, record)
         case RoundClosed():
             state.rounds[record.round].closed = record
             state.rounds[record.round].closed_at = at
@@ -231,6 +233,18 @@ def _drop(known: Round, record: UpdateDropped) -> None:
     del known.updates[record.node]
     known.drops[record.node] = record.drops
     known.closed, known.closed_at, known.deadline = None, None, record.deadline
+
+
+def _evaluated(state: JobState, record: Evaluated) -> None:
+    found = record.evaluation
+    if found.confusion and found.round >= state.confusion_round:
+        if found.round > state.confusion_round:
+            state.confusion, state.confusion_round = {}, found.round
+        state.confusion[record.node] = found.confusion
+    # Of thousands of rounds the matrices would fill the memory.
+    kept = found.model_copy(update={"confusion": ()}) if found.confusion else found
+    state.evaluations.setdefault(found.round, {})[record.node] = kept
+    state.added.pop(found.round, None)
 
 
 def _change_spec(state: JobState, record: SpecChanged, at: float) -> None:

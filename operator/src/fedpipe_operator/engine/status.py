@@ -29,7 +29,7 @@ from fedpipe_api.status import (
     Phase,
     RoundStatus,
 )
-from fedpipe_api.wire import Progress
+from fedpipe_api.wire import STARTING, Progress
 
 from .decide import Wait, metric_value
 from .state import JobState, Round, evaluation_of
@@ -238,7 +238,7 @@ def _node_state(state: JobState, name: str, left_out: bool, heard: Progress | No
     if name in state.lost:
         return "lost"
     if name not in state.agents:
-        return "starting"
+        return heard.state if heard and heard.state in STARTING else "starting"
     if state.finished:
         return "done"
     if current and not current.closed and name in current.updates:

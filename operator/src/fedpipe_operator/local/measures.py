@@ -6,10 +6,11 @@ from typing import Any
 
 from fedpipe_api import units
 from fedpipe_api.job import Phase
+from fedpipe_api.wire import NodePlan
 
 from ..engine.state import JobState, Round, evaluation_of
-from ..engine.status import metric_name
 from .directory import History
+from .wording import called, figure, shown_metric
 
 RoundRow = dict[str, Any]
 
@@ -17,8 +18,14 @@ RoundRow = dict[str, Any]
 def rounds(history: History) -> list[RoundRow]:
     """Return one object for each round, with seconds and bytes; round 0 is the untrained start."""
     state = history.state
-    first = [{"round": 0} | _evaluation(state, 0)] if evaluation_of(state, 0) else []
-    return first + [_round(history, known) for _, known in sorted(state.rounds.items()) if known.result]
+    first = [0] if evaluation_of(state, 0) else []
+    return [row(state, n) for n in first + [n for n, known in sorted(state.rounds.items()) if known.result]]
+
+
+def row(state: JobState, number: int) -> RoundRow:
+    """Return the object of one aggregated round, or of 0, the untrained start."""
+    found = {"round": number} | _evaluation(state, number)
+    return found | _round(state, state.rounds[number]) if number else found
 
 
 def to_jsonl(rows: list[RoundRow]) -> str:
@@ -39,46 +46,39 @@ def _evaluation(state: JobState, number: int) -> RoundRow:
     }
 
 
-def _round(history: History, known: Round) -> RoundRow:
-    state, number = history.state, known.opened.round
+def _round(state: JobState, known: Round) -> RoundRow:
     assert known.result is not None
     assert known.closed is not None
     updates = known.updates.values()
-    plan = history.state.plans[known.opened.plan]
-    planned = sum(plan.nodes[node].local_steps for node in known.opened.participants if node in plan.nodes)
+    plan = state.plans[known.opened.plan]
+    taking_part = [plan.nodes[node] for node in known.opened.participants if node in plan.nodes]
+    planned_steps = sum(each.local_steps for each in taking_part)
     opened_seconds = (known.closed_at or 0) - known.opened_at
     busy = max((m.download_seconds + m.evaluate_seconds + m.train_seconds for m in updates), default=0.0)
-    return (
-        {"round": number}
-        | _evaluation(state, number)
-        | {
-            "updates": len(updates),
-            "participants": len(known.opened.participants),
-            "stragglers": known.closed.stragglers,
-            "seconds": (known.result_at or 0) - known.opened_at,
-            "collectSeconds": opened_seconds,
-            "aggregateSeconds": known.result.seconds,
-            # Everything of the round that the busiest node was not at work in.
-            "overheadSeconds": max(0.0, (known.result_at or 0) - known.opened_at - busy),
-            "bytesUp": sum(manifest.size for manifest in updates),
-            "bytesDown": known.closed.bytes_down,
-            "underTraining": 1 - sum(manifest.steps for manifest in updates) / max(1, planned),
-            "relativeError": known.result.relative_error,
-            "discardedEnergy": known.result.discarded_energy,
-            "effectiveRank": known.result.effective_rank,
-            "plan": known.opened.plan,
-            "nodes": {node: _node(history, known, node) for node in known.opened.participants},
-        }
-    )
+    return {
+        "updates": len(updates),
+        "participants": len(known.opened.participants),
+        "stragglers": known.closed.stragglers,
+        "seconds": (known.result_at or 0) - known.opened_at,
+        "collectSeconds": opened_seconds,
+        "aggregateSeconds": known.result.seconds,
+        # Everything of the round that the busiest node was not at work in.
+        "overheadSeconds": max(0.0, (known.result_at or 0) - known.opened_at - busy),
+        "bytesUp": sum(manifest.size for manifest in updates),
+        "bytesDown": known.closed.bytes_down,
+        "underTraining": 1 - sum(manifest.steps for manifest in updates) / max(1, planned_steps),
+        "relativeError": known.result.relative_error,
+        "discardedEnergy": known.result.discarded_energy,
+        "effectiveRank": known.result.effective_rank,
+        "plan": known.opened.plan,
+        "nodes": {node: _node(state, known, node) for node in known.opened.participants},
+    }
 
 
-def _node(history: History, known: Round, name: str) -> RoundRow:
-    plan = history.state.plans[known.opened.plan].nodes[name]
-    manifest = known.updates.get(name)
-    check = known.result.checks.get(name) if known.result else None
-    evaluation = history.state.evaluations.get(known.opened.round, {}).get(name)
+def planned(plan: NodePlan) -> RoundRow:
+    """Return what a plan gives a node."""
     ranks = list(plan.ranks.values())
-    row: RoundRow = {
+    return {
         "precision": str(plan.precision),
         "microBatch": plan.micro_batch,
         "accumulation": plan.accumulation,
@@ -88,8 +88,15 @@ def _node(history: History, known: Round, name: str) -> RoundRow:
         "plannedSteps": plan.local_steps,
         "predictedBytes": plan.predicted_bytes,
         "predictedStepSeconds": plan.predicted_step_seconds,
-        "counted": manifest is not None,
     }
+
+
+def _node(state: JobState, known: Round, name: str) -> RoundRow:
+    plan = state.plans[known.opened.plan].nodes[name]
+    manifest = known.updates.get(name)
+    check = known.result.checks.get(name) if known.result else None
+    evaluation = state.evaluations.get(known.opened.round, {}).get(name)
+    row = planned(plan) | {"counted": manifest is not None}
     if manifest is not None:
         row |= {
             "samples": manifest.samples,
@@ -117,15 +124,15 @@ def outcome(history: History, rows: list[RoundRow]) -> str:
     """Return the one line that sums the run up."""
     state = history.state
     spent = units.duration((state.finished_at or history.last_at) - state.submitted_at)
-    name = metric_name(state)
+    name = shown_metric(state)
     series = [row[name] for row in rows if row[name] is not None]
     up, down = (sum(row.get(key, 0) for row in rows) for key in ("bytesUp", "bytesDown"))
     head = "done in" if state.finished and state.finished.phase is Phase.SUCCEEDED else "stopped after"
     parts = [f"{head} {spent}"]
     if series:
         start = "as given" if state.given else "untrained"
-        before = f" ({start} {series[0]:.3f})" if rows[0]["round"] == 0 else ""
-        parts.append(f"{name} {series[-1]:.3f}{before}")
+        before = f" ({start} {figure(name, series[0])})" if rows[0]["round"] == 0 else ""
+        parts.append(f"{called(name)} {figure(name, series[-1])}{before}")
     parts.append(f"{units.transfer(up)} up, {units.transfer(down)} down")
     return " · ".join(parts)
 

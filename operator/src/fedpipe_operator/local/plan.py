@@ -22,9 +22,11 @@ from ..aggregate import read_given
 from ..planner import NodeFacts, Plan, PlanRequest, modules_line, plan, rows, summary_line
 from .agents import agent_command, capacity_of, environment, last_line
 from .interrupt import clean_interrupt
+from .live import stage
 from .manifest import LocalJob, memory_warning
-from .progress import stage
 
+READING = "reading rows and model"
+"""What `check` does, for people."""
 _NAMED = 4
 """Nodes of one reason that are named."""
 _WIDE = 92
@@ -34,7 +36,10 @@ _WIDE = 92
 def plan_job(local: LocalJob) -> int:
     """Print the plan; UserError when too few nodes fit."""
     console = Console(highlight=False)
-    registrations, made = _made(local, console)
+    _warn(local)
+    with stage(console, READING):
+        registrations = describe(local)
+        made = make(local, registrations)
     table = Table(box=None, padding=(0, 2 if console.width >= _WIDE else 1, 0, 0), header_style="dim")
     ranks = f"ranks (of {made.candidates} matrices)"
     for title in ("node", "precision", "batch", ranks, "memory", "round"):
@@ -52,20 +57,18 @@ def plan_job(local: LocalJob) -> int:
     return 0
 
 
-def check(local: LocalJob, console: Console) -> None:
+def check(local: LocalJob) -> None:
     """Read data and model and plan, as `plan_job` does; UserError for what would keep a run from starting."""
-    _check_count(local, _made(local, console)[1])
+    _warn(local)
+    _check_count(local, make(local, describe(local)))
 
 
-def _made(local: LocalJob, console: Console) -> tuple[list[Registration], Plan]:
+def _warn(local: LocalJob) -> None:
     # What is declared of a GPU's memory is not this machine's.
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
         warning = memory_warning(local, memory.read().total)
         if warning:
             sys.stderr.write(f"{warning}\n")
-    with stage(console, "reading rows and model"):
-        registrations = describe(local)
-        return registrations, make(local, registrations)
 
 
 def _check_count(local: LocalJob, made: Plan) -> None:

@@ -133,6 +133,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 def _metric(figure: Figure, rows: list[RoundRow], metric: str, nodes: list[str]) -> None:
     left, right = figure.subplots(1, 2)
+    # Beside the loss itself its exponential is all there is to show.
     shown = "perplexity" if metric == "loss" else metric
     for axes, key in ((left, shown), (right, "loss")):
         _lines(axes, [row for row in rows if "nodes" in row], nodes, _get(key))
@@ -142,10 +143,12 @@ def _metric(figure: Figure, rows: list[RoundRow], metric: str, nodes: list[str])
         axes.plot(
             [x for x, _ in known], [y for _, y in known], color="#222222", linewidth=2.6, label="all nodes"
         )
-        _by_round(axes, f"{key}, held out")
+        _by_round(axes, f"{'evaluation loss' if key == 'loss' else key}, held out")
     right.set_ylim(bottom=0)
     if shown == "accuracy":
         left.set_ylim(0, 1)
+    elif shown == "perplexity":
+        left.set_yscale("log")
     _legend(figure, right)
 
 

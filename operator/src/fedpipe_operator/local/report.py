@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import yaml
 
 from fedpipe_api import units
+from fedpipe_api.job import Task
 from fedpipe_api.status import NodeStatus
 
 from ..engine.state import JobState
-from ..engine.status import metric_name, status
+from ..engine.status import status
 from . import measures
 from .directory import History, RunDirectory, write_text
-from .progress import facts
+from .wording import facts, figure, shown_metric
 
 if TYPE_CHECKING:
     from .plots import Plot
@@ -36,6 +37,10 @@ thead th { vertical-align: bottom; white-space: normal; }
 th:first-child { padding-left: 0; text-align: left; } thead th { color: var(--soft); font-weight: 500; }
 figure { margin: 0; } img { background: #fff; border-radius: 6px; box-sizing: border-box;
   height: auto; padding: .5rem; width: 100%; }
+table.matrix { width: auto; } table.matrix td { min-width: 1.6rem; padding: .2rem .4rem; }
+table.matrix thead span { writing-mode: vertical-rl; transform: rotate(180deg); }
+td.hit { background: rgb(0 114 178 / calc(var(--share) * 55%)); }
+td.miss { background: rgb(213 94 0 / calc(var(--share) * 55%)); }
 details { margin-top: 2rem; } pre { overflow-x: auto; }
 """
 
@@ -48,7 +53,7 @@ def write_report(directory: RunDirectory, history: History, rows: list[measures.
         from .plots import draw
 
         scores, chosen = (state.plan.scores, set(state.plan.selected)) if state.plan else ({}, set())
-        plots = draw(rows, metric_name(state), scores, chosen, directory.plots)
+        plots = draw(rows, shown_metric(state), scores, chosen, directory.plots)
     write_text(directory.report, _page(history, rows, plots))
 
 
@@ -68,11 +73,12 @@ def _page(history: History, rows: list[measures.RoundRow], plots: "list[Plot]") 
             f'<p class="sum">{result}</p>',
             f'<p class="soft">{found.phase}: {escape(why)} · begun {begun} · {escape(_what(state))}</p>',
             *(_figure(plot) for plot in plots[:1]),
+            _confusion(state),
             "<h2>Nodes</h2>",
             _node_table(found.node_table, rows),
             *(_figure(plot) for plot in plots[1:]),
             "<h2>Rounds</h2>",
-            _round_table(rows),
+            _round_table(rows, state.spec.model.task),
             f"<details><summary>The job as it ran</summary><pre>{escape(_spec_text(state))}</pre></details>",
             "</main></body></html>",
             "",
@@ -110,6 +116,41 @@ def _table(caption: str, header: list[str], body: list[list[str]]) -> str:
     )
 
 
+def _confusion(state: JobState) -> str:
+    """Return the confusion matrix of the latest round that has one, added over the nodes; else nothing."""
+    if not state.confusion:
+        return ""
+    labels = state.spec.model.labels
+    cells = [sum(counts) for counts in zip(*state.confusion.values(), strict=True)]
+    rows = [cells[i : i + len(labels)] for i in range(0, len(cells), len(labels))]
+    head = "".join(f'<th scope="col"><span>{escape(label)}</span></th>' for label in labels)
+    lines = []
+    for place, (label, row) in enumerate(zip(labels, rows, strict=True)):
+        total = sum(row)
+        shown = "".join(_cell(count, total, column == place) for column, count in enumerate(row))
+        right = f"{row[place] / total:.0%}" if total else "–"
+        lines.append(f'<tr><th scope="row">{escape(label)}</th>{shown}<td>{right}</td></tr>')
+    when = f"round {state.confusion_round}" if state.confusion_round else "the untrained start"
+    caption = (
+        f"Held-out samples by their class (rows) and the class predicted (columns) after {when}, "
+        f"{len(state.confusion)} nodes together; the darker, the larger the share of its row"
+    )
+    return (
+        "<h2>Confusion matrix</h2>"
+        f'<div class="wide"><table class="matrix"><caption>{caption}</caption>'
+        f'<thead><tr><th scope="col">class</th>{head}<th scope="col">right</th></tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _cell(count: int, total: int, right: bool) -> str:
+    """Return a cell of the matrix, shaded by its share of the row."""
+    if not count:
+        return "<td></td>"
+    kind = "hit" if right else "miss"
+    return f'<td class="{kind}" style="--share: {count / total:.2f}">{count}</td>'
+
+
 def _node_table(nodes: tuple[NodeStatus, ...], rows: list[measures.RoundRow]) -> str:
     body = []
     for node in nodes:
@@ -126,19 +167,20 @@ def _node_table(nodes: tuple[NodeStatus, ...], rows: list[measures.RoundRow]) ->
         )  # fmt: skip
     header = [
         "node", "precision", "ranks", "batch", "matrices", "limited by", "memory planned", "peak memory",
-        "s/step planned", "s/step", "updates", "train loss", "accuracy",
+        "s/step planned", "s/step", "updates", "train loss", "evaluation accuracy",
     ]  # fmt: skip
     return _table("As planned last, and as measured in the last round it took part in", header, body)
 
 
-def _round_table(rows: list[measures.RoundRow]) -> str:
+def _round_table(rows: list[measures.RoundRow], task: Task) -> str:
+    name = "perplexity" if task is Task.CAUSAL_LM else "accuracy"
     body = []
     for row in rows:
         trained = row["round"] > 0
         body.append(
             [
                 str(row["round"]) if trained else "untrained",
-                _number(row["loss"], ".4f"), _number(row["accuracy"], ".4f"),
+                _number(row["loss"], ".4f"), "" if row[name] is None else figure(name, row[name]),
                 f"{row['updates']}/{row['participants']}" if trained else "",
                 units.transfer(row["bytesUp"]) if trained else "",
                 units.transfer(row["bytesDown"]) if trained else "",
@@ -148,10 +190,11 @@ def _round_table(rows: list[measures.RoundRow]) -> str:
             ]
         )  # fmt: skip
     header = [
-        "round", "loss", "accuracy", "updates", "up", "down", "seconds", "not training",
+        "round", "evaluation loss", name, "updates", "up", "down", "seconds", "not training",
         "under-training", "error", "effective rank",
     ]  # fmt: skip
-    return _table("Loss and accuracy are of the global adapter on all nodes' held-out data", header, body)
+    caption = f"Evaluation loss and {name} are of the global adapter on all nodes' held-out data"
+    return _table(caption, header, body)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -23,12 +23,13 @@ from . import measures
 from .agents import agent_command
 from .directory import History, RunDirectory, write_text
 from .interrupt import clean_interrupt
-from .progress import facts
+from .json_lines import print_end
 from .report import write_report
 from .tokenizer import tokenizer_files
+from .wording import facts
 
 
-def write_all_results(directory: RunDirectory) -> int:
+def write_all_results(directory: RunDirectory, *, as_json: bool = False) -> int:
     """Write whatever of the finished run's results is missing, print the summary, return the exit status."""
     history = read(directory)
     state = history.state
@@ -36,21 +37,31 @@ def write_all_results(directory: RunDirectory) -> int:
         export(directory, state, directory.adapter)
     if not directory.report.exists():
         write_results(directory, history)
-    print_summary(directory, history)
-    if directory.adapter.exists():
-        deliver(directory.adapter, state)
+    if not as_json:
+        print_summary(directory, history)
+    lines = deliver(directory.adapter, state) if directory.adapter.exists() else []
+    if as_json:
+        print_end(directory, history)
+    else:
+        console = Console(highlight=False)
+        for line in lines:
+            console.print(Text(line), soft_wrap=True)
     return 0 if state.finished and state.finished.phase is Phase.SUCCEEDED else 1
 
 
-def deliver(adapter: Path, state: JobState) -> None:
-    """Write the adapter to spec.output.url with the user's own credentials; a volume is a cluster's alone."""
-    output, console = state.spec.output, Console(highlight=False)
+def deliver(adapter: Path, state: JobState) -> list[str]:
+    """Write the adapter to spec.output.url with the user's own credentials; a volume is a cluster's alone.
+
+    Return lines for people: where it is stored, and where it is not.
+    """
+    output, lines = state.spec.output, []
     if output is not None and output.url is not None:
         place = ObjectURL.parse(output.url) / state.name
         upload({path.name: path.read_bytes() for path in adapter.iterdir()}, place, *own_credentials(place))
-        console.print(Text(f"stored   {place}"), soft_wrap=True)
+        lines.append(f"stored   {place}")
     if output is not None and output.volume is not None:
-        console.print(Text("spec.output.volume is of a cluster; it is not written here"), soft_wrap=True)
+        lines.append("spec.output.volume is of a cluster; it is not written here")
+    return lines
 
 
 def check_output(spec: FedPipeJobSpec) -> None:
@@ -150,18 +161,21 @@ def print_summary(directory: RunDirectory, history: History) -> None:
     elif state.finished and state.finished.reason != "RoundsCompleted":
         console.print(Text(state.finished.message), soft_wrap=True)
     console.print(Text(measures.outcome(history, rows), "bold"), soft_wrap=True)
-    if directory.adapter.exists():
-        text = f'adapter  {directory.adapter}  (peft: PeftModel.from_pretrained(base, "{directory.adapter}"))'
-        console.print(Text(text), soft_wrap=True)
+    lines = []
     if directory.report.exists():
-        console.print(Text(f"report   {directory.report}"), soft_wrap=True)
+        lines.append(f"report   {directory.report}")
+    if directory.adapter.exists():
+        lines.append(f"adapter  {directory.adapter}")
+        lines.append(f'in peft  PeftModel.from_pretrained(base, "{directory.adapter}")')
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
 
 
 def _node_table(state: JobState, rows: list[measures.RoundRow]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("node", "precision", "ranks", "batch", "matrices", "memory", "planned", "loss", "rounds"):
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for name in ("node", "base", "ranks", "batch", "matrices", "memory", "planned", "train loss", "rounds"):
         table.add_column(
-            name, justify="left" if name in ("node", "precision", "ranks", "batch") else "right", no_wrap=True
+            name, justify="left" if name in ("node", "base", "ranks", "batch") else "right", no_wrap=True
         )
     for node in status(state, None, {}).node_table:
         precision, ranks, batch = facts(node)

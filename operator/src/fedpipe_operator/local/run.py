@@ -30,9 +30,11 @@ from ..serving import serve
 from . import manifest
 from .agents import Agents, agent_command
 from .directory import RunDirectory, RunRecord
+from .json_lines import JsonView
+from .live import LiveView
 from .manifest import LocalJob
-from .plan import check
-from .progress import View, plain_line, view
+from .plan import READING, check
+from .progress import PlainView, QuietView, View
 from .results import check_output, write_all_results
 
 SUSPENDED = 130
@@ -68,29 +70,46 @@ class RunOutcome:
     message: str = ""
 
 
-def run(local: LocalJob, out: Path | None, resume: bool, port: int) -> int:
+class Output(Enum):
+    """What a run prints."""
+
+    PEOPLE = "people"  # a picture on a terminal, lines with the time anywhere else
+    JSON = "json"
+    QUIET = "quiet"
+
+
+def view(name: str, output: Output) -> View:
+    """Return what shows the job of this name."""
+    if output is not Output.PEOPLE:
+        return JsonView() if output is Output.JSON else QuietView()
+    console = Console(highlight=False)
+    return LiveView(console, name) if console.is_terminal else PlainView(console)
+
+
+def run(local: LocalJob, out: Path | None, resume: bool, port: int, output: Output = Output.PEOPLE) -> int:
     """Run a job to its end, or on from where it stopped; return the exit status."""
+    as_json = output is Output.JSON
     agent_command()
     check_output(local.job.spec)
     directory = RunDirectory(out or Path("runs") / local.job.metadata.name)
     found = _look(directory, local, resume)
     if found.finished:
-        sys.stdout.write(f"{directory.root}: holds this run, finished; nothing is trained again\n")
-        return write_all_results(directory)
+        if output is Output.PEOPLE:
+            sys.stdout.write(f"{directory.root}: holds this run, finished; nothing is trained again\n")
+        return write_all_results(directory, as_json=as_json)
+    seen = view(local.job.metadata.name, output)
     record = RunRecord(uid=found.uid, job=local.job, fleet=local.fleet, model=local.model)
     with _listen(port) as listener:
         if found.last_at is None:
-            console = Console(highlight=False)
-            if not console.is_terminal:
-                console.print(plain_line("reading rows and model"))
-            check(local, console)
+            with seen.stage(READING):
+                check(local)
         created = directory.create(record)
         before = signal.getsignal(signal.SIGINT)
-        outcome = asyncio.run(_session(directory, record, local, listener, found.last_at))
+        outcome = asyncio.run(_session(directory, record, local, listener, seen=seen, last_at=found.last_at))
         signal.signal(signal.SIGINT, before)  # the loop leaves Python's own handler behind
     match outcome.end:
         case End.FINISHED:
-            return write_all_results(directory)
+            return write_all_results(directory, as_json=as_json)
         case End.SUSPENDED:
             again = f"fedpipe run {local.job_file} --fleet {local.fleet_file}" + (
                 f" --out {out}" if out else ""
@@ -187,6 +206,8 @@ async def _session(
     record: RunRecord,
     local: LocalJob,
     listener: socket.socket,
+    *,
+    seen: View,
     last_at: float | None,
 ) -> RunOutcome:
     """Run the engine and the agents until the job ends, is interrupted, or cannot go on."""
@@ -197,7 +218,6 @@ async def _session(
     interrupted = asyncio.Event()
     for sign in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(sign, interrupted.set)
-    seen = view(local.job)
 
     def notify(uid: str, event: JobEvent) -> None:
         # A mistake that an agent finds before the first round ends the run, and is reported there, once.
