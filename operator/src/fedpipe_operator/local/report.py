@@ -27,16 +27,18 @@ _CSS = """
 body { margin: 0 auto; max-width: 62rem; padding: 1.5rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-p.sum { font-size: 1.1rem; margin: .2rem 0 0; } p.soft, caption, figcaption { color: var(--soft); }
+p.sum { font-size: 1.1rem; margin: .2rem 0 0; } p.soft, figcaption { color: var(--soft); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-caption, figcaption { font-size: .875rem; padding: .2rem 0; text-align: left; }
+figcaption { font-size: .875rem; padding: .2rem 0; text-align: left; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem 0 .25rem .6rem; text-align: right;
   white-space: nowrap; }
 thead th { vertical-align: bottom; white-space: normal; }
-th:first-child { padding-left: 0; text-align: left; } thead th { color: var(--soft); font-weight: 500; }
+th:first-child { background: var(--paper); left: 0; padding-left: 0; position: sticky; text-align: left; }
+thead th { color: var(--soft); font-weight: 500; }
 figure { margin: 0; } img { background: #fff; border-radius: 6px; box-sizing: border-box;
-  height: auto; padding: .5rem; width: 100%; }
+  height: auto; min-width: 38rem; padding: .5rem; width: 100%; }
+@media (max-width: 40rem) { body { padding: 1rem; } }
 table.matrix { width: auto; } table.matrix td { min-width: 1.6rem; padding: .2rem .4rem; }
 table.matrix thead span { writing-mode: vertical-rl; transform: rotate(180deg); }
 td.hit { background: rgb(0 114 178 / calc(var(--share) * 55%)); }
@@ -98,7 +100,7 @@ def _figure(plot: "Plot") -> str:
     words = escape(plot.words[0].upper() + plot.words[1:])
     return (
         f"<h2>{escape(plot.title)}</h2>"
-        f'<figure><img alt="{words}" src="data:image/png;base64,{image}">'
+        f'<figure><div class="wide"><img alt="{words}" src="data:image/png;base64,{image}"></div>'
         f"<figcaption>{words}.</figcaption></figure>"
     )
 
@@ -110,9 +112,15 @@ def _table(caption: str, header: list[str], body: list[list[str]]) -> str:
     for name, *cells in body:
         rest = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{rest}</tr>')
+    return _captioned(caption, f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>")
+
+
+def _captioned(caption: str, content: str, kind: str = "") -> str:
+    """Return a table that scrolls by itself where the screen is narrow; its caption does not."""
+    words = escape(caption)
     return (
-        f'<div class="wide"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f'<figure><figcaption>{words}.</figcaption><div class="wide" tabindex="0" role="region" '
+        f'aria-label="{words}"><table{kind}>{content}</table></div></figure>'
     )
 
 
@@ -135,12 +143,9 @@ def _confusion(state: JobState) -> str:
         f"Held-out samples by their class (rows) and the class predicted (columns) after {when}, "
         f"{len(state.confusion)} nodes together; the darker, the larger the share of its row"
     )
-    return (
-        "<h2>Confusion matrix</h2>"
-        f'<div class="wide"><table class="matrix"><caption>{caption}</caption>'
-        f'<thead><tr><th scope="col">class</th>{head}<th scope="col">right</th></tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    header = f'<tr><th scope="col">class</th>{head}<th scope="col">right</th></tr>'
+    table = f"<thead>{header}</thead><tbody>{''.join(lines)}</tbody>"
+    return "<h2>Confusion matrix</h2>" + _captioned(caption, table, ' class="matrix"')
 
 
 def _cell(count: int, total: int, right: bool) -> str:
