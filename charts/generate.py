@@ -48,9 +48,9 @@ def files() -> dict[Path, str]:
     found |= {
         CHART / f"dashboards/{name}.json": grafana.text(name, panels) for name, panels in DASHBOARDS.items()
     }
-    chart, project = CHART / "README.md", HERE.parent / "README.md"
-    found[chart] = filled(chart.read_text(), values=values_table(), alerts=alerts_table())
-    found[project] = filled(project.read_text(), reasons=reasons_table())
+    chart = CHART / "README.md"
+    parts = {"values": values_table(), "alerts": alerts_table(), "reasons": reasons_table()}
+    found[chart] = filled(chart.read_text(), **parts)
     operator, agent = HERE.parent / "operator/README.md", HERE.parent / "edge-agent/README.md"
     found[operator] = filled(operator.read_text(), metrics=operator_metrics.markdown() + "\n")
     found[agent] = filled(agent.read_text(), metrics=probe_metrics.markdown() + "\n")

@@ -31,7 +31,6 @@ def test_every_command_prints_the_version(command: str) -> None:
 def test_packages_and_chart_take_the_version_from_one_file(tmp_path: Path) -> None:
     for part in (*PACKAGES, "charts"):
         shutil.copytree(REPOSITORY / part, tmp_path / part, ignore=shutil.ignore_patterns("src"))
-    shutil.copy(REPOSITORY / "README.md", tmp_path)
     source = tmp_path / "crds/pyproject.toml"
     source.write_text(source.read_text().replace(f'"{written_version()}"', '"9.8.7"'))
     stale = ("charts/fedpipe/Chart.yaml", "operator/pyproject.toml", "edge-agent/pyproject.toml")
