@@ -34,7 +34,7 @@ FEDPIPE = str(Path(sys.executable).with_name("fedpipe"))
 WORDS = {"fruit": ("apple", "pear", "plum", "fig"), "tool": ("saw", "axe", "drill", "file")}
 LABELS = sorted(WORDS)
 NODES = ("edge-a", "edge-b", "edge-c")
-SECONDS = 150.0
+SECONDS = 300.0
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
