@@ -319,6 +319,9 @@ def evaluation_of(state: JobState, round_number: int) -> Evaluations | None:
     if all(e.correct is not None for e in found.values()):
         right = sum((e.correct or 0) * (samples[node] / e.samples) for node, e in found.items())
         accuracy = right / sum(samples.values())
-    # exp of 700 is the largest that a float holds.
-    perplexity = math.exp(min(loss, 700.0))
-    return Evaluations(loss, accuracy, perplexity, sum(e.samples for e in found.values()), len(found))
+    return Evaluations(loss, accuracy, perplexity(loss), sum(e.samples for e in found.values()), len(found))
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), at most what a float can hold."""
+    return math.exp(min(loss, 700.0))

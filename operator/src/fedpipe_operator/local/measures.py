@@ -8,7 +8,7 @@ from fedpipe_api import units
 from fedpipe_api.job import Phase
 from fedpipe_api.wire import NodePlan
 
-from ..engine.state import JobState, Round, evaluation_of
+from ..engine.state import JobState, Round, evaluation_of, perplexity
 from .directory import History
 from .wording import called, figure, shown_metric
 
@@ -113,8 +113,10 @@ def _node(state: JobState, known: Round, name: str) -> RoundRow:
     if check is not None:
         row |= {"updateNorm": check.norm, "updateCosine": check.cosine, "verdict": check.verdict}
     if evaluation is not None:
+        loss = evaluation.loss_sum / evaluation.tokens
         row |= {
-            "loss": evaluation.loss_sum / evaluation.tokens,
+            "loss": loss,
+            "perplexity": perplexity(loss),
             "accuracy": None if evaluation.correct is None else evaluation.correct / evaluation.samples,
         }
     return row

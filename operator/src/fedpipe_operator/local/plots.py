@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.typing import RcKeyType
 
 RoundRow = dict[str, Any]
@@ -149,6 +149,8 @@ def _metric(figure: Figure, rows: list[RoundRow], metric: str, nodes: list[str])
         left.set_ylim(0, 1)
     elif shown == "perplexity":
         left.set_yscale("log")
+        for which in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+            which(FuncFormatter(lambda value, _: f"{value:.4g}"))
     _legend(figure, right)
 
 

@@ -77,7 +77,7 @@ def _page(history: History, rows: list[measures.RoundRow], plots: "list[Plot]") 
             *(_figure(plot) for plot in plots[:1]),
             _confusion(state),
             "<h2>Nodes</h2>",
-            _node_table(found.node_table, rows),
+            _node_table(found.node_table, rows, state.spec.model.task),
             *(_figure(plot) for plot in plots[1:]),
             "<h2>Rounds</h2>",
             _round_table(rows, state.spec.model.task),
@@ -156,7 +156,12 @@ def _cell(count: int, total: int, right: bool) -> str:
     return f'<td class="{kind}" style="--share: {count / total:.2f}">{count}</td>'
 
 
-def _node_table(nodes: tuple[NodeStatus, ...], rows: list[measures.RoundRow]) -> str:
+def _metric(task: Task) -> str:
+    return "perplexity" if task is Task.CAUSAL_LM else "accuracy"
+
+
+def _node_table(nodes: tuple[NodeStatus, ...], rows: list[measures.RoundRow], task: Task) -> str:
+    name = _metric(task)
     body = []
     for node in nodes:
         parts = [row["nodes"][node.name] for row in rows if node.name in row.get("nodes", {})]
@@ -167,25 +172,25 @@ def _node_table(nodes: tuple[NodeStatus, ...], rows: list[measures.RoundRow]) ->
                 measures.memory(node.predicted_bytes), measures.memory(node.measured_bytes),
                 _number(node.predicted_seconds, ".3f"), _number(node.measured_seconds, ".3f"),
                 f"{len(counted)}/{len(parts)}", _number(node.train_loss, ".3f"),
-                _number(parts[-1].get("accuracy") if parts else None, ".3f"),
+                _figure_of(name, parts[-1].get(name) if parts else None),
             ]
         )  # fmt: skip
     header = [
         "node", "precision", "ranks", "batch", "matrices", "limited by", "memory planned", "peak memory",
-        "s/step planned", "s/step", "updates", "train loss", "evaluation accuracy",
+        "s/step planned", "s/step", "updates", "train loss", name,
     ]  # fmt: skip
     return _table("As planned last, and as measured in the last round it took part in", header, body)
 
 
 def _round_table(rows: list[measures.RoundRow], task: Task) -> str:
-    name = "perplexity" if task is Task.CAUSAL_LM else "accuracy"
+    name = _metric(task)
     body = []
     for row in rows:
         trained = row["round"] > 0
         body.append(
             [
                 str(row["round"]) if trained else "untrained",
-                _number(row["loss"], ".4f"), "" if row[name] is None else figure(name, row[name]),
+                _number(row["loss"], ".4f"), _figure_of(name, row[name]),
                 f"{row['updates']}/{row['participants']}" if trained else "",
                 units.transfer(row["bytesUp"]) if trained else "",
                 units.transfer(row["bytesDown"]) if trained else "",
@@ -200,6 +205,10 @@ def _round_table(rows: list[measures.RoundRow], task: Task) -> str:
     ]  # fmt: skip
     caption = f"Evaluation loss and {name} are of the global adapter on all nodes' held-out data"
     return _table(caption, header, body)
+
+
+def _figure_of(metric: str, value: float | None) -> str:
+    return "" if value is None else figure(metric, value)
 
 
 def _number(value: float | None, form: str) -> str:
