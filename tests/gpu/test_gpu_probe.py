@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 def read() -> Reading:
     """Return a reading of a process of its own: the reader forks, which one with torch's threads may not."""
-    command = [sys.executable, "-c", READ.format(timeout=30)]
+    command = [sys.executable, "-c", READ, "30", "/"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return Reading.model_validate_json(done.stdout)
 
