@@ -284,6 +284,11 @@ class Cluster:
 
     def start_operator(self, *more: str) -> None:
         """Run the operator with its ServiceAccount's own token; returns when it is ready."""
+        self.launch_operator(*more)
+        self.wait("operator ready", lambda: self.get("/readyz") is not None)
+
+    def launch_operator(self, *more: str) -> None:
+        """Run the operator, whatever becomes of it."""
         token = self.token(self.own, "operator")
         kubeconfig = self.plane.kubeconfig_for(f"operator-{self.name}", token)
         if self.api_url is not None:
@@ -300,7 +305,6 @@ class Cluster:
         environment = os.environ | ENVIRONMENT | {"KUBECONFIG": str(kubeconfig)}
         with (self.directory / "operator.log").open("ab") as log:
             self.operator = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        self.wait("operator ready", lambda: self.get("/readyz") is not None)
 
     def get(self, path: str, seconds: float = 10) -> bytes | None:
         """Return what the kubelet or Prometheus gets; None for an error."""

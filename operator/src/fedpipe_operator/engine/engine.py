@@ -53,6 +53,10 @@ class Engine(Inbox):
         self.background.start("backups", partial(serve_backups, self._journal, self._directory))
         self.background.start("store", partial(watch_store, self))
 
+    async def namespaces(self) -> dict[str, str]:
+        """Return the namespace of every job of the store by uid, before the start as well."""
+        return await self._journal.namespaces()
+
     async def stop(self) -> None:
         """Stop driving; everything that matters is in the store already."""
         await self.background.stop()

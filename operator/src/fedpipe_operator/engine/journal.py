@@ -84,6 +84,11 @@ class Journal:
                 self._set_aside[entry.job] |= digests_named(entry.body)
         await self._remove_unused()
 
+    async def namespaces(self) -> dict[str, str]:
+        """Return the namespace of every job of the ledger by uid, empty where it cannot be read."""
+        found = await self._in_ledger(self._ledger.submitted)
+        return {uid: names_in(body)[0] for uid, body in found}
+
     def _quarantine(self, uid: str, names: tuple[str, str], key: str, error: UnreadableError) -> None:
         found = Quarantine(*names, key, str(error)[:512])
         log.error("job %s/%s (%s) is quarantined: record %.80r: %s", *names, uid, key, error)

@@ -100,6 +100,13 @@ def run(
             "default: none.",
         ),
     ] = None,
+    drop_unknown_jobs: Annotated[
+        bool,
+        typer.Option(
+            "--drop-unknown-jobs",
+            help="Start though the cluster has none of the store's jobs, and remove them.",
+        ),
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log kopf's details too.")] = False,
 ) -> int:
     """Run operator, coordinator and metrics."""
@@ -123,6 +130,7 @@ def run(
         model_cache=model_cache,
         runtime_class=runtime_class,
         image_pull_secrets=tuple(image_pull_secret or ()),
+        drop_unknown_jobs=drop_unknown_jobs,
         output_allowed=tuple(AllowedStore.parse(text) for text in output_allow or ()),
     )
     _log(verbose)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
+from fedpipe_api.base import UserError
 from fedpipe_api.names import GROUP, JOB_LABEL, JOBS, NODES, VERSION
 
 from ..engine import Engine
@@ -33,6 +34,7 @@ class Resync:
         self._engine = engine
         self._controller = controller
         self._unwatched: set[str] = set()
+        self._drop_unknown = settings.drop_unknown_jobs
         self._namespaces = frozenset(settings.namespaces)
         self._scopes = [f"/namespaces/{name}" for name in settings.namespaces] or [""]
 
@@ -55,6 +57,25 @@ class Resync:
                 await self.compare()
             except ApiError as error:
                 log.warning("resync: %s; trying again", error)
+
+    async def check_store(self) -> None:
+        """Raise UserError for a store none of whose jobs the cluster has: it is another cluster's.
+
+        There the jobs have other uids, also those of the same names. A job that is deleted here is still
+        there, by its finalizer, until the operator has seen it.
+        """
+        known = {
+            uid
+            for uid, namespace in (await self._engine.namespaces()).items()
+            if not self._namespaces or namespace in self._namespaces
+        }
+        if not known or self._drop_unknown or known & await self._uids(_CUSTOM, JOBS, self._scopes):
+            return
+        raise UserError(
+            f"none of the {len(known)} jobs in the store is in this cluster, as if its volume or a backup "
+            "came from another one; nothing was changed. Use the store of this cluster, or set "
+            "operator.dropUnknownJobs=true in the values of the chart to remove these jobs and their adapters"
+        )
 
     async def drop_jobs(self) -> None:
         """Forget jobs of the ledger that the API server has no more.

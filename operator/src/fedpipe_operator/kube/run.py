@@ -106,9 +106,12 @@ class Operator:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until stopped."""
-        await self.engine.start()
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self.engine.stop)
+            await self._patiently(self.resync.check_store, stop)
+            if stop.is_set():
+                return
+            await self.engine.start()
             stack.push_async_callback(self.controller.stop)
             health = health_application(self._unready)
             await self._serve(stack, health, self.settings.health_port, tls=False)

@@ -62,6 +62,9 @@ class OperatorSettings:
     output_allowed: tuple[AllowedStore, ...] = ()
     """Object stores that jobs may name; empty: none."""
 
+    drop_unknown_jobs: bool = False
+    """Start with a store none of whose jobs is in the cluster, and remove them."""
+
     def store_of(self, url: str) -> AllowedStore:
         """Return what allows a job's spec.output.url, the longest prefix first; UserError for none."""
         place = ObjectURL.parse(url)

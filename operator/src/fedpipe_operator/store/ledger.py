@@ -136,6 +136,14 @@ class Ledger:
         except sqlite3.DatabaseError as error:
             raise UserError(f"{self._path}: damaged ({error}); restore a backup") from None
 
+    def submitted(self) -> list[tuple[str, str]]:
+        """Return the uid of every job and the record of its submission, empty where there is none."""
+        rows = self._db.execute(
+            "SELECT CAST(job AS BLOB), CAST(max(CASE key WHEN 'submitted' THEN body ELSE '' END) AS BLOB) "
+            "FROM record GROUP BY job"
+        )
+        return [(job.decode(errors="replace"), body.decode(errors="replace")) for job, body in rows]
+
     def forget(self, job: str) -> None:
         """Remove every record of a job."""
         self._db.execute("DELETE FROM record WHERE job = ?", (job,))
