@@ -108,13 +108,14 @@ class Operator:
         """Work until stopped."""
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(self.engine.stop)
+            # First, so that the kubelet finds it alive while the API server is away.
+            health = health_application(self._unready)
+            await self._serve(stack, health, self.settings.health_port, tls=False)
             await self._patiently(self.resync.check_store, stop)
             if stop.is_set():
                 return
             await self.engine.start()
             stack.push_async_callback(self.controller.stop)
-            health = health_application(self._unready)
-            await self._serve(stack, health, self.settings.health_port, tls=False)
             await self._patiently(self.authority.load, stop)
             if stop.is_set():
                 return

@@ -42,6 +42,10 @@ assert len(_STEPS) == SCHEMA
 
 # As bytes: text that is no UTF-8 any more must be the trouble of one record, not of the whole query.
 _SELECT = "SELECT CAST(job AS BLOB), CAST(key AS BLOB), at, CAST(body AS BLOB), crc FROM record ORDER BY seq"
+_SUBMITTED = """
+SELECT CAST(job AS BLOB), CAST(max(CASE key WHEN 'submitted' THEN body ELSE '' END) AS BLOB)
+FROM record GROUP BY job
+"""
 
 
 class Duplicate(Exception):
@@ -134,15 +138,18 @@ class Ledger:
                 text = body.decode(errors="replace")
                 yield Entry(*names, at, text, intact=crc == _checksum(*names, at, text))
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{self._path}: damaged ({error}); restore a backup") from None
+            raise self._damaged(error) from None
 
     def submitted(self) -> list[tuple[str, str]]:
         """Return the uid of every job and the record of its submission, empty where there is none."""
-        rows = self._db.execute(
-            "SELECT CAST(job AS BLOB), CAST(max(CASE key WHEN 'submitted' THEN body ELSE '' END) AS BLOB) "
-            "FROM record GROUP BY job"
-        )
+        try:
+            rows = self._db.execute(_SUBMITTED).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
         return [(job.decode(errors="replace"), body.decode(errors="replace")) for job, body in rows]
+
+    def _damaged(self, error: sqlite3.DatabaseError) -> UserError:
+        return UserError(f"{self._path}: damaged ({error}); restore a backup")
 
     def forget(self, job: str) -> None:
         """Remove every record of a job."""
