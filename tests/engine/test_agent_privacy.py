@@ -160,7 +160,7 @@ async def test_a_damaged_parquet_file_names_the_place_alone(tmp_path, model):
     [
         ("error", 2, "train.jsonl:1: the tokenizer fails at field 'text': ValueError"),
         ("panic", 2, "train.jsonl:1: the tokenizer fails at field 'text': PanicException"),
-        ("step", 1, "ValueError at fedpipe_agent/train/loop.py:"),
+        ("step", 2, "cannot be trained (ValueError at fedpipe_agent/train/loop.py:"),
         ("memory", 1, "out of memory with micro-batch 1"),
         ("nan", 1, "the loss is not finite at local step 1"),
     ],

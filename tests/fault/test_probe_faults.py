@@ -122,6 +122,9 @@ def test_without_permission_it_keeps_looking_and_writes_once_allowed(
         assert 'fedpipe_node_condition{node="edge-1",reason="GpuReady",type="Ready"} 1.0' in probe.metrics()
         api.refuse = None
         until(lambda: state(api, "Ready") == ("True", "GpuReady"))
+        # The write that the API server has seen is reported when its answer has come, before the next pass.
+        passes = probe.metric("fedpipe_probe_passes_total")
+        until(lambda: probe.metric("fedpipe_probe_passes_total") > passes + 1)
         code, log = probe.stop()
     assert code == 0
     assert log.count("Forbidden by the test") == 1

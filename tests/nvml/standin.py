@@ -84,7 +84,7 @@ class StandIn:
     def __init__(self, directory: Path, script: dict[str, Any]) -> None:
         self._script = directory / "script"
         self.root = directory / "machine"
-        (self.root / "proc/driver/nvidia").mkdir(parents=True)
+        (self.root / "proc/driver/nvidia").mkdir(parents=True, exist_ok=True)
         self.play(script)
 
     def play(self, script: dict[str, Any]) -> None:
