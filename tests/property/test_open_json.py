@@ -111,7 +111,9 @@ def test_a_template_that_is_too_deep(depth: int, kind: type) -> None:
     [
         ("x" * (BYTES + 1), "more than 64 KiB"),
         ({"x" * (BYTES + 1): 1}, "more than 64 KiB"),
-        ("ä" * (BYTES // 2 + 1), "more than 64 KiB"),
+        ("ä" * (BYTES // 6 + 1), "more than 64 KiB"),
+        ("😀" * (BYTES // 12 + 1), "more than 64 KiB"),
+        ("\n" * (BYTES // 2 + 1), "more than 64 KiB"),
         ([0] * (VALUES + 1), "more than 2000 values"),
         ({str(i): i for i in range(VALUES + 1)}, "more than 2000 values"),
         (10**400, "64-bit number"),

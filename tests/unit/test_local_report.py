@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -21,6 +22,7 @@ from fedpipe_api.wire import (
 )
 from fedpipe_operator.cli import main
 from fedpipe_operator.engine.records import (
+    AgentLost,
     AgentRegistered,
     Evaluated,
     Finished,
@@ -210,6 +212,61 @@ def test_a_finished_run_leaves_adapter_metrics_and_a_report_that_needs_nothing_e
     assert re.findall(r"<td class=[^>]*>(\d+)</td>", text) == ["80", "30", "90"]
     assert "after round 12, 4 nodes together" in text
     assert len(list(directory.plots.glob("*.png"))) == 7
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "</pre></details><svg onload=alert(1)>",
+    "$\\frac{$",
+    "```\n<iframe src=https://example.org>",
+    "&lt;b&gt;",
+)
+TAGS = {
+    "body", "details", "div", "figcaption", "figure", "h1", "h2", "head", "html", "img", "main", "meta", "p", "pre",
+    "span", "style", "summary", "table", "tbody", "td", "th", "thead", "title", "tr",
+}  # fmt: skip
+ATTRIBUTES = {
+    "alt", "aria-label", "charset", "class", "content", "lang", "name", "role", "scope", "src", "style", "tabindex",
+}  # fmt: skip
+
+
+def test_nothing_that_a_tenant_or_a_node_writes_is_markup(tmp_path, monkeypatch, capsys):
+    """Class names and paths of the job, and the errors of its agents, are text wherever they are shown."""
+    source = {"hostPath": {"path": f"/{HOSTILE[3]}"}, "task": "sequence-classification", "labels": HOSTILE}
+    spec = JOB.spec.to_dict() | {"model": source, "podTemplate": {"metadata": {"labels": {"a": HOSTILE[0]}}}}
+    monkeypatch.setattr(
+        sys.modules[__name__], "JOB", JOB.model_copy(update={"spec": JOB.spec.model_validate(spec)})
+    )
+    plain, classes = records, len(HOSTILE)
+
+    def hostile(adapter, rounds, finished):
+        for at, record in plain(adapter, rounds, False):
+            if isinstance(record, Evaluated):
+                right = record.evaluation.correct
+                changes = {"confusion": (right, 50 - right) + (0,) * (classes**2 - 2)}
+                yield at, Evaluated(node=record.node, evaluation=record.evaluation.model_copy(update=changes))
+            else:
+                yield at, record
+        yield 165, AgentLost(sequence=9, node="edge-d", reason=HOSTILE[1] + HOSTILE[5], failed=True)
+        yield 170, Finished(phase=Phase.FAILED, reason="RoundsFailed", message=HOSTILE[0] + HOSTILE[2])
+
+    monkeypatch.setattr(sys.modules[__name__], "records", hostile)
+    directory = make_run(tmp_path / "run", rounds=2)
+    write_all_results(directory)
+    text = directory.report.read_text()
+    page = Page(text)
+    assert {tag for tag, _ in page.tags} <= TAGS
+    assert {name for _, attributes in page.tags for name in attributes} <= ATTRIBUTES
+    assert all("alert" not in str(value) for _, given in page.tags for name, value in given.items()
+               if name not in ("alt", "aria-label"))  # fmt: skip
+    assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img"))
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    card = (directory.adapter / "README.md").read_text()
+    assert [line for line in card.splitlines() if line.startswith("```")] == ["```python", "```"]
+    assert not re.search("^<", card, re.MULTILINE)
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_metrics_have_one_object_for_each_round_with_everything_measured(tmp_path):

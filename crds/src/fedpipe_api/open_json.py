@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a field without a schema of its own may hold: JSON of bounded depth, number of values and size."""
 
+import json
 import math
 from typing import Any
 
@@ -11,7 +12,10 @@ VALUES = 2000
 """Values, keys not counted."""
 
 BYTES = 64 * 1024
-"""Bytes of all texts and keys, in UTF-8. All of a job must fit into an annotation, which has 256 KiB."""
+"""Bytes of all texts and keys as they are stored: in JSON of ASCII, where ä takes six and an emoji twelve.
+
+All of a job must fit into an annotation, which has 256 KiB.
+"""
 
 _INTEGER = 2**63
 
@@ -63,6 +67,7 @@ def _size(value: Any) -> int:
 
 def _length(text: str) -> int:
     try:
-        return len(text.encode())
+        text.encode()
     except UnicodeEncodeError:
         raise ValueError("holds a text that is not Unicode") from None
+    return len(json.dumps(text)) - 2

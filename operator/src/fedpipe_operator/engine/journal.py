@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +27,9 @@ from .state import JobState, apply, blobs_in_use, submitted
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+# Records read from the ledger at a time; the largest have some megabytes.
+_AT_ONCE = 16
 
 # After these records an agent may have new work.
 _TURNS = ("spec", "offered", "plan", "opened", "dropped", "aggregated", "finished")
@@ -59,10 +63,9 @@ class Journal:
         A job with a record that cannot be read, placed or worked with is quarantined: its records and blobs
         stay as they are until it is deleted, and the others run.
         """
-        entries = await self._in_ledger(lambda: list(self._ledger.replay()))
         states: dict[str, JobState] = {}
         last: dict[str, str] = {}
-        for entry in entries:
+        async for entry in self._entries():
             if entry.job in self.quarantined:
                 continue
             last[entry.job] = entry.key
@@ -78,11 +81,23 @@ class Journal:
                 self.jobs[uid] = Job(state)
             except UnreadableError as error:
                 self._quarantine(uid, (state.namespace, state.name), last[uid], error)
-        self._set_aside = {uid: set() for uid in self.quarantined}
-        for entry in entries:
-            if entry.job in self.quarantined:
-                self._set_aside[entry.job] |= digests_named(entry.body)
+        await self._set_blobs_aside()
         await self._remove_unused()
+
+    async def _entries(self) -> AsyncIterator[Entry]:
+        """Yield every record of the ledger, a few of them in memory at a time."""
+        entries = self._ledger.replay()
+        while some := await self._in_ledger(lambda: list(islice(entries, _AT_ONCE))):
+            for entry in some:
+                yield entry
+
+    async def _set_blobs_aside(self) -> None:
+        """Note what the records of quarantined jobs may name, those before the damaged one as well."""
+        self._set_aside = {uid: set() for uid in self.quarantined}
+        if self.quarantined:
+            async for entry in self._entries():
+                if entry.job in self.quarantined:
+                    self._set_aside[entry.job] |= digests_named(entry.body)
 
     async def namespaces(self) -> dict[str, str]:
         """Return the namespace of every job of the ledger by uid, empty where it cannot be read."""

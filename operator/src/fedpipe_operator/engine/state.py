@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 
 from fedpipe_api.job import FedPipeJobSpec
-from fedpipe_api.wire import Blob, Evaluation, ModelShape, UpdateManifest
+from fedpipe_api.wire import Blob, Evaluation, ModelShape, NodePlan, UpdateManifest
 
 from .records import (
     AgentLost,
@@ -181,7 +181,7 @@ def apply(state: JobState, record: Record, at: float) -> None:
                 if record.shape
                 else record.model_copy(update={"shape": next(iter(state.models), None)})
             )
-            state.plans[record.version], state.plan_at = known, at
+            _plan(state, known, at)
         case Begun():
             state.given = record.adapter
         case Profiled():
@@ -202,6 +202,27 @@ def apply(state: JobState, record: Record, at: float) -> None:
             _finish_round(state, record, at)
         case Finished():
             state.finished, state.finished_at = record, at
+
+
+def _plan(state: JobState, record: PlanMade, at: float) -> None:
+    """Put a plan in force. A job may make thousands, so that they share what is large and mostly the same."""
+    before = state.plan
+    if before is not None:
+        nodes = {name: _sharing(plan, before.nodes.get(name)) for name, plan in record.nodes.items()}
+        record = record.model_copy(update={"nodes": nodes})
+    # Of those before the last, only what each node was given is read again.
+    old = state.plans.get(record.version - 2)
+    if old is not None:
+        nothing: dict[str, object] = {"left_out": {}, "selected": (), "scores": {}, "considered": ()}
+        state.plans[old.version] = old.model_copy(update=nothing)
+    state.plans[record.version], state.plan_at = record, at
+
+
+def _sharing(plan: NodePlan, before: NodePlan | None) -> NodePlan:
+    """Return a node's plan with the very ranks of the one before, where they are equal."""
+    if before is None or plan.ranks != before.ranks:
+        return plan
+    return plan.model_copy(update={"ranks": before.ranks})
 
 
 def _register(state: JobState, record: AgentRegistered, at: float) -> None:
