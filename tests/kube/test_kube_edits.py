@@ -36,6 +36,14 @@ async def no_ca(namespace: str, owner: dict[str, Any], *, again: bool = False) -
     """The namespace has the CA already."""
 
 
+def controller_of(engine: Engine, api: Recorded, directory: Path, publish_ca: Any) -> Controller:
+    """Return a controller over a real engine."""
+    settings = OperatorSettings("fedpipe-system", "fedpipe", directory, "agent:1", "operator:1")
+    return Controller(
+        engine, api, settings, None, publish_ca=publish_ca, write_output=None, clock=lambda: NOW  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
 def at_generation(generation: int, **spec: Any) -> dict[str, Any]:
     """Return the job as a watch shows it after so many edits."""
     body = job(**spec).to_dict()
@@ -52,10 +60,7 @@ async def test_a_job_edited_too_often_goes_on_as_it_was(
     api = Recorded()
     engine = Engine(tmp_path, clock=lambda: NOW)
     await engine.start()
-    settings = OperatorSettings("fedpipe-system", "fedpipe", tmp_path, "agent:1", "operator:1")
-    tended = Controller(
-        engine, api, settings, None, publish_ca=no_ca, write_output=None, clock=lambda: NOW  # type: ignore[arg-type]
-    )  # fmt: skip
+    tended = controller_of(engine, api, tmp_path, no_ca)
     try:
         tended.see_job(at_generation(1))
         known = tended.jobs[UID]
@@ -89,10 +94,7 @@ async def test_an_operator_whose_looks_all_fail_is_stuck(
     monkeypatch.setattr(controller, "PACE_SECONDS", 0.0)
     engine = Engine(tmp_path, clock=lambda: NOW)
     await engine.start()
-    settings = OperatorSettings("fedpipe-system", "fedpipe", tmp_path, "agent:1", "operator:1")
-    tended = Controller(
-        engine, Recorded(), settings, None, publish_ca=no_ca, write_output=None, clock=lambda: NOW  # type: ignore[arg-type]
-    )  # fmt: skip
+    tended = controller_of(engine, Recorded(), tmp_path, no_ca)
 
     async def fail(known: object) -> None:
         raise ApiError(403, "Forbidden", "no right is left")
@@ -119,10 +121,7 @@ async def test_an_operator_whose_looks_all_fail_is_stuck(
 async def test_an_adapter_on_somebodys_laptop_is_refused_before_anything_runs(tmp_path: Path) -> None:
     api = Recorded()
     engine = Engine(tmp_path, clock=lambda: NOW)
-    settings = OperatorSettings("fedpipe-system", "fedpipe", tmp_path, "agent:1", "operator:1")
-    tended = Controller(
-        engine, api, settings, None, publish_ca=no_ca, write_output=None, clock=lambda: NOW  # type: ignore[arg-type]
-    )  # fmt: skip
+    tended = controller_of(engine, api, tmp_path, no_ca)
     await engine.start()
     try:
         tended.see_job(at_generation(1, adapter={"from": {"path": "/etc"}}))

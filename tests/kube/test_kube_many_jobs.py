@@ -15,9 +15,8 @@ import pytest
 from fedpipe_operator.engine import Engine
 from fedpipe_operator.kube.api import ApiError
 from fedpipe_operator.kube.controller import Controller
-from fedpipe_operator.kube.settings import OperatorSettings
 from kube.objects import NOW, UID, capacity, job, node
-from kube.test_kube_edits import Recorded
+from kube.test_kube_edits import Recorded, controller_of
 
 
 class Published:
@@ -40,10 +39,7 @@ async def tended(directory: Path, published: Published) -> AsyncIterator[tuple[C
     api = Recorded()
     engine = Engine(directory, clock=lambda: NOW)
     await engine.start()
-    settings = OperatorSettings("fedpipe-system", "fedpipe", directory, "agent:1", "operator:1")
-    found = Controller(
-        engine, api, settings, None, publish_ca=published, write_output=None, clock=lambda: NOW  # type: ignore[arg-type]
-    )  # fmt: skip
+    found = controller_of(engine, api, directory, published)
     found._drive = lambda known: asyncio.sleep(3600)  # type: ignore[assignment,method-assign]
     try:
         yield found, api

@@ -32,6 +32,7 @@ from fedpipe_operator.kube.api import ApiError
 from fedpipe_operator.kube.identity import REFUSED_SECONDS, JobName, PodIdentities
 from fedpipe_operator.kube.inventory import Inventory
 from fedpipe_operator.kube.job_status import WriteBudget, invalid_status, job_status
+from fedpipe_operator.kube.pod_warnings import AT_ONCE, QUIET_SECONDS, PodWarnings
 from fedpipe_operator.kube.resync import Resync
 from fedpipe_operator.kube.settings import OperatorSettings
 from fedpipe_operator.kube.tls import CA_LIFE, OVERLAP, SERVING_LIFE, Material, load_certificate, renew
@@ -223,6 +224,26 @@ def test_an_agent_that_was_killed_for_memory_says_so_while_it_works_again() -> N
     assert found.node_table[0].message == (
         "its container was started again: it was killed because it used more memory than it may (OOMKilled)"
     )
+
+
+async def test_of_many_pods_that_wait_a_few_are_asked_about_at_a_look() -> None:
+    asked: list[str] = []
+
+    class Events:
+        async def warnings_of(self, namespace: str, uid: str) -> list[Any]:
+            asked.append(uid)
+            return []
+
+    clock = Clock()
+    warnings = PodWarnings(Events(), clock)  # type: ignore[arg-type]
+    found = [pod_view(pod(f"edge-{n}", phase="Pending", created=NOW - 60)) for n in range(2 * AT_ONCE + 1)]
+    pods = [view for view in found if view]
+    for expected in (AT_ONCE, 2 * AT_ONCE, len(pods), len(pods)):
+        await warnings.ask(UID, pods)
+        assert len(set(asked)) == len(asked) == expected, "each in its turn"
+    clock.now += QUIET_SECONDS
+    assert await warnings.ask(UID, pods)
+    assert not await warnings.ask(UID, [])
 
 
 def test_gpu_nodes_are_held_by_one_job() -> None:

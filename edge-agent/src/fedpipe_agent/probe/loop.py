@@ -80,7 +80,7 @@ class Link:
         self._coordinator = coordinator
         self._child = Child(link.DEADLINE)
         self._due = 0.0
-        self._failures = 0
+        self._retry = LINK_RETRY
         self._trouble = ""
         self.rate = known if coordinator else None
 
@@ -103,9 +103,11 @@ class Link:
             self._report(str(error))
         else:
             self._report("")
-        self._failures = 0 if self.rate is not None else self._failures + 1
-        retry = min(LINK_RETRY * 2 ** min(self._failures - 1, 10), LONGEST_LINK_RETRY)
-        self._due = time.monotonic() + _vary(LINK_INTERVAL if self.rate is not None else retry)
+        if self.rate is not None:
+            pause, self._retry = LINK_INTERVAL, LINK_RETRY
+        else:
+            pause, self._retry = self._retry, min(2 * self._retry, LONGEST_LINK_RETRY)
+        self._due = time.monotonic() + _vary(pause)
         return self.rate
 
     def _report(self, trouble: str) -> None:

@@ -158,7 +158,7 @@ class _BlobResponse(web.FileResponse):
         self._readers = readers
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Send it all, as the class does here."""
+        """Send it, and be cut off once the job needs it no more."""
         if not web_fileresponse.NOSENDFILE:
             # Plain HTTP, of one machine alone, has asyncio's sendfile, which outlives an aborted connection.
             return await super().prepare(request)

@@ -42,7 +42,11 @@ def adapter_of(jobs: Iterable[Job], state: JobState) -> Blob:
     name = state.spec.adapter.from_.job
     field = f"spec.adapter.from.job: {name}"
     named = (job.state for job in jobs if (job.state.namespace, job.state.name) == (state.namespace, name))
-    other = max((found for found in named if found.uid != state.uid), key=_latest, default=None)
+    other = max(
+        (found for found in named if found.uid != state.uid),
+        key=lambda found: found.submitted_at,
+        default=None,
+    )
     if other is None:
         raise UserError(f"{field}: no such job in namespace {state.namespace}; it must not be deleted before")
     if other.adapter is None or other.model is None or state.model is None:
@@ -68,7 +72,3 @@ def adapter_of(jobs: Iterable[Job], state: JobState) -> Blob:
         least = theirs.aggregation.max_global_rank
         raise UserError(f"{field}: spec.aggregation.maxGlobalRank must be at least {least}, as there")
     return other.adapter
-
-
-def _latest(state: JobState) -> float:
-    return state.submitted_at

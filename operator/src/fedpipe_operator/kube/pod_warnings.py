@@ -15,6 +15,9 @@ log = logging.getLogger(__name__)
 QUIET_SECONDS = 20.0
 """A Pod that has waited so long is asked about, and asked about again; most volumes are mounted sooner."""
 
+AT_ONCE = 5
+"""Pods of a job that are asked about at a look: a thousand may wait for the same image."""
+
 
 @dataclass(frozen=True)
 class _Answer:
@@ -37,19 +40,19 @@ class PodWarnings:
 
     async def ask(self, job: str, pods: Iterable[PodView]) -> bool:
         """Look up those of a job's Pods that have waited for long, now and then; return whether any was."""
-        before, answers, asked = self._jobs.get(job, {}), {}, False
+        before, answers, asked = self._jobs.get(job, {}), {}, 0
         for pod in pods:
             if pod.phase != "Pending" or pod.deleting or pod.trouble is not None:
                 continue
             known = before.get(pod.uid, _Answer(pod.created, ""))
-            if known.asked + QUIET_SECONDS <= self._clock():
-                asked = True
+            if asked < AT_ONCE and known.asked + QUIET_SECONDS <= self._clock():
+                asked += 1
                 known = _Answer(self._clock(), await self._ask(pod) or known.text)
             answers[pod.uid] = known
         self._jobs[job] = answers
         if not answers:
             self.forget(job)
-        return asked
+        return bool(asked)
 
     def forget(self, job: str) -> None:
         """Forget a job's Pods."""

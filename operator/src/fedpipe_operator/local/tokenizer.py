@@ -19,8 +19,6 @@ def tokenizer_files(model: str) -> list[Path]:
     directory = Path(model)
     if directory.is_absolute():
         return [directory / name for name in FILES if (directory / name).is_file()]
-    if directory.is_absolute():  # it has gone since
-        return []
     # It comes with the agent, which has loaded the model.
     from huggingface_hub import try_to_load_from_cache
 

@@ -103,7 +103,10 @@ class Blobs:
         return Incoming(self.temporary)
 
     def adopt(self, temporary: Path, digest: str) -> Path:
-        """Move a synced temporary file in under its digest and make the name durable."""
+        """Move a synced temporary file in under its digest and make the name durable.
+
+        The caller has just made or checked the digest: `intact` takes the file's bytes for right.
+        """
         path = self.path(digest)
         fresh = not path.parent.exists()
         path.parent.mkdir(exist_ok=True)
