@@ -9,8 +9,8 @@ import pytest
 
 from fedpipe_api.base import UserError
 from fedpipe_api.names import ADAPTER_READER, JOB_LABEL, NODE_LABEL, child_name
-from fedpipe_operator.kube.controller import REFUSED_SECONDS
 from fedpipe_operator.kube.get import fetch
+from fedpipe_operator.kube.pod_creation import REFUSED_SECONDS
 from kube.cluster import CUSTOM, Cluster, taking
 from kube.controlplane import ControlPlane
 from kube.objects import owner

@@ -3,7 +3,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -25,17 +25,13 @@ from fedpipe_api.wire import (
 )
 from fedpipe_operator.engine import accept
 from fedpipe_operator.engine.accept import Refused, Verdict
-from fedpipe_operator.engine.decide import MakePlan, Wait, decide
 from fedpipe_operator.engine.quota import held, quota
-from fedpipe_operator.engine.records import AgentRegistered, Offered, Submitted, UpdateAccepted
-from fedpipe_operator.engine.shapes import MODELS, MODELS_PER_NODE, digest_of
-from fedpipe_operator.engine.state import JobState, apply, evaluation_of, submitted
+from fedpipe_operator.engine.state import JobState, evaluation_of
 from fedpipe_operator.engine.weights import CAP, capped
+from property.test_accept_models import BOGUS, gathered
 from standins.agents import make_update, manifest_of, registration
 from standins.server import job
 from standins.world import PLAN, SHAPE, World, deliver, ready
-
-BOGUS = SHAPE.model_copy(update={"architecture": "bogus"})
 
 
 def trained_round(world: World) -> None:
@@ -211,131 +207,6 @@ def test_one_evaluation_of_10_12_samples_does_not_take_the_metric() -> None:
     assert found
     assert found.accuracy == pytest.approx(30 / 50), "10^12 right of 10^12 count as 30 of 30"
     assert found.loss == pytest.approx(20 / 50)
-
-
-# The model's shape
-
-
-def gathered(nodes: int, shapes: Mapping[str, Any], minimum: int = 1) -> World:
-    """A world in which the nodes have registered the given shapes, in that order."""
-    world = World(nodes, minimum)
-    for node, shape in shapes.items():
-        message = registration(shape)
-        assert accept.registration(world.state, node, message) is Verdict.NEW
-        digest = digest_of(shape)
-        world.record(
-            AgentRegistered(
-                sequence=world.state.sequence + 1,
-                node=node,
-                device=message.device,
-                samples=100,
-                evaluation_samples=10,
-                shape=digest,
-                model=None if digest in world.state.models else shape,
-            )
-        )
-    return world
-
-
-def test_a_bogus_first_registrant_does_not_fix_the_model() -> None:
-    world = gathered(3, {"node-2": BOGUS, "node-0": SHAPE, "node-1": SHAPE})
-    assert world.state.model == SHAPE
-    assert decide(world.state, world.now) == MakePlan("all agents registered")
-    assert len([record for _, record in world.ledger if getattr(record, "model", None)]) == 2, "each once"
-
-
-def test_without_a_majority_the_job_says_what_to_do() -> None:
-    world = gathered(4, {"node-0": BOGUS, "node-1": SHAPE, "node-2": BOGUS, "node-3": SHAPE})
-    waiting = decide(world.state, world.now)
-    assert isinstance(waiting, Wait)
-    assert waiting.reason == "ModelDiffers"
-    assert waiting.message == (
-        "no model is that of more than half of the 4 nodes: node-0, node-2 and node-1, node-3 differ in "
-        "architecture; correct spec.model on the wrong ones, or exclude them by spec.nodes.selector"
-    )
-    other = gathered(4, {"node-0": BOGUS, "node-1": SHAPE, "node-2": SHAPE, "node-3": SHAPE})
-    assert isinstance(decide(other.state, other.now), MakePlan)
-
-
-def test_a_node_brings_only_so_many_models() -> None:
-    shapes = [SHAPE.model_copy(update={"layers": 10 + i}) for i in range(MODELS_PER_NODE + 1)]
-    world = gathered(2, {"node-1": SHAPE})
-    for shape in shapes[:-1]:
-        message = registration(shape)
-        assert accept.registration(world.state, "node-0", message) is Verdict.NEW
-        world.record(
-            AgentRegistered(
-                sequence=world.state.sequence + 1, node="node-0", device=message.device, samples=1,
-                evaluation_samples=0, shape=digest_of(shape), model=shape,
-            )
-        )  # fmt: skip
-    with pytest.raises(Refused, match=f"has registered {MODELS_PER_NODE} models"):
-        accept.registration(world.state, "node-0", registration(shapes[-1]))
-    assert accept.registration(world.state, "node-0", registration(SHAPE)) is Verdict.NEW, "the job knows it"
-
-
-def test_a_job_keeps_only_so_many_models() -> None:
-    """The largest shapes take 6 MiB of memory each, and a hundred nodes may bring them."""
-    world = gathered(MODELS + 1, {})
-    shapes = [SHAPE.model_copy(update={"layers": 10 + i}) for i in range(MODELS + 1)]
-    for number, shape in enumerate(shapes[:-1]):
-        node, message = f"node-{number}", registration(shape)
-        assert accept.registration(world.state, node, message) is Verdict.NEW
-        world.record(
-            AgentRegistered(
-                sequence=world.state.sequence + 1, node=node, device=message.device, samples=1,
-                evaluation_samples=0, shape=digest_of(shape), model=shape,
-            )
-        )  # fmt: skip
-    with pytest.raises(Refused, match=f"have registered {MODELS} different models"):
-        accept.registration(world.state, f"node-{MODELS}", registration(shapes[-1]))
-    assert accept.registration(world.state, f"node-{MODELS}", registration(shapes[0])) is Verdict.NEW
-
-
-def test_a_ledger_without_digests_is_read_as_before() -> None:
-    state = submitted("uid", Submitted(namespace="n", name="j", generation=1, spec=job(2, 5).spec), 0.0)
-    apply(state, Offered(sequence=1, nodes=("a", "b")), 0.0)
-    for sequence, node in enumerate(("a", "b"), 2):
-        record = {
-            "kind": "registered", "sequence": sequence, "node": node, "samples": 5, "evaluationSamples": 1,
-            "device": registration(SHAPE).device.to_dict(),
-        } | ({"model": SHAPE.to_dict()} if node == "a" else {})  # fmt: skip
-        apply(state, AgentRegistered.model_validate(record), 1.0)
-    assert state.model == SHAPE
-    assert accept.registration(state, "b", registration(SHAPE, samples=5)) is Verdict.NEW
-    manifest = manifest_of(b"-", PLAN).to_dict()
-    del manifest["round"]
-    assert UpdateAccepted.model_validate({"round": 1, "node": "a", "manifest": manifest}).manifest.round == 0
-
-
-POSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
-    "a causal model for a classification": ({"causal": True, "head": ()}, "causal"),
-    "a head larger than the classes": (
-        {"head": tuple(t.model_copy(update={"shape": (10**4, 10**4)}) for t in SHAPE.head)},
-        "head: larger",
-    ),
-    "updates that no store should take": (
-        {
-            "parameters": 2**42,
-            "matrices": tuple(
-                m.model_copy(update={"name": f"m{i}", "rows": 2**20, "columns": 2**10})
-                for i, m in enumerate(SHAPE.matrices * 200)
-            ),
-        },
-        "ranks.max has",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", POSSIBLE)
-def test_a_shape_that_no_model_of_the_job_has_is_refused(case: str) -> None:
-    change, text = POSSIBLE[case]
-    world = World(2, 1)
-    message = registration(SHAPE)
-    message = message.model_copy(update={"model": SHAPE.model_copy(update=change)})
-    with pytest.raises(Refused, match=text) as caught:
-        accept.registration(world.state, "node-0", message)
-    assert caught.value.status == 422
 
 
 # What a job may hold

@@ -7,6 +7,7 @@ the robust mean is Σ z_k D_k. Nothing dense is formed; the cost is that of the 
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from .factors import Float64
 
@@ -25,6 +26,9 @@ _NORMAL = 1.4826
 
 _DEVIATIONS, _FAR_NORM, _FAR_COSINE = 3.0, 3.0, 0.1
 """What is far from the others: robust standard deviations, times the median norm, below the median cosine."""
+
+_SIGNIFICANCE = 0.01
+"""Share of rounds without a hostile node in which a cosine may be called far from the others."""
 
 
 def distances(products: Float64, coefficients: Float64) -> Float64:
@@ -98,16 +102,31 @@ def far_norms(norms: Float64) -> tuple[NDArray[np.bool_], float]:
 
 
 def far_cosines(cosines: Float64) -> tuple[NDArray[np.bool_], float]:
-    """Return which cosines are negative and far below the others: (K,), NaN never is; and the limit."""
-    known = cosines[np.isfinite(cosines)]
-    if not len(known):
-        return np.zeros(len(cosines), np.bool_), -1.0
-    middle = float(np.median(known))
-    # Hostile updates are among the low ones; the spread of the others is that of the upper half.
-    upper = known[known >= middle]
-    spread = _NORMAL * float(np.median(upper - middle))
-    limit = min(0.0, middle - max(_FAR_COSINE, _DEVIATIONS * spread))
-    return np.nan_to_num(cosines, nan=1.0) < limit, limit
+    """Return which cosines are negative and far below the others: (K,), NaN never is; and the others' median.
+
+    Far is what the generalized ESD test finds (Rosner 1983, one-sided: it finds many outliers that hide each
+    other, and honest ones in one of a hundred rounds, however few or different the nodes), and 0.1 below.
+    """
+    known = np.flatnonzero(np.isfinite(cosines))
+    order = known[np.argsort(cosines[known], kind="stable")]
+    found = np.zeros(len(cosines), np.bool_)
+    low = _low_outliers(cosines[order])
+    middle = float(np.median(cosines[order[low:]])) if len(order) else 0.0
+    found[order[:low]] = cosines[order[:low]] < min(0.0, middle - _FAR_COSINE)
+    return found, middle
+
+
+def _low_outliers(values: Float64) -> int:
+    """Return how many of the first of ascending values are outliers, fewer than half."""
+    found = 0
+    for removed in range((len(values) - 1) // 2):
+        rest = values[removed:]
+        count, spread = len(rest), float(np.std(rest, ddof=1))
+        quantile = stdtrit(count - 2, 1 - _SIGNIFICANCE / count)
+        critical = (count - 1) * quantile / np.sqrt((count - 2 + quantile**2) * count)
+        if rest.mean() - rest[0] > critical * spread:
+            found = removed + 1
+    return found
 
 
 def near_copies(cosines: Float64) -> NDArray[np.bool_]:

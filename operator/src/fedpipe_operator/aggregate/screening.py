@@ -170,10 +170,10 @@ def filter_outliers(comparison: Comparison, findings: Findings) -> bool:
             int(node), middle / norm, f"norm {norm:.3g} is far above the others'; clipped to {middle:.3g}"
         )
     cosines = comparison.median_cosines(accepted)[accepted]
-    away, limit = far_cosines(cosines)
+    away, middle = far_cosines(cosines)
     for node, cosine in zip(np.array(accepted)[away], cosines[away], strict=True):
         changed = True
-        text = f"median cosine {cosine:.2f} to the others is far below theirs ({limit:.2f})"
+        text = f"median cosine {cosine:.2f} to the others is far below theirs ({middle:.2f})"
         findings.reject(int(node), text)
     copies = near_copies(comparison.cosines()[np.ix_(accepted, accepted)])
     for node in np.array(accepted)[copies & ~away]:

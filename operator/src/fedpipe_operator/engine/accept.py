@@ -5,6 +5,7 @@ A node says only what it may say: what it was asked for, of the round it was ask
 registered and was given to do. How much of that counts in a mean is another matter (`weights`).
 """
 
+from collections import Counter
 from enum import Enum
 
 from fedpipe_api.job import Task
@@ -62,12 +63,6 @@ def registration(state: JobState, node: str, message: Registration) -> Verdict:
         assert state.model is not None
         field = difference(message.model, state.model)
         raise Refused(409, "ModelDiffers", f"{node}: its model has another {field} than the other nodes'")
-    if shape not in state.models and state.models_of.get(node, 0) >= MODELS_PER_NODE:
-        text = f"{node} has registered {MODELS_PER_NODE} models; give it the one that the other nodes have"
-        raise Refused(409, "TooManyModels", text)
-    if shape not in state.models and len(state.models) >= MODELS:
-        text = f"{node}: the job's nodes have registered {MODELS} different models; give all the same one"
-        raise Refused(409, "TooManyModels", text)
     known = state.agents.get(node)
     same = (
         known is not None
@@ -79,6 +74,19 @@ def registration(state: JobState, node: str, message: Registration) -> Verdict:
         and known.shape == shape
     )
     return Verdict.KNOWN if same else Verdict.NEW
+
+
+def brings_model(state: JobState, node: str, shape: str) -> bool:
+    """Return whether the job keeps the shape that the node registers, and not only its digest.
+
+    It keeps `MODELS`. Another takes the place of the one that the fewest nodes have, if more have the other:
+    however many models hostile nodes make up, that of most nodes is kept.
+    """
+    if shape in state.models or state.models_of.get(node, 0) >= MODELS_PER_NODE:
+        return False
+    others = Counter(found for name, found in state.shapes.items() if name != node)
+    kept = state.models.keys() - {state.shape}
+    return len(state.models) < MODELS or others[shape] + 1 > min(others[model] for model in kept)
 
 
 def _require_possible(state: JobState, node: str, model: ModelShape) -> None:

@@ -156,11 +156,14 @@ def _disagreement(state: JobState) -> str:
     groups: dict[str, list[str]] = {}
     for node, shape in state.shapes.items():
         groups.setdefault(shape, []).append(node)
+    if len(groups) == 1:
+        return "the model that all nodes have is not kept, as others had more nodes; delete the agents' Pods"
     first, second = sorted(groups.values(), key=lambda nodes: (-len(nodes), nodes))[:2]
-    one, other = (state.models[state.shapes[nodes[0]]] for nodes in (first, second))
+    one, other = (state.models.get(state.shapes[nodes[0]]) for nodes in (first, second))
+    what = difference(one, other) if one and other else "shape"
     return (
         f"no model is that of more than half of the {len(state.shapes)} nodes: {_names(tuple(first))} and "
-        f"{_names(tuple(second))} differ in {difference(one, other)}; correct spec.model on the wrong ones, "
+        f"{_names(tuple(second))} differ in {what}; correct spec.model on the wrong ones, "
         "or exclude them by spec.nodes.selector"
     )
 

@@ -76,6 +76,8 @@ class Driver:
     async def _stand(self, job: Job, wait: Wait, committed: asyncio.Event) -> None:
         if job.full:
             wait = Wait(Reason.STORE_FULL, job.full, wait.until)
+        elif job.refused and wait.reason in (Reason.ROUND_OPEN, Reason.QUORUM_LOST):
+            wait = Wait(Reason.STORE_FULL, next(iter(job.refused.values())), wait.until)
         elif job.damage:
             wait = Wait(Reason.STORE_DAMAGED, job.damage, wait.until)
         job.set_waiting(wait)

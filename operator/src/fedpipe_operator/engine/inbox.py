@@ -97,7 +97,7 @@ class Inbox:
                         evaluation_samples=message.evaluation_samples,
                         notes=message.notes,
                         shape=(shape := digest_of(message.model)),
-                        model=None if shape in state.models else message.model,
+                        model=message.model if accept.brings_model(state, node, shape) else None,
                     ),
                 )
         job.live[node] = Live(self.clock())
@@ -192,10 +192,10 @@ class Inbox:
             raise Refused(429, "UploadInProgress", text, retry_after=UPLOAD_SECONDS)
         why = self._no_room(job, size)
         if why is not None:
-            job.set_waiting(
-                Wait(Reason.STORE_FULL, f"an update of {node} is refused: {why}; enlarge the volume")
-            )
+            job.refused[node] = f"an update of {node} is refused: {why}; enlarge the volume"
+            job.set_waiting(Wait(Reason.STORE_FULL, job.refused[node]))
             raise Refused(507, "QuotaExceeded", why, retry_after=ROOM_SECONDS)
+        job.refused.pop(node, None)
         job.uploads[node] = size
         try:
             yield

@@ -45,6 +45,8 @@ class Job:
     live: dict[str, Live] = field(default_factory=dict)
     wait: Wait | None = None
     full: str | None = None  # what could not be written for want of room, until there is some
+    refused: dict[str, str] = field(default_factory=dict)
+    """Why each node's update found no room, until one of its is let in or the round closes."""
     damage: str | None = None  # which file of the store is damaged, and what to do
     bytes_down: int = 0
     uploads: dict[str, int] = field(default_factory=dict)

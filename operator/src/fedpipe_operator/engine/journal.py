@@ -22,7 +22,7 @@ from .jobs import Job
 from .order import check
 from .quarantine import Quarantine, UnreadableError, check_usable, digests_named, fold, names_in, parse
 from .readers import Readers
-from .records import Record, Submitted
+from .records import AgentLost, Record, RoundClosed, Submitted
 from .state import JobState, apply, blobs_in_use, submitted
 
 log = logging.getLogger(__name__)
@@ -163,6 +163,7 @@ class Journal:
         before = Before.of(job.state)
         apply(job.state, record, at)
         job.wait = job.full = None
+        _forget_refusals(job, record)
         event = event_of(job.state, record, before)
         if event:
             self._notify(job.state.uid, event)
@@ -219,6 +220,15 @@ class Journal:
 
     async def _in_ledger(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def _forget_refusals(job: Job, record: Record) -> None:
+    """Forget the updates that found no room and are not sent again."""
+    match record:
+        case RoundClosed():
+            job.refused.clear()
+        case AgentLost():
+            job.refused.pop(record.node, None)
 
 
 def gone() -> Refused:

@@ -40,10 +40,7 @@ def _follows(state: JobState, record: Record) -> bool:
             return True
         case Finished():
             return state.finished is None
-        case AgentRegistered():
-            known = record.model is not None or record.shape is None or record.shape in state.models
-            return known and record.sequence == state.sequence + 1
-        case Offered() | AgentLost():
+        case AgentRegistered() | Offered() | AgentLost():
             return record.sequence == state.sequence + 1
         case PlanMade():
             known = record.shape is None or record.shape in state.models

@@ -86,11 +86,11 @@ def importance(state: JobState) -> Mapping[str, float] | None:
 
 def _other_models(state: JobState) -> dict[str, str]:
     """Return why each live node with another model than the job's is left out."""
-    odd = {node: state.models[shape] for node, shape in state.shapes.items() if shape != state.shape}
+    odd = {node: state.models.get(shape) for node, shape in state.shapes.items() if shape != state.shape}
     if not odd:
         return {}
     assert state.model is not None
-    fields = {node: difference(model, state.model) for node, model in odd.items()}
+    fields = {node: difference(model, state.model) if model else "shape" for node, model in odd.items()}
     text = "its model has another {} than the job's, which most nodes have; correct spec.model on it"
     return {node: text.format(field) for node, field in fields.items()}
 

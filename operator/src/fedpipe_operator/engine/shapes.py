@@ -11,7 +11,7 @@ MODELS_PER_NODE = 2
 """Shapes new to the job that one node may bring in its life: the ledger keeps each, up to 1 MiB."""
 
 MODELS = 16
-"""Different shapes that a job keeps: the largest take 6 MiB of memory each."""
+"""Different shapes that a job keeps, those that most nodes have: the largest take 6 MiB of memory each."""
 
 
 def digest_of(model: ModelShape) -> str:

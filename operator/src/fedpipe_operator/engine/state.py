@@ -2,6 +2,7 @@
 """The state of a job: a pure fold over its records."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 from fedpipe_api.job import FedPipeJobSpec
@@ -25,7 +26,7 @@ from .records import (
     UpdateAccepted,
     UpdateDropped,
 )
-from .shapes import digest_of, majority
+from .shapes import MODELS, digest_of, majority
 from .weights import capped
 
 
@@ -59,9 +60,9 @@ class JobState:
     offered: tuple[str, ...] = ()
     excluded: dict[str, str] = field(default_factory=dict)
     models: dict[str, ModelShape] = field(default_factory=dict)
-    """Every shape that was registered, by its digest."""
+    """The shapes that most nodes registered, by digest: at most `MODELS`, the plan's always among them."""
     models_of: dict[str, int] = field(default_factory=dict)
-    """How many of them each node brought."""
+    """How many shapes each node brought."""
     agents: dict[str, AgentRegistered] = field(default_factory=dict)
     registered_at: dict[str, float] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
@@ -91,7 +92,10 @@ class JobState:
     @property
     def shape(self) -> str | None:
         """The digest of the job's model: the plan's; before there is one, that of most live agents."""
-        return self.plan.shape if self.plan else majority(self.shapes.values())
+        if self.plan:
+            return self.plan.shape
+        shape = majority(self.shapes.values())
+        return shape if shape in self.models else None
 
     @property
     def shapes(self) -> dict[str, str]:
@@ -238,6 +242,9 @@ def _register(state: JobState, record: AgentRegistered, at: float) -> None:
     state.registered_at[record.node] = at
     state.lost.pop(record.node, None)
     state.sequence = record.sequence
+    if len(state.models) > MODELS:
+        held = Counter(state.shapes.values())
+        del state.models[min(state.models.keys() - {state.shape}, key=lambda model: (held[model], model))]
 
 
 def _finish_round(state: JobState, record: RoundAggregated, at: float) -> None:

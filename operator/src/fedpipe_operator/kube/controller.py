@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from fedpipe_api.base import UserError, explain
 from fedpipe_api.conditions import Reason
 from fedpipe_api.job import FedPipeJob
-from fedpipe_api.names import child_name
 from fedpipe_api.status import FedPipeJobStatus
 
 from ..engine import Engine, JobEvent
@@ -25,8 +24,9 @@ from .events import EventRecorder
 from .inventory import Inventory
 from .job_status import invalid_status, job_status, quarantined_status
 from .output_delivery import OutputDelivery
+from .pod_creation import PodCreation
 from .pod_warnings import PodWarnings
-from .pods import build_agent_pod, owner_reference, template_digest
+from .pods import owner_reference, template_digest
 from .reconcile import Actions, as_recorded, reconcile
 from .settings import OperatorSettings
 from .tracked_job import TrackedJob
@@ -43,12 +43,6 @@ LONGEST_PAUSE = 10.0
 
 ENDED_PAUSE = 300.0
 """And every other: a tenant may keep thousands, and no other job may wait behind looks at them."""
-
-EXPECTED_SECONDS = 30.0
-"""How long a Pod that was created may take to be seen before it is created again."""
-
-REFUSED_SECONDS = 60.0
-"""Pause before Pods that the API server refused are tried again."""
 
 
 class Controller:
@@ -85,6 +79,9 @@ class Controller:
         self._clock = clock
         self._proofs = VerifiedPrecisions()
         self._warnings = PodWarnings(api, clock)
+        self._pods = PodCreation(
+            api, settings, events, self.inventory, publish_ca=self._publish_to, clock=clock
+        )
         self._turn = asyncio.Lock()
 
     # What kopf's handlers say
@@ -150,11 +147,15 @@ class Controller:
     async def _hand_on(self, namespace: str) -> None:
         """Give what all jobs of a namespace share to the next: it goes with the job that owns it."""
         try:
-            await self._publish_ca(namespace, self._owner(namespace))
+            await self._publish_to(namespace)
         except ApiError as error:
             # The namespace itself may be on its way out, and takes nothing new.
             if not error.permanent:
                 raise
+
+    async def _publish_to(self, namespace: str, *, again: bool = False) -> None:
+        """Publish the CA where a job's agents find it."""
+        await self._publish_ca(namespace, self._owner(namespace), again=again)
 
     def _untrack(self, uid: str, namespace: str) -> None:
         self.jobs.pop(uid, None)
@@ -245,7 +246,7 @@ class Controller:
             return await self._quarantine(known, job)
         if await self._warnings.ask(known.uid, self.inventory.agents_of(known.namespace, known.uid)):
             # It may be the CA that they wait for: anybody may have deleted it.
-            await self._publish_ca(known.namespace, self._owner(known.namespace), again=True)
+            await self._publish_to(known.namespace, again=True)
         actions = self._decide(known, job)
         if actions.submit and not await self.engine.submit(job):
             log.warning("job %s: it is edited too often; generation %d waits", known.title, known.generation)
@@ -260,7 +261,7 @@ class Controller:
             pod = removal.pod
             log.info("job %s: Pod %s is deleted: %s", known.title, pod.name, removal.reason)
             await self._api.delete_pod(pod.namespace, pod.name, pod.uid, removal.force)
-        again = await self._create(known, job, actions.create)
+        again = await self._pods.create(known, job, actions.create)
         if actions.delete_job:
             log.info("job %s is deleted: ttlSecondsAfterFinished has passed", known.title)
             await self._api.delete_job(known.namespace, known.name, known.uid)
@@ -314,53 +315,6 @@ class Controller:
                 known.uid, actions.eligible.nodes, dict(actions.eligible.excluded)
             )
         return bool(actions.submit or actions.lost or actions.eligible)
-
-    async def _create(self, known: TrackedJob, job: FedPipeJob, nodes: tuple[str, ...]) -> float | None:
-        now = self._clock()
-        if known.refused is not None and now < known.refused_until:
-            return known.refused_until - now
-        for node in known.expected.keys() - set(nodes):
-            del known.expected[node]
-        due = [node for node in nodes if known.expected.get(node, 0.0) <= now]
-        if not due:
-            return EXPECTED_SECONDS if nodes else None
-        await self._publish_ca(known.namespace, self._owner(known.namespace))
-        try:
-            for node in due:
-                await self._create_one(known, job, node)
-        except UserError as error:
-            self._refuse(known, str(error))
-        except ApiError as error:
-            if not error.permanent:
-                raise
-            self._refuse(known, f"the API server refuses the Pods of the job: {error}")
-        else:
-            known.refused = None
-        return EXPECTED_SECONDS
-
-    async def _create_one(self, known: TrackedJob, job: FedPipeJob, node: str) -> None:
-        # Both were there when reconcile chose the node, but creating its neighbours takes time.
-        view, capacity = self.inventory.nodes.get(node), self.inventory.capacities.get(node)
-        if view is None or capacity is None:
-            return
-        made = await self._api.create_pod(build_agent_pod(job, view, capacity, self._settings))
-        if made is not None:
-            known.expected[node] = self._clock() + EXPECTED_SECONDS
-            if self.inventory.pod(known.namespace, child_name(known.name, node)) is None:
-                # Its agent may call before the watch shows it.
-                self.inventory.see_pod(made)
-            return
-        name = child_name(known.name, node)
-        found = await self._api.get_pod(known.namespace, name)
-        if found is not None:
-            self.inventory.see_pod(found)
-            pod = self.inventory.pod(known.namespace, name)
-            if pod is None or pod.job != known.uid:
-                raise UserError(f"Pod {name} is in the way and is not of this job; delete it")
-
-    def _refuse(self, known: TrackedJob, text: str) -> None:
-        known.refused, known.refused_until = text, self._clock() + REFUSED_SECONDS
-        self._events.record(known.namespace, known.name, known.uid, JobEvent(True, Reason.INVALID, text))
 
     async def _prove(self, known: TrackedJob) -> None:
         """Record the kernels that ran on each node in its FedPipeNode, for people and for its probe."""
