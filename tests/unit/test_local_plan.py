@@ -3,6 +3,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 from agent_fixtures import save_tiny_model
 from fedpipe_operator.cli import main
-from fedpipe_operator.local import manifest
+from fedpipe_operator.local import manifest, plan
 from fedpipe_operator.local.plan import describe
 
 pytestmark = pytest.mark.slow
@@ -120,6 +121,24 @@ def test_a_mistake_in_the_data_is_named_by_its_line(planned, tmp_path):
     assert "bad/train.jsonl:1: field 'label' is not one of the job's 3 labels: animal, colour, other" in error
     assert "vault" not in error
     assert error.count("\n") == 1
+
+
+def test_a_precision_slower_than_float32_is_said_with_the_factor(planned, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # a processor that only emulates bf16
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    status, lines, _ = planned({"precisions": ["bf16"]}, {"precisions": ["fp32", "bf16"]})
+    assert status == 0
+    assert [line.split()[1] for line in lines[1:3]] == ["bf16", "fp32"]
+    assert re.fullmatch(r"edge-0: ranks: .*; bf16 is \d+(\.\d)? times slower than fp32 there", lines[-2])
+    assert "slower" not in lines[-1]
+
+
+def test_kernels_are_run_only_where_a_node_leaves_out_float32(planned, monkeypatch):
+    asked = []
+    monkeypatch.setattr(plan, "describe", lambda local, verify: asked.append(verify) or describe(local))
+    planned({"precisions": ["nf4", "fp32"]}, {})
+    planned({"precisions": ["nf4"]}, {})
+    assert asked == [False, True]
 
 
 def test_rows_are_counted_as_an_agent_counts_them(planned, tmp_path):

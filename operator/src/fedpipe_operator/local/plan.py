@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fedpipe_api import memory
 from fedpipe_api.base import UserError
+from fedpipe_api.precisions import Precision, allowed
 from fedpipe_api.wire import Registration
 
 from ..aggregate import read_given
@@ -38,7 +39,7 @@ def plan_job(local: LocalJob) -> int:
     console = Console(highlight=False)
     _warn(local)
     with stage(console, READING):
-        registrations = describe(local)
+        registrations = describe(local, verify=_without_float32(local))
         made = make(local, registrations)
     table = Table(box=None, padding=(0, 2 if console.width >= _WIDE else 1, 0, 0), header_style="dim")
     ranks = f"ranks (of {made.candidates} matrices)"
@@ -61,6 +62,12 @@ def check(local: LocalJob) -> None:
     """Read data and model and plan, as `plan_job` does; UserError for what would keep a run from starting."""
     _warn(local)
     _check_count(local, make(local, describe(local)))
+
+
+def _without_float32(local: LocalJob) -> bool:
+    """Whether fp32 is left out somewhere: how much slower than it another is, only a timed kernel shows."""
+    offered = [allowed(local.job.spec.quantization), *(member.node.precisions for member in local.members)]
+    return any(Precision.FP32 not in precisions for precisions in offered)
 
 
 def _warn(local: LocalJob) -> None:
@@ -98,11 +105,11 @@ def make(local: LocalJob, registrations: list[Registration]) -> Plan:
     return plan(PlanRequest(model=found[0][1].model, spec=local.job.spec, nodes=nodes))
 
 
-def describe(local: LocalJob) -> list[Registration]:
+def describe(local: LocalJob, *, verify: bool = False) -> list[Registration]:
     """Return what each member's agent would register with.
 
     The agent reads model and data, in a process of its own: what it would refuse is refused, and counted is
-    what it counts.
+    what it counts. With `verify` it also runs and times a kernel of each precision, which takes seconds.
     """
     with clean_interrupt(), tempfile.TemporaryDirectory(prefix="fedpipe-plan-") as scratch:
         job = Path(scratch) / "job.json"
@@ -115,6 +122,7 @@ def describe(local: LocalJob) -> list[Registration]:
             [
                 *(*agent_command(), "describe", "--job", str(job), "--model", local.model),
                 *("--data", *data, "--capacity", *map(str, capacities)),
+                *(["--verify"] if verify else []),
             ],
             stdin=subprocess.DEVNULL,
             capture_output=True,
