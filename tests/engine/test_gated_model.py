@@ -34,9 +34,9 @@ def job(tmp_path):
     return tmp_path
 
 
-def describe(job, endpoint, token):
+def describe(job, endpoint, token, cache="cache"):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(job / "cache")}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(job / cache)}
     environment |= {"HF_TOKEN": token} if token else {}
     return subprocess.run(
         [AGENT, "describe", "--job", str(job / "job.json"), "--model", "org/gated@main", "--data", str(job)],
@@ -57,6 +57,12 @@ def test_a_token_opens_the_model_and_is_said_nowhere(job, tmp_path_factory):
             )
         assert served.refused > 0
         done = describe(job, served.url, TOKEN)
+        served.status = 503
+        away = describe(job, served.url, TOKEN, cache="other")
+        assert away.returncode == 1, "a restart helps"
+        assert away.stderr == (
+            "fedpipe-agent: org/gated: the hub does not answer now, and the model is not in its cache\n"
+        )
     assert done.returncode == 0, done.stderr
     assert Registration.model_validate_json(done.stdout).samples == 18
     assert TOKEN not in done.stdout + done.stderr

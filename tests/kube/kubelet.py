@@ -52,7 +52,6 @@ class Running:
     directory: Path
     process: Process | None
     ending: float | None = None
-    restarts: int = 0
     restart_at: float = 0.0
     phase: str = "Running"
 
@@ -102,11 +101,6 @@ class Kubelet:
             return {
                 k.node: k.process for k in self._running.values() if k.process and k.process.poll() is None
             }
-
-    def restarts(self) -> dict[str, int]:
-        """Return how often the agents of present Pods were restarted, by node; only those that were."""
-        with self._lock:
-            return {k.node: k.restarts for k in self._running.values() if k.restarts}
 
     def _loop(self) -> None:
         while not self._stop.is_set():
@@ -277,12 +271,17 @@ class Kubelet:
         code = known.process.poll()
         if code is None:
             return
-        ended = {"exitCode": abs(code), "finishedAt": _now(), "message": _last_words(known.directory)}
-        if code == 0:
-            known.phase = "Succeeded"
-            self._status(uid, {"phase": "Succeeded", "containerStatuses": [_container(terminated=ended)]})
+        ended = {
+            "exitCode": code if code >= 0 else 128 - code,  # a signal's, as a container runtime reports it
+            "reason": "Error" if code else "Completed",
+            "finishedAt": _now(),
+            "message": _last_words(known.directory),
+        }
+        known.process = None
+        if code == 0 or pod["spec"]["restartPolicy"] == "Never":
+            known.phase = "Failed" if code else "Succeeded"
+            self._status(uid, {"phase": known.phase, "containerStatuses": [_container(terminated=ended)]})
             return
-        known.process, known.restarts = None, known.restarts + 1
         known.restart_at = time.monotonic() + BACKOFF_SECONDS
         waiting = {"reason": "CrashLoopBackOff", "message": "back-off restarting failed container"}
         status = _container(waiting=waiting) | {"lastState": {"terminated": ended}}

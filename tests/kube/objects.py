@@ -6,7 +6,7 @@ from typing import Any
 
 from fedpipe_api.job import FedPipeJob
 from fedpipe_api.names import GROUP, JOB_LABEL, NODE_LABEL, VERSION, child_name
-from fedpipe_operator.kube.views import TEMPLATE_ANNOTATION
+from fedpipe_operator.kube.views import GENERATION_ANNOTATION, TEMPLATE_ANNOTATION
 
 UID = "job-uid"
 NOW = 1_800_000_000.0
@@ -83,6 +83,7 @@ def pod(
     job_uid: str = UID,
     phase: str = "Running",
     template: str = "t1",
+    generation: str = "1",
     created: float = NOW - 60,
     deleting: bool = False,
     **status: Any,
@@ -94,7 +95,11 @@ def pod(
         "namespace": "support",
         "uid": f"uid-{name}-{created:.0f}",
         "labels": {JOB_LABEL: job_name, NODE_LABEL: node_name},
-        "annotations": {NODE_LABEL: node_name, TEMPLATE_ANNOTATION: template},
+        "annotations": {
+            NODE_LABEL: node_name,
+            TEMPLATE_ANNOTATION: template,
+            GENERATION_ANNOTATION: generation,
+        },
         "ownerReferences": [owner(job_name, job_uid)],
         "creationTimestamp": stamp(created),
     }

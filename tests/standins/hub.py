@@ -26,6 +26,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         hub, path = self.server, self.path.partition("?")[0]
+        if hub.status != 200:
+            return self._send(hub.status, b"", body, {})
         if self.headers.get("Authorization") != f"Bearer {hub.token}":
             hub.refused += 1
             return self._send(401, b"", body, {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
@@ -60,6 +62,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repository, self.files, self.token = repository, files, token
         self.refused = 0
+        self.status = 200
+        """Of every answer; 200 lets it serve."""
 
     @property
     def url(self) -> str:

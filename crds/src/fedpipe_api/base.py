@@ -32,6 +32,10 @@ class UserError(Exception):
     """A mistake the user can fix: one line that names the field, file or node and what to do."""
 
 
+USER_MISTAKE = 2
+"""Exit status of a program that ends with a UserError."""
+
+
 class Model(BaseModel):
     """A frozen camelCase model that refuses unknown fields and keeps its `rules`."""
 

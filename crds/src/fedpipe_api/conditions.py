@@ -135,7 +135,8 @@ ADVICE: dict[Reason, Advice] = {
     Reason.AGENT_RETURNED: Advice("A lost agent is back."),
     Reason.AGENT_FAILED: Advice(
         "An agent ended with an error; the message carries its last line.",
-        "Fix what the message names (data file, model path, memory); the Pod is restarted.",
+        "Fix what the message names (data file, model path, memory). The Pod is replaced by itself; one that "
+        "ended with exit status 2 only after you delete it or edit the job.",
     ),
     Reason.UPDATE_FLAGGED: Advice(
         "An update's norm or direction is out of line with the others; it was counted.",

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from fedpipe_api.base import UserError
+from fedpipe_api.base import USER_MISTAKE, UserError
 from fedpipe_api.logs import LineFormatter
 from fedpipe_api.version import version
 
@@ -66,7 +66,7 @@ def _run(arguments: list[str]) -> int:
     except SystemExit:  # of argparse, which has said why
         raise
     except (UserError, Failure, RequestRefused) as error:
-        return _complain(describe(error), 2 if isinstance(error, UserError) else 1)
+        return _complain(describe(error), USER_MISTAKE if isinstance(error, UserError) else 1)
     except BaseException as error:  # a panic of a library's Rust is no Exception
         sys.stderr.write(trace(error))
         return _complain(describe(error), 1)

@@ -3,7 +3,7 @@
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,14 @@ from torch import nn
 from fedpipe_api.base import UserError
 from fedpipe_api.job import ModelSource, Precision, Task
 
+from ..errors import Failure
 from .candidates import output_embeddings, text_config
 from .device import is_out_of_memory
 from .heads import head_modules, start_head
 from .precisions import IMPLEMENTATIONS, compute_type, import_bitsandbytes
+
+BUSY = (429, 500, 502, 503, 504)
+"""Statuses of a hub that may answer later."""
 
 
 class Source:
@@ -59,7 +63,7 @@ def read_tokenizer(source: Source) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{source.name}: {gated(error) or 'no usable tokenizer: ' + line(error)}") from error
+        raise unusable(source, error, "no usable tokenizer") from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"{source.name}: its tokenizer has neither a padding nor an end token; add one")
@@ -78,7 +82,7 @@ def read_config(source: Source, task: ModelSource, padding: int) -> Any:
     try:
         config = AutoConfig.from_pretrained(source.name, **source.arguments)
     except Exception as error:  # a configuration may be wrong in every way; it holds no data
-        raise UserError(f"{source.name}: {gated(error) or 'not a model: ' + line(error)}") from error
+        raise unusable(source, error, "not a model") from error
     for part in {id(part): part for part in (config, text_config(config))}.values():
         for name, value in part.to_dict().items():
             if "drop" in name and isinstance(value, float):
@@ -107,6 +111,7 @@ def loading(
 
     Raises:
         UserError: nothing can be loaded, or more is lacking than a task head.
+        Failure: the hub does not answer now.
     """
     try:
         model, report = model_class(task).from_pretrained(
@@ -120,8 +125,7 @@ def loading(
     except Exception as error:  # a checkpoint may be wrong in every way; it holds no data
         if is_out_of_memory(error):
             raise
-        why = gated(error) or f"the model cannot be loaded: {line(error)}"
-        raise UserError(f"{source.name}: {why}") from error
+        raise unusable(source, error, "the model cannot be loaded") from error
     missing = frozenset(report["missing_keys"])
     if packed:
         _check_packed(source, model, report["unexpected_keys"])
@@ -302,21 +306,42 @@ def _keep_training_kernels(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def line(error: Exception) -> str:
+def line(error: BaseException) -> str:
     """Return the first line of a library's error."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def gated(error: BaseException | None) -> str | None:
-    """Return what to do where the hub refused a model for want of a token that may read it; else None."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+def unusable(source: Source, error: BaseException, what: str) -> UserError | Failure:
+    """Return what to raise where a library cannot load a part of a model; `what` says so in words.
 
+    A Failure where the hub does not answer: that passes, so another try makes sense.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    causes = list(_causes(error))
+    answers = [cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)]
+
+    def among(kind: type[BaseException]) -> bool:
+        return any(isinstance(cause, kind) for cause in causes)
+
+    if among(GatedRepoError) or not {401, 403}.isdisjoint(answers):
+        return UserError(
+            f"{source.name}: the hub wants a token that may read it; set HF_TOKEN, or "
+            "spec.model.huggingFace.tokenSecret in a cluster, and accept the model's terms on its page"
+        )
+    away = among(LocalEntryNotFoundError) and not among(OfflineModeIsEnabled)
+    if away or any(status in BUSY for status in answers):
+        return Failure(f"{source.name}: the hub does not answer now, and the model is not in its cache")
+    return UserError(f"{source.name}: {what}: {line(error)}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that led to it."""
     while error is not None:
-        status = getattr(error.response, "status_code", None) if isinstance(error, HfHubHTTPError) else None
-        if isinstance(error, GatedRepoError) or status in (401, 403):
-            return (
-                "the hub wants a token that may read it; set HF_TOKEN, or spec.model.huggingFace.tokenSecret "
-                "in a cluster, and accept the model's terms on its page"
-            )
+        yield error
         error = error.__cause__ or error.__context__
-    return None

@@ -24,7 +24,7 @@ from fedpipe_api.objects import Claim, HostPath, Volume
 from .merge import strategic_merge
 from .settings import OperatorSettings
 from .taints import GPU_TOLERATION
-from .views import AGENT, TEMPLATE_ANNOTATION, WRITER, CapacityView, NodeView
+from .views import AGENT, GENERATION_ANNOTATION, TEMPLATE_ANNOTATION, WRITER, CapacityView, NodeView
 
 CA_KEY = "ca.crt"
 TOKEN_SECONDS = 3600
@@ -166,7 +166,11 @@ def _metadata(job: FedPipeJob, node: str, component: str, settings: OperatorSett
             "app.kubernetes.io/name": "fedpipe",
             "app.kubernetes.io/managed-by": "fedpipe-operator",
         },
-        "annotations": {NODE_LABEL: node, TEMPLATE_ANNOTATION: template_digest(job, settings)},
+        "annotations": {
+            NODE_LABEL: node,
+            TEMPLATE_ANNOTATION: template_digest(job, settings),
+            GENERATION_ANNOTATION: str(job.metadata.generation),
+        },
         "ownerReferences": [owner_reference(name, job.metadata.uid or "")],
     }
 
@@ -203,7 +207,8 @@ def _spec(job: FedPipeJob, node: NodeView, capacity: CapacityView, settings: Ope
         ],
     }
     spec: Document = {
-        "restartPolicy": "OnFailure",
+        # The operator replaces what fails: a kubelet would restart for ever an agent that refuses its data.
+        "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": GRACE_SECONDS,

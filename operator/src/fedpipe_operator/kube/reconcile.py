@@ -14,8 +14,9 @@ from ..engine.state import JobState
 from .node_selection import ClusterNodes, NodeSelection, choose
 from .views import PodView
 
-REPLACE_SECONDS = 10.0
-"""Pause before a Pod that ended takes the place of itself, so that a broken node is not hammered."""
+REPLACE_SECONDS, LONGEST_REPLACE_SECONDS = 10.0, 300.0
+"""Pause before a Pod that ended is replaced, so that a broken node is not hammered: twice as long for each
+of its Pods that failed in a row, as between a kubelet's restarts."""
 
 STARTING_SECONDS = 120.0
 """A Pod that has not started after so long is a problem, whatever its status says."""
@@ -105,7 +106,16 @@ def reconcile(
     offered = (state.offered, state.excluded)
     fresh = (choice.nodes, choice.excluded) != offered
     wanted = frozenset(choice.nodes) & frozenset(state.desired) if enough else frozenset()
-    remove, again = _removals(state, pods, wanted=wanted, fleet=fleet, seen=seen, template=template, now=now)
+    remove, again = _removals(
+        state,
+        pods,
+        wanted=wanted,
+        fleet=fleet,
+        seen=seen,
+        template=template,
+        generation=str(job.metadata.generation),
+        now=now,
+    )
     return Actions(
         lost=lost,
         choice=choice,
@@ -161,6 +171,7 @@ def _removals(
     fleet: ClusterNodes,
     seen: Mapping[str, float],
     template: str,
+    generation: str,
     now: float,
 ) -> tuple[tuple[Removal, ...], float | None]:
     remove: list[Removal] = []
@@ -173,7 +184,9 @@ def _removals(
         elif pod.node not in wanted:
             remove.append(Removal(pod, _left_out(state).get(pod.node, "not wanted any more")))
         elif not pod.running:
-            left = (pod.ended or pod.created) + REPLACE_SECONDS - now
+            left = (pod.ended or pod.created) + _pause(pod.failures) - now
+            if pod.mistake and (pod.template, pod.generation) == (template, generation):
+                continue  # Another would end in the same way; this one stays, for people to read and delete.
             if left <= 0:
                 remove.append(Removal(pod, f"it has ended ({pod.phase}) and is replaced"))
             else:
@@ -192,6 +205,12 @@ def _removals(
         elif pod.phase == "Pending" and pod.node not in state.lost and pod.node not in state.agents:
             waits.append(max(1.0, pod.created + STARTING_SECONDS - now))
     return tuple(remove), min(waits, default=None)
+
+
+def _pause(failures: int) -> float:
+    """Return the seconds before a Pod that ended is replaced; `failures` are those in a row."""
+    doublings = min(max(0, failures - 1), 10)
+    return min(REPLACE_SECONDS * 2**doublings, LONGEST_REPLACE_SECONDS)
 
 
 def _busy(state: JobState, node: str, now: float) -> bool:

@@ -12,6 +12,7 @@ from fedpipe_api.conditions import OUTPUT
 from fedpipe_api.job import FedPipeJob
 from fedpipe_api.status import FedPipeJobStatus
 
+from .failed_pods import FailedPods
 from .job_status import OutputResult, WriteBudget
 from .node_selection import NodeSelection
 from .views import Body
@@ -37,6 +38,7 @@ class TrackedJob:
     output_task: asyncio.Task[None] | None = None
     expected: dict[str, float] = field(default_factory=dict)
     failures: int = 0
+    failed: FailedPods = field(default_factory=FailedPods)
     quarantined: bool = False
 
     @staticmethod

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fedpipe_api.base import USER_MISTAKE
 from fedpipe_api.names import COMPONENT_LABEL, GROUP, NODE_LABEL
 from fedpipe_api.node import READY, STALE_SECONDS
 
@@ -16,11 +17,16 @@ Body = Mapping[str, Any]
 TEMPLATE_ANNOTATION = "fedpipe.io/template"
 """On agent Pods: digest of what they were built from, so that a changed template is noticed."""
 
+GENERATION_ANNOTATION = "fedpipe.io/generation"
+"""On agent Pods: the generation of the job that they were built for."""
+
 AGENT, WRITER = "agent", "output"
 """Components: the Pod that trains on a node, and the one that writes the adapter to spec.output."""
 
 GPU = "nvidia.com/gpu"
 MIG = "nvidia.com/mig-"
+
+_ENDED = ("Succeeded", "Failed")
 
 # Waiting reasons that end only when somebody fixes something.
 _STUCK = {
@@ -89,7 +95,10 @@ class PodView:
     bound: str
     """The node it is bound to; empty before."""
     template: str
+    generation: str
+    """Of the job that it was built for."""
     phase: str
+    """Ended too where its agent has, although a sidecar still runs."""
     created: float
     until: float | None = None
     """When a Pod that is being deleted has to be gone."""
@@ -99,6 +108,10 @@ class PodView:
     """Why its agent does not run, as a clause about the Pod."""
     restarted: str | None = None
     """Why its agent, which runs, had to be started again."""
+    mistake: bool = False
+    """Whether its agent ended because of a mistake that a person has to put right."""
+    failures: int = 0
+    """How many Pods of its node failed in a row, this one included."""
     ended: float | None = None
 
     @property
@@ -184,6 +197,9 @@ def pod_view(body: Body) -> PodView | None:
     # A sidecar of the podTemplate may fail as it likes; one that must run first may not.
     containers = [c for c in status.objects("containerStatuses") if c.text("name") in (AGENT, WRITER)]
     containers += status.objects("initContainerStatuses")
+    phase = _phase(top.object("spec"), status, containers)
+    mistake = phase == "Failed" and _exit_code(containers) == USER_MISTAKE
+    trouble = _trouble(status, phase, containers)
     return PodView(
         namespace=meta.name("namespace"),
         name=meta.name("name"),
@@ -194,28 +210,45 @@ def pod_view(body: Body) -> PodView | None:
         node=made_for if writer else bound or made_for,
         bound=bound,
         template=meta.object("annotations").text(TEMPLATE_ANNOTATION, longest=253),
-        phase=status.text("phase", longest=63) or "Pending",
+        generation=meta.object("annotations").text(GENERATION_ANNOTATION, longest=253),
+        phase=phase,
         created=meta.time("creationTimestamp") or 0.0,
         until=meta.time("deletionTimestamp"),
         writer=writer,
-        trouble=_trouble(status, containers),
+        trouble=f"{trouble}; once that is right, delete Pod {meta.name('name')}" if mistake else trouble,
         restarted=_restarted(status, containers),
-        ended=_ended(status, containers),
+        mistake=mistake,
+        ended=_ended(status, containers) if phase in _ENDED else None,
     )
 
 
-def _trouble(status: FieldReader, containers: Iterable[FieldReader]) -> str | None:
+def _phase(spec: FieldReader, status: FieldReader, containers: Iterable[FieldReader]) -> str:
+    phase = status.text("phase", longest=63) or "Pending"
+    code = _exit_code(containers)
+    if phase != "Running" or code is None or spec.text("restartPolicy") != "Never":
+        return phase
+    return "Failed" if code else "Succeeded"
+
+
+def _exit_code(containers: Iterable[FieldReader]) -> int | None:
+    """Return the agent's exit status, None while it has not ended."""
+    agents = [container for container in containers if container.text("name") == AGENT]
+    return next((ended.count("exitCode") for ended in _terminated(agents)), None)
+
+
+def _trouble(status: FieldReader, phase: str, containers: Iterable[FieldReader]) -> str | None:
     for container in containers:
         waiting = container.object("state").object("waiting")
         reason = waiting.text("reason")
         if reason in _STUCK:
             last = _last_end(container)
             return f"{_STUCK[reason]}: {last or one_line(waiting.text('message') or reason)}"
-    if status.text("phase") == "Failed":
-        ended = next(iter(_terminated(containers)), FieldReader({}))
-        detail = status.text("message") or ended.text("message") or ended.text("reason") or "no reason given"
+    if phase == "Failed":
+        ends = _terminated(containers)
+        ended = next((end for end in ends if end.count("exitCode")), ends[0] if ends else FieldReader({}))
+        detail = one_line(status.text("message")) or _end(ended) or one_line(ended.text("reason"))
         reason = one_line(status.text("reason"), 63) or "Error"
-        return f"its Pod failed ({reason}): {one_line(detail)}"
+        return f"its Pod failed ({reason}): {detail or 'no reason given'}"
     for condition in status.objects("conditions"):
         if condition.text("type") == "PodScheduled" and condition.text("reason") == "Unschedulable":
             return f"its Pod cannot be scheduled: {one_line(condition.text('message'))}"
@@ -232,11 +265,16 @@ def _restarted(status: FieldReader, containers: Iterable[FieldReader]) -> str | 
 
 def _last_end(container: FieldReader) -> str:
     """Return why a container ended before it was started again, empty if it did not or had nothing to say."""
-    ended = container.object("lastState").object("terminated")
+    return _end(container.object("lastState").object("terminated"))
+
+
+def _end(ended: FieldReader) -> str:
+    """Return why a process ended, empty if it had nothing to say."""
     reason = ended.text("reason", longest=63)
     if reason == "OOMKilled":
         return "it was killed because it used more memory than it may (OOMKilled)"
-    return one_line(ended.text("message") or ("" if reason in ("Error", "Completed") else reason))
+    said = one_line(ended.text("message")).removeprefix("fedpipe-agent: ")
+    return said or ("" if reason in ("Error", "Completed") else one_line(reason))
 
 
 def _terminated(containers: Iterable[FieldReader]) -> list[FieldReader]:
@@ -244,9 +282,7 @@ def _terminated(containers: Iterable[FieldReader]) -> list[FieldReader]:
     return [state.object("terminated") for state in states if "terminated" in state]
 
 
-def _ended(status: FieldReader, containers: Iterable[FieldReader]) -> float | None:
-    if status.text("phase") not in ("Succeeded", "Failed"):
-        return None
+def _ended(status: FieldReader, containers: Iterable[FieldReader]) -> float:
     times = [ended.time("finishedAt") for ended in _terminated(containers)]
     times += [condition.time("lastTransitionTime") for condition in status.objects("conditions")]
     return max((at for at in times if at is not None), default=0.0)

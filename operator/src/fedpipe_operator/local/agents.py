@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedpipe_api.base import UserError
+from fedpipe_api.base import USER_MISTAKE, UserError
 from fedpipe_api.node import Capacity
 
 from ..coordinator import Identity, Tokens
@@ -20,9 +20,6 @@ from .manifest import Member
 
 RESTARTS = 3
 """An agent that fails more often in a row, without an update between, is not started again."""
-
-USER_MISTAKE = 2
-"""Exit status of an agent that a person has to help."""
 
 GRACE_SECONDS = 5.0
 """How long an agent may take to end before it is killed."""
