@@ -29,9 +29,10 @@ from chart.hooks import token
 from chart.rendering import CHART, REPOSITORY
 from chart.watched import Prometheus, prometheus
 from fedpipe_agent.probe.publish import Cluster as ApiServer
-from kube.cluster import Cluster, free_port, local_arguments
+from kube.cluster import Cluster, free_port
 from kube.controlplane import find_binaries, start_control_plane
 from kube.kubelet import Process, start_process
+from kube.pod_process import local_arguments
 from nvml.running import running
 
 AGENT = Path(sys.executable).with_name("fedpipe-agent")

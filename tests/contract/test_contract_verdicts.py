@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 from jsonschema import Draft4Validator
 from pydantic import ValidationError
 
-from contract.manifests import (
-    ALLOWED_CHANGES,
-    FORBIDDEN_CHANGES,
-    FULL,
-    INVALID,
-    UNSET,
-    VALID,
-    Case,
-    job,
-)
+from contract.changes import ALLOWED_CHANGES, FORBIDDEN_CHANGES, FULL
+from contract.manifests import UNSET, VALID, Case, job
+from contract.refused import INVALID
 from fedpipe_api.base import explain
 from fedpipe_api.job import FedPipeJob
 from kube.controlplane import REPOSITORY, ControlPlane

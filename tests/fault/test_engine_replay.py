@@ -11,8 +11,8 @@ from fedpipe_operator.engine import Engine, journal
 from fedpipe_operator.engine.records import AgentLost, PlanMade
 from fedpipe_operator.engine.state import JobState, apply
 from fedpipe_operator.store import Entry, Ledger
+from kube.looks import state_of
 from kube.objects import job
-from kube.test_kube_reconcile import state_of
 
 RECORDS = 500
 

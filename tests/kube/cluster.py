@@ -29,13 +29,13 @@ from fedpipe_api.names import (
     VERSION,
 )
 from kube.controlplane import ControlPlane
-from kube.kubelet import Kubelet, Process, Start, start_process
+from kube.kubelet import Kubelet, Start
 from kube.objects import stamp
+from kube.pod_process import ENVIRONMENT, stand_in_agent
 
 HERE = Path(__file__).resolve().parent
 CUSTOM = f"/apis/{GROUP}/{VERSION}"
 RBAC = "/apis/rbac.authorization.k8s.io/v1"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}
 
 
 def taking(seconds: float) -> dict[str, Any]:
@@ -49,32 +49,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def stand_in_agent(pod: dict[str, Any], directory: Path) -> Process:
-    """Start a stand-in agent for a Pod."""
-    script = [sys.executable, str(HERE / "agent_process.py")]
-    arguments = local_arguments(pod, directory, {})
-    container = pod["spec"]["containers"][0]
-    if container["name"] == "output":
-        script = [sys.executable, "-m", "fedpipe_operator.kube", "deliver"]
-        output, credentials = str(directory.parents[1] / "output"), str(directory / "credentials")
-        arguments = [
-            output + one.removeprefix("/output") if one.startswith("/output") else one for one in arguments
-        ]
-        arguments = [credentials if one == "/var/run/credentials" else one for one in arguments]
-    given = {e["name"]: e["value"] for e in container.get("env", ())}
-    environment = os.environ | given | ENVIRONMENT | {"SSL_CERT_FILE": str(directory / "ca.crt")}
-    return start_process([*script, *arguments], directory, environment)
-
-
-def local_arguments(pod: dict[str, Any], directory: Path, paths: dict[str, str]) -> list[str]:
-    """Return the agent's arguments with the Pod's paths turned into this machine's."""
-    known = {
-        "/var/run/fedpipe/token": str(directory / "token"),
-        "/var/run/fedpipe/ca.crt": str(directory / "ca.crt"),
-    } | paths
-    return [known.get(argument, argument) for argument in pod["spec"]["containers"][0]["args"]]
 
 
 class Cluster:

@@ -39,8 +39,8 @@ from fedpipe_operator.kube.tls import CA_LIFE, OVERLAP, SERVING_LIFE, Material, 
 from fedpipe_operator.kube.views import pod_view
 from fedpipe_operator.metrics import FAMILIES, Exposition, OperatorMetrics, markdown
 from fedpipe_operator.metrics.job_totals import Totals
+from kube.looks import PLAN, SHAPE, state_of
 from kube.objects import NOW, UID, capacity, job, node, pod
-from kube.test_kube_reconcile import PLAN, SHAPE, state_of
 from standins.agents import make_update, manifest_of
 
 START = datetime(2027, 1, 1, tzinfo=UTC)

@@ -7,84 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpipe_api.wire import NodePlan, Precision
 from fedpipe_operator.engine.records import (
     AgentLost,
-    AgentRegistered,
     Finished,
     Offered,
-    PlanMade,
     RoundOpened,
     SpecChanged,
-    Submitted,
 )
-from fedpipe_operator.engine.state import JobState, apply, submitted
-from fedpipe_operator.kube.node_selection import ClusterNodes
-from fedpipe_operator.kube.reconcile import Actions, reconcile
-from fedpipe_operator.kube.views import capacity_view, node_view, pod_view
-from kube.objects import NOW, UID, capacity, job, node, pod, stamp, waiting
-from standins.agents import model_shape, registration
-
-SHAPE = model_shape(2)
-PLAN = NodePlan(
-    precision=Precision.FP32, micro_batch=4, accumulation=1, ranks={m.name: 2 for m in SHAPE.matrices},
-    local_steps=2, predicted_bytes=1, predicted_step_seconds=1, predicted_round_seconds=2, limited_by="ranks",
-)  # fmt: skip
-
-
-def fleet(
-    *names: str, held: dict[str, str] | None = None, bodies: Any = (), reports: Any = ()
-) -> ClusterNodes:
-    """A fleet of CPU nodes, with some bodies given."""
-    nodes = {name: node_view(node(name)) for name in names}
-    nodes |= {view.name: view for view in map(node_view, bodies)}
-    capacities = {name: capacity_view(capacity(name)) for name in nodes}
-    capacities |= {view.name: view for view in map(capacity_view, reports)}
-    return ClusterNodes(nodes, capacities, held or {})
-
-
-def tainted(body: Any, key: str, effect: str = "NoSchedule", value: str = "") -> Any:
-    """A Node with a taint."""
-    return body | {"spec": body["spec"] | {"taints": [{"key": key, "effect": effect, "value": value}]}}
-
-
-def state_of(
-    the_job: Any,
-    offered: tuple[str, ...] = (),
-    live: tuple[str, ...] = (),
-    *,
-    plan: tuple[str, ...] | None = None,
-    left_out: tuple[str, ...] = (),
-    at: float = NOW - 100,
-) -> JobState:
-    """A job's state with agents registered and, if asked, planned and in round 1."""
-    record = Submitted(namespace="support", name=the_job.metadata.name, generation=1, spec=the_job.spec)
-    state = submitted(UID, record, at)
-    if offered:
-        apply(state, Offered(sequence=1, nodes=offered), at)
-    for name in live:
-        message = registration(SHAPE)
-        apply(
-            state,
-            AgentRegistered(
-                sequence=2, node=name, device=message.device, samples=10, evaluation_samples=1, model=SHAPE
-            ),
-            at,
-        )
-    if plan is not None:
-        for version in (1, 2):
-            made = PlanMade(
-                version=version, reason="", nodes=dict.fromkeys(plan, PLAN),
-                left_out=dict.fromkeys(left_out, "needs 2 GiB"), selected=(), considered=(*plan, *left_out),
-            )  # fmt: skip
-            apply(state, made, at)
-    return state
-
-
-def look(the_job: Any, the_fleet: ClusterNodes, pods: Any, state: JobState | None, **more: Any) -> Actions:
-    views = [view for body in pods if (view := pod_view(body))]
-    options = {"seen": {}, "template": "t1", "now": NOW} | more
-    return reconcile(the_job, the_fleet, views, state, **options)
+from fedpipe_operator.engine.state import apply
+from kube.looks import fleet, look, state_of
+from kube.objects import NOW, capacity, job, node, pod, stamp, waiting
 
 
 def test_a_new_or_edited_job_goes_to_the_engine() -> None:
@@ -115,111 +47,6 @@ def test_too_few_nodes_get_no_pods_and_hold_no_gpu() -> None:
     found = look(one, alone, [], state_of(one, ("a",)))
     assert found.create == ()
     assert found.hold == frozenset()
-
-
-@pytest.mark.parametrize(
-    ("the_node", "report", "held", "why"),
-    [
-        (node("x", ready=False), capacity("x"), {}, "the Node is not ready"),
-        (node("x", cordoned=True), capacity("x"), {}, "the Node is cordoned"),
-        (
-            tainted(node("x"), "dedicated"),
-            capacity("x"),
-            {},
-            "the Node has the taint dedicated:NoSchedule, which spec.podTemplate does not tolerate",
-        ),
-        (node("x"), capacity("x", unschedulable=True), {}, "spec.unschedulable of its FedPipeNode is true"),
-        (node("x"), capacity("x", at=NOW - 1000), {}, "its probe has gone silent"),
-        (node("x"), capacity("x", ready=False), {}, "DriverMismatch: the driver was updated"),
-        (node("x"), {"metadata": {"name": "x"}}, {}, "its probe has not reported yet"),
-        (node("x"), capacity("x", gpus=1), {"x": "support/other"}, "its GPU is used by job support/other"),
-    ],
-)
-def test_why_a_node_is_left_out(the_node: Any, report: Any, held: Any, why: str) -> None:
-    one = job()
-    found = look(one, fleet("a", "b", held=held, bodies=[the_node], reports=[report]), [], state_of(one))
-    assert found.choice
-    assert found.choice.nodes == ("a", "b")
-    assert found.choice.excluded == {"x": why}
-    assert f"2 of 3 nodes can be used; 1: {why} (x)" in found.choice.explain()
-
-
-@pytest.mark.parametrize(
-    ("toleration", "kept_away"),
-    [
-        ({"key": "dedicated", "operator": "Exists"}, False),
-        ({"operator": "Exists"}, False),
-        ({"key": "dedicated", "value": "edge"}, False),
-        ({"key": "dedicated", "operator": "Equal", "value": "edge", "effect": "NoSchedule"}, False),
-        ({"key": "dedicated", "value": "else"}, True),
-        ({"key": "dedicated", "operator": "Exists", "effect": "NoExecute"}, True),
-        ({"key": "other", "operator": "Exists"}, True),
-    ],
-)
-def test_a_taint_keeps_agents_away_as_the_scheduler_would(toleration: Any, kept_away: bool) -> None:
-    one = job(podTemplate={"spec": {"tolerations": [toleration]}})
-    machines = fleet("a", "b", bodies=[tainted(node("x"), "dedicated", value="edge")])
-    found = look(one, machines, [], state_of(one)).choice
-    assert found
-    assert ("x" in found.excluded) is kept_away
-    at_work = state_of(one, ("a", "x"), ("a", "x"))
-    kept = look(one, machines, [pod("a"), pod("x")], at_work).choice
-    assert kept
-    assert "x" in kept.nodes, "a taint that comes later takes nobody from work; NoExecute evicts the Pod"
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        tainted(node("x", nvidia_com_gpu="1"), "nvidia.com/gpu"),
-        tainted(node("x"), "dedicated", "PreferNoSchedule"),
-    ],
-)
-def test_taints_that_keep_no_agent_away(body: Any) -> None:
-    one = job()
-    found = look(one, fleet("a", bodies=[body], reports=[capacity("x", gpus=1)]), [], state_of(one)).choice
-    assert found
-    assert "x" in found.nodes
-
-
-def test_other_labels_and_the_maximum_are_counted_but_not_listed() -> None:
-    one = job()
-    four = fleet("a", "b", "c", "d", bodies=[node("z", site="lab")])
-    found = look(one, four, [], state_of(one))
-    assert found.choice
-    assert found.choice.nodes == ("a", "b", "c")
-    assert found.choice.excluded == {}
-    text = "3 of 5 nodes can be used; 1: labels do not match spec.nodes.selector; 1: spec.nodes.max is 3"
-    assert found.choice.explain() == text
-
-
-def test_strong_nodes_come_first_and_nodes_at_work_stay() -> None:
-    one = job()
-    reports = [capacity("c", memory=64 << 30), capacity("d", gpus=1)]
-    four = fleet("a", "b", "c", "d", reports=reports)
-    fresh = look(one, four, [], state_of(one)).choice
-    assert fresh
-    assert fresh.nodes == ("a", "c", "d")
-    working = state_of(one, ("a", "b"), ("a", "b"), plan=("a", "b"))
-    kept = look(one, four, [pod("a"), pod("b")], working).choice
-    assert kept
-    assert kept.nodes == ("a", "b", "d")
-
-
-@pytest.mark.parametrize(("waited", "nodes"), [(30, ("a", "b", "c")), (90, ("a", "b", "d"))])
-def test_a_node_whose_pod_cannot_be_scheduled_makes_room_for_a_free_one(
-    waited: int, nodes: tuple[str, ...]
-) -> None:
-    one = job()  # spec.nodes.max is 3
-    full = [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no memory"}]
-    pods = [pod("a"), pod("b"), pod("c", phase="Pending", created=NOW - waited, conditions=full)]
-    state = state_of(one, ("a", "b", "c"), ("a", "b"))
-    found = look(one, fleet("a", "b", "c", "d"), pods, state).choice
-    assert found
-    assert found.nodes == nodes
-    alone = look(one, fleet("a", "b", "c"), pods, state).choice
-    assert alone
-    assert alone.nodes == ("a", "b", "c"), "nobody else wants its place"
 
 
 def test_a_left_out_node_frees_its_place_and_loses_its_pod() -> None:

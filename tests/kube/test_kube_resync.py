@@ -9,9 +9,9 @@ from fedpipe_operator.kube.node_selection import ClusterNodes
 from fedpipe_operator.kube.reconcile import reconcile
 from fedpipe_operator.kube.resync import Resync
 from fedpipe_operator.kube.settings import OperatorSettings
+from kube.looks import state_of
 from kube.objects import NOW, job
 from kube.test_kube_parts import Paged
-from kube.test_kube_reconcile import state_of
 
 
 async def test_only_jobs_of_watched_namespaces_are_taken_for_deleted(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import yaml
 
 from agent_fixtures import LABELS, save_tiny_model, write_rows
 from fedpipe_operator.kube.get import unpack
-from kube.cluster import ENVIRONMENT, Cluster, local_arguments
+from kube.cluster import Cluster
 from kube.controlplane import REPOSITORY, ControlPlane
 from kube.kubelet import Process, start_process
+from kube.pod_process import ENVIRONMENT, local_arguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

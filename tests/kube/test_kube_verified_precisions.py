@@ -6,8 +6,8 @@ from fedpipe_api.wire import KernelResult
 from fedpipe_operator.engine.records import AgentRegistered
 from fedpipe_operator.engine.state import JobState, apply
 from fedpipe_operator.kube.verified_precisions import VerifiedPrecisions
+from kube.looks import SHAPE, state_of
 from kube.objects import job
-from kube.test_kube_reconcile import SHAPE, state_of
 from standins.agents import registration
 
 NODES = {"edge-1", "edge-2"}

@@ -15,8 +15,8 @@ from fedpipe_operator.kube.inventory import Inventory
 from fedpipe_operator.kube.node_selection import choose
 from fedpipe_operator.kube.reconcile import reconcile
 from fedpipe_operator.kube.views import capacity_view, node_view, pod_view
+from kube.looks import state_of
 from kube.objects import NOW, UID, capacity, job, node, pod, stamp, waiting
-from kube.test_kube_reconcile import state_of
 
 HUGE = 10**400
 SCALARS = (

@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from contract.changes import FULL
 from contract.documents import documents, schema
-from contract.manifests import FULL, INVALID, VALID, job
+from contract.manifests import VALID, job
+from contract.refused import INVALID
 from fedpipe_api.base import Model, UserError, explain
 from fedpipe_api.job import FedPipeJob, FedPipeJobStatus
 from fedpipe_api.node import FedPipeNode, FedPipeNodeStatus
