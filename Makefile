@@ -31,9 +31,9 @@ quickstart: $(VENV)/installed  ## the main job on this machine: four unequal nod
 	$(BIN)/fedpipe run crds/samples/01-quickstart.yaml --fleet $(QUICKSTART)/fleet.yaml
 
 quickstart-chat: $(VENV)/installed-chat  ## a chat model over four unequal nodes, with its answers before and after
-	$(BIN)/python -m fedpipe_operator.local.quickstart_chat inputs $(QUICKSTART_CHAT)
+	$(BIN)/python -m fedpipe_operator.local.quickstart_chat $(QUICKSTART_CHAT)
 	$(BIN)/fedpipe run crds/samples/06-quickstart-chat.yaml --fleet $(QUICKSTART_CHAT)/fleet.yaml
-	$(BIN)/python -m fedpipe_operator.local.quickstart_chat answers runs/quickstart-chat
+	$(BIN)/fedpipe report runs/quickstart-chat --prompts $(QUICKSTART_CHAT)/prompts.txt
 
 test: $(VENV)/installed  ## every test
 	@# The GPU's tests have it to themselves. The others run many at a time and compute on the CPU, a GPU is hidden

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chat quickstart with a tiny random model in place of SmolLM2."""
 
-import io
 import itertools
 import json
 import shutil
@@ -16,7 +15,7 @@ from gguf import GGUFWriter, TokenType
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedpipe_agent.train import answer, unpack
+from fedpipe_agent.train import unpack
 from fedpipe_api.base import UserError
 from fedpipe_operator.local import quickstart_chat
 
@@ -105,6 +104,7 @@ def test_the_inputs_are_written_once(model, tmp_path, monkeypatch, capsys):
         assert "edge-a 5, edge-b 5, edge-c 5, edge-d 5" in capsys.readouterr().out
     assert (tmp_path / "fleet.yaml").read_text().startswith("model: model\n")
     assert "bf16" not in (tmp_path / "fleet.yaml").read_text()
+    assert (tmp_path / "prompts.txt").read_text().splitlines() == list(quickstart_chat.QUESTIONS)
     rows = [json.loads(line) for line in (tmp_path / "nodes/edge-a/train.jsonl").read_text().splitlines()]
     assert [[one["role"] for one in row["messages"]] for row in rows] == [["user", "assistant"]] * 5
 
@@ -137,11 +137,3 @@ def test_it_answers_before_and_after(model, tmp_path):
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [set(one) for one in found] == [{"before", "after"}] * 2
     assert all(one["before"] != one["after"] for one in found)
-
-
-def test_a_model_without_template_is_refused(model, tmp_path, monkeypatch):
-    shutil.copytree(model / "model", tmp_path / "model")
-    (tmp_path / "model/chat_template.jinja").unlink()
-    monkeypatch.setattr("sys.stdin", io.StringIO("[]"))
-    with pytest.raises(UserError, match="its tokenizer has no chat template"):
-        answer.main(["--model", str(tmp_path / "model"), "--adapter", str(tmp_path)])

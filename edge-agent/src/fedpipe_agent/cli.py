@@ -31,7 +31,7 @@ _COMMANDS = {
     "answer": ".train.answer",
     "unpack": ".train.unpack",
 }
-# `merge` is for `fedpipe export`, `answer` and `unpack` for `make quickstart-chat`: USAGE does not name them.
+# USAGE leaves out what other commands of ours start: merge, answer, unpack.
 
 
 def main(argv: Sequence[str] | None = None) -> int:

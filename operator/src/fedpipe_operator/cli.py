@@ -123,11 +123,21 @@ def export(
 
 
 @app.command()
-def report(run_dir: RunDir) -> int:
+def report(
+    run_dir: RunDir,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            parser=expanded,
+            metavar="FILE",
+            help="Text, a prompt a line: a language model answers them without its adapter and with it.",
+        ),
+    ] = None,
+) -> int:
     """Write a run's report, plots and metrics again and print its summary."""
     from .local.results import report_run
 
-    report_run(run_dir)
+    report_run(run_dir, prompts)
     return 0
 
 

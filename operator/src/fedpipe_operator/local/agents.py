@@ -7,6 +7,7 @@ import ctypes
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -151,6 +152,33 @@ def agent_command() -> list[str]:
     if found is None:
         raise UserError("fedpipe-agent is not installed; pip install 'fedpipe-operator[local]'")
     return [found]
+
+
+def ask_agent(*arguments: str, model: str, given: str = "") -> str:
+    """Return what a command of the agent prints: this package has neither torch nor transformers.
+
+    Args:
+        arguments: the command and its own arguments.
+        model: the model that it reads; a hub is asked only for one that is not a directory.
+        given: on its standard input.
+
+    Raises:
+        UserError: the last line of a command that failed.
+    """
+    done = subprocess.run(
+        [*agent_command(), *arguments],
+        input=given,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        env=environment(offline=Path(model).is_dir()),
+        check=False,
+    )
+    if done.returncode != 0:
+        raise UserError(
+            last_line(done.stderr) or f"fedpipe-agent {arguments[0]} ended with status {done.returncode}"
+        )
+    return done.stdout
 
 
 def capacity_of(member: Member) -> Capacity:

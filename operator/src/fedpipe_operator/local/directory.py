@@ -47,6 +47,7 @@ class RunDirectory:
         self.plots = root / "plots"
         self.metrics = root / "metrics.jsonl"
         self.report = root / "report.html"
+        self.samples = root / "samples.json"
 
     def create(self, record: RunRecord) -> "Created":
         """Make the directory with its record; return what was made, to undo it."""

@@ -5,7 +5,6 @@
 """
 
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from fedpipe_api.wire import Registration
 
 from ..aggregate import read_given
 from ..planner import NodeFacts, Plan, PlanRequest, modules_line, plan, rows, summary_line
-from .agents import agent_command, capacity_of, environment, last_line
+from .agents import ask_agent, capacity_of
 from .interrupt import clean_interrupt
 from .live import stage
 from .manifest import LocalJob, memory_warning
@@ -118,23 +117,19 @@ def describe(local: LocalJob, *, verify: bool = False) -> list[Registration]:
         for member, path in zip(local.members, capacities, strict=True):
             path.write_text(capacity_of(member).to_json(), encoding="utf-8")
         data = [str(member.data) for member in local.members]
-        done = subprocess.run(
-            [
-                *(*agent_command(), "describe", "--job", str(job), "--model", local.model),
+        try:
+            said = ask_agent(
+                *("describe", "--job", str(job), "--model", local.model),
                 *("--data", *data, "--capacity", *map(str, capacities)),
                 *(["--verify"] if verify else []),
-            ],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            env=environment(offline=Path(local.model).is_dir()),
-            check=False,
-        )
-    if done.returncode != 0:
-        message = last_line(done.stderr) or f"fedpipe-agent describe ended with status {done.returncode}"
-        raise UserError(f"{local.job_file}: {message}" if message.startswith("spec.") else message)
-    found = [Registration.model_validate_json(line) for line in done.stdout.splitlines()]
+                model=local.model,
+            )
+        except UserError as error:
+            message = str(error)
+            raise UserError(
+                f"{local.job_file}: {message}" if message.startswith("spec.") else message
+            ) from None
+    found = [Registration.model_validate_json(line) for line in said.splitlines()]
     given = local.job.spec.adapter.from_
     if given is not None and given.path is not None:
         try:

@@ -8,7 +8,6 @@ import importlib.util
 import itertools
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,7 @@ import yaml
 
 from fedpipe_api.base import UserError
 
-from .agents import agent_command, environment, last_line
-from .directory import RunDirectory
+from .agents import ask_agent
 from .quickstart import docstrings, slower_than_float32, sources
 
 CHATS_PER_FILE = 6
@@ -53,15 +51,11 @@ FLEET: tuple[dict[str, Any], ...] = (
 
 
 def main() -> None:
-    """Write the inputs into a directory, or ask the questions before and after a run."""
+    """Write the inputs into the directory given on the command line."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m fedpipe_operator.local.quickstart_chat DIRECTORY")
     try:
-        match sys.argv[1:]:
-            case ["inputs", directory]:
-                write(Path(directory), gguf_file())
-            case ["answers", directory]:
-                answer(RunDirectory(Path(directory)))
-            case _:
-                sys.exit("usage: python -m fedpipe_operator.local.quickstart_chat inputs|answers DIRECTORY")
+        write(Path(sys.argv[1]), gguf_file())
     except UserError as error:
         print(error, file=sys.stderr)  # noqa: T201
         sys.exit(2)
@@ -70,7 +64,7 @@ def main() -> None:
 
 
 def write(directory: Path, model: Path) -> None:
-    """Write `fleet.yaml`, `nodes/NAME/train.jsonl` and, once, the model as a directory from its GGUF file."""
+    """Write `fleet.yaml`, `nodes/NAME/train.jsonl`, `prompts.txt` and, once, the model from its GGUF file."""
     sizes = []
     slow = slower_than_float32()
     nodes = []
@@ -86,7 +80,8 @@ def write(directory: Path, model: Path) -> None:
             given["precisions"] = ["fp32"]
         nodes.append(given | {"threads": 1, "data": f"nodes/{name}"})
     if not (directory / "model").exists():
-        _agent("unpack", "--gguf", str(model), "--out", str(directory / "model"))
+        ask_agent("unpack", "--gguf", str(model), "--out", str(directory / "model"), model=str(directory))
+    (directory / "prompts.txt").write_text("".join(f"{one}\n" for one in QUESTIONS), encoding="utf-8")
     fleet = yaml.safe_dump({"model": "model", "nodes": nodes}, sort_keys=False)
     (directory / "fleet.yaml").write_text(fleet, encoding="utf-8")
     print(f"chats from docstrings in {directory}: {', '.join(sizes)}")  # noqa: T201
@@ -138,32 +133,6 @@ def _answer(text: str) -> str | None:
     shortest, longest = CHARACTERS
     prose = first[:1].isupper() and first.endswith(".") and not re.search(r"->|>>>|::|:\w+:|@|http|\*", first)
     return first if prose and shortest <= len(first) <= longest else None
-
-
-def answer(directory: RunDirectory) -> None:
-    """Print what the base model and the trained one answer to each question."""
-    model = directory.read_record().model
-    said = _agent(
-        "answer", "--model", model, "--adapter", str(directory.adapter), given=json.dumps(QUESTIONS)
-    )
-    for question, line in zip(QUESTIONS, said.splitlines(), strict=True):
-        answers = json.loads(line)
-        print(f"\n{question}\n  before: {answers['before']}\n  after:  {answers['after']}")  # noqa: T201
-
-
-def _agent(*arguments: str, given: str = "") -> str:
-    """Return what a command of the agent prints: this package has neither torch nor transformers."""
-    done = subprocess.run(
-        [*agent_command(), *arguments],
-        input=given,
-        capture_output=True,
-        text=True,
-        env=environment(offline=True),
-        check=False,
-    )
-    if done.returncode != 0:
-        raise UserError(last_line(done.stderr) or f"fedpipe-agent {arguments[0]} ended: {done.returncode}")
-    return done.stdout
 
 
 if __name__ == "__main__":

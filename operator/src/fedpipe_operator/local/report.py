@@ -13,7 +13,7 @@ from fedpipe_api.status import NodeStatus
 
 from ..engine.state import JobState
 from ..engine.status import status
-from . import measures
+from . import measures, samples
 from .directory import History, RunDirectory, write_text
 from .wording import facts, figure, shown_metric
 
@@ -39,6 +39,8 @@ thead th { color: var(--soft); font-weight: 500; }
 figure { margin: 0; } img { background: #fff; border-radius: 6px; box-sizing: border-box;
   height: auto; min-width: 38rem; padding: .5rem; width: 100%; }
 @media (max-width: 40rem) { body { padding: 1rem; } }
+table.samples td { text-align: left; vertical-align: top; white-space: normal; }
+table.samples th { min-width: 9rem; vertical-align: top; white-space: normal; text-align: left; }
 table.matrix { width: auto; } table.matrix td { min-width: 1.6rem; padding: .2rem .4rem; }
 table.matrix thead span { writing-mode: vertical-rl; transform: rotate(180deg); }
 td.hit { background: rgb(0 114 178 / calc(var(--share) * 55%)); }
@@ -56,10 +58,12 @@ def write_report(directory: RunDirectory, history: History, rows: list[measures.
 
         scores, chosen = (state.plan.scores, set(state.plan.selected)) if state.plan else ({}, set())
         plots = draw(rows, shown_metric(state), scores, chosen, directory.plots)
-    write_text(directory.report, _page(history, rows, plots))
+    write_text(directory.report, _page(history, rows, plots, samples.read(directory, state)))
 
 
-def _page(history: History, rows: list[measures.RoundRow], plots: "list[Plot]") -> str:
+def _page(
+    history: History, rows: list[measures.RoundRow], plots: "list[Plot]", answers: tuple[samples.Sample, ...]
+) -> str:
     state = history.state
     found = status(state, None, {})
     result = escape(measures.outcome(history, rows))
@@ -76,6 +80,7 @@ def _page(history: History, rows: list[measures.RoundRow], plots: "list[Plot]") 
             f'<p class="soft">{found.phase}: {escape(why)} · begun {begun} · {escape(_what(state))}</p>',
             *(_figure(plot) for plot in plots[:1]),
             _confusion(state),
+            _samples(state, answers),
             "<h2>Nodes</h2>",
             _node_table(found.node_table, rows, state.spec.model.task),
             *(_figure(plot) for plot in plots[1:]),
@@ -105,14 +110,14 @@ def _figure(plot: "Plot") -> str:
     )
 
 
-def _table(caption: str, header: list[str], body: list[list[str]]) -> str:
+def _table(caption: str, header: list[str], body: list[list[str]], kind: str = "") -> str:
     """Return a table whose first column names the row."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     lines = []
     for name, *cells in body:
         rest = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{rest}</tr>')
-    return _captioned(caption, f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>")
+    return _captioned(caption, f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>", kind)
 
 
 def _captioned(caption: str, content: str, kind: str = "") -> str:
@@ -122,6 +127,16 @@ def _captioned(caption: str, content: str, kind: str = "") -> str:
         f'<figure><figcaption>{words}.</figcaption><div class="wide" tabindex="0" role="region" '
         f'aria-label="{words}"><table{kind}>{content}</table></div></figure>'
     )
+
+
+def _samples(state: JobState, answers: tuple[samples.Sample, ...]) -> str:
+    """Return the answers to the user's prompts, side by side; nothing where none were asked."""
+    if not answers:
+        return ""
+    body = [[answer.prompt, answer.before, answer.after] for answer in answers]
+    caption = f"The most likely answers to {len(answers)} given prompts, after round {state.done}"
+    header = ["prompt", "base model", "with the adapter"]
+    return "<h2>Sample answers</h2>" + _table(caption, header, body, ' class="samples"')
 
 
 def _confusion(state: JobState) -> str:

@@ -2,7 +2,6 @@
 """What a finished run leaves: adapter, metrics and report, and the summary on the screen."""
 
 import json
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -19,11 +18,12 @@ from ..engine.state import JobState
 from ..engine.status import status
 from ..export import write_adapter, write_gguf
 from ..export.upload import open_store, own_credentials, upload
-from . import measures
-from .agents import agent_command
+from . import measures, samples
+from .agents import ask_agent
 from .directory import History, RunDirectory, write_text
 from .interrupt import clean_interrupt
 from .json_lines import print_end
+from .live import stage
 from .report import write_report
 from .tokenizer import tokenizer_files
 from .wording import facts
@@ -98,12 +98,37 @@ def write_results(directory: RunDirectory, history: History) -> None:
     write_report(directory, history, rows)
 
 
-def report_run(root: Path) -> None:
-    """Write a run's metrics, plots and report again, finished or not, and print its summary."""
+def report_run(root: Path, prompts: Path | None) -> None:
+    """Write a run's metrics, plots and report again, finished or not, and print its summary.
+
+    With a file of prompts the model answers them, without its adapter and with it: here and in the report.
+    """
     directory = RunDirectory(root)
     history = read(directory)
+    answered = _answer(directory, history.state, prompts) if prompts is not None else ()
     write_results(directory, history)
     print_summary(directory, history)
+    console = Console(highlight=False)
+    for sample in answered:
+        lines = ("", sample.prompt, f"  before: {sample.before}", f"  after:  {sample.after}")
+        for line in lines:
+            console.print(Text(line), soft_wrap=True)
+
+
+def _answer(directory: RunDirectory, state: JobState, prompts: Path) -> tuple[samples.Sample, ...]:
+    samples.check_task(state)
+    asked = samples.read_prompts(prompts)
+    console = Console(highlight=False, stderr=True)
+    with clean_interrupt(), tempfile.TemporaryDirectory() as temporary, stage(console, "answering prompts"):
+        adapter = Path(temporary) / "adapter"
+        export(directory, state, adapter)
+        try:
+            return samples.generate(directory, state, adapter, asked).samples
+        except UserError as error:
+            message = str(error)
+            raise UserError(
+                f"--prompts: {prompts}: {message}" if message.startswith("prompt ") else message
+            ) from None
 
 
 def export_run(root: Path, out: Path, form: Literal["peft", "model", "gguf"]) -> None:
@@ -124,21 +149,13 @@ def export_run(root: Path, out: Path, form: Literal["peft", "model", "gguf"]) ->
     with clean_interrupt(), tempfile.TemporaryDirectory() as temporary:
         adapter = Path(temporary) / "adapter"
         export(directory, state, adapter)
-        # Merging needs torch, which only the agent has.
-        command = [
-            *agent_command(),
-            "merge",
-            "--model",
-            directory.read_record().model,
-            "--adapter",
-            str(adapter),
-        ]
-        command += ["--task", state.spec.model.task, "--out", str(out)]
-        labels = json.dumps(state.spec.model.labels)
-        done = subprocess.run(command, input=labels, text=True, stderr=subprocess.PIPE, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"fedpipe-agent merge ended with {done.returncode}"]
-        raise UserError(lines[-1])
+        model = directory.read_record().model
+        ask_agent(
+            *("merge", "--model", model, "--adapter", str(adapter)),
+            *("--task", state.spec.model.task, "--out", str(out)),
+            model=model,
+            given=json.dumps(state.spec.model.labels),
+        )
 
 
 def _card_facts(state: JobState) -> str:
