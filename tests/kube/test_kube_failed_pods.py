@@ -13,11 +13,12 @@ from fedpipe_operator.engine.state import apply
 from fedpipe_operator.kube.failed_pods import FailedPods
 from fedpipe_operator.kube.reconcile import reconcile
 from fedpipe_operator.kube.views import pod_view
-from kube.cluster import ENVIRONMENT, Cluster, local_arguments, stand_in_agent
+from kube.cluster import Cluster
 from kube.controlplane import ControlPlane
 from kube.kubelet import Process, start_process
+from kube.looks import fleet, look, state_of
 from kube.objects import NOW, job, pod, stamp
-from kube.test_kube_reconcile import fleet, look, state_of
+from kube.pod_process import ENVIRONMENT, local_arguments, stand_in_agent
 
 AGENT = Path(sys.executable).with_name("fedpipe-agent")
 
