@@ -41,7 +41,7 @@ from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision, Task
 from fedpipe_api.node import Capacity
 from fedpipe_api.precisions import allowed
-from fedpipe_operator.planner import NodeFacts, PlanRequest, memory, plan
+from fedpipe_operator.planner import NodeFacts, PlanRequest, plan, training_memory
 from fedpipe_operator.planner.workload import Configuration, workload
 
 MIB = 2**20
@@ -180,7 +180,7 @@ def planned(pair: Pair, shape: wire.ModelShape, overhead: int) -> tuple[wire.Nod
     work = workload(shape, spec, shape.matrices)
     empty = device_facts(overhead, overhead)
     needs = [
-        memory.peak_bytes(work, empty, Configuration(precision, size, checkpointing), ranks)
+        training_memory.peak_bytes(work, empty, Configuration(precision, size, checkpointing), ranks)
         for precision in allowed(pair.quantization)
         for size, ranks in ((1, {}), (pair.batch, dict.fromkeys(work.sides, pair.high)))
         for checkpointing in (False, True)

@@ -28,7 +28,7 @@ from bench.bench_machine import machine
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision, Task
 from fedpipe_api.node import Capacity
-from fedpipe_operator.planner import memory
+from fedpipe_operator.planner import training_memory
 from fedpipe_operator.planner.workload import Configuration, workload
 
 LENGTH, STEPS, ACCUMULATION, GLOBAL_RANK = 64, 8, 2, 32
@@ -153,7 +153,7 @@ def predict(point: dict[str, Any], model: wire.ModelShape, device: wire.DeviceFa
     work = workload(model, job(point["model"], point.get("length", LENGTH)), model.matrices)
     configuration = Configuration(Precision.of(point["precision"]), point["microBatch"])
     ranks = {matrix.name: point["rank"] for matrix in model.matrices}
-    return (memory.peak_bytes(work, device, configuration, ranks) - device.overhead) / MIB
+    return (training_memory.peak_bytes(work, device, configuration, ranks) - device.overhead) / MIB
 
 
 def predicted(

@@ -24,7 +24,7 @@ from fedpipe_api.lora.methods import Start
 from fedpipe_api.node import Capacity
 from fedpipe_operator.aggregate import AggregationReport, AggregationRequest, NodeUpdate, aggregate_round
 from fedpipe_operator.engine.decide import CALIBRATION_STEPS
-from fedpipe_operator.planner import memory, speed
+from fedpipe_operator.planner import speed, training_memory
 from fedpipe_operator.planner.workload import Configuration, workload
 
 CENTRE = "a100-0"
@@ -90,7 +90,9 @@ class Federation:
             "samples": {name: len(samples) for name, samples in self.task.nodes.items()},
             "trainable": self._trainable(assigned),
             "peak": {name: plan.predicted_bytes for name, plan in assigned.nodes.items()},
-            "budget": {name: memory.budget(facts, fleet.HEADROOM) for name, facts in self.devices.items()},
+            "budget": {
+                name: training_memory.budget(facts, fleet.HEADROOM) for name, facts in self.devices.items()
+            },
             "rounds": rounds,
             "final": final,
             "wallSeconds": time.monotonic() - begin,

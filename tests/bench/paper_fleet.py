@@ -19,14 +19,14 @@ from dataclasses import dataclass
 
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision
-from fedpipe_operator.planner import memory, speed
+from fedpipe_operator.planner import speed, training_memory
 from fedpipe_operator.planner.workload import Configuration, Workload, workload
 
 HEADROOM = 0.1
 DEADLINE_SHARE = 0.25
 FULL_TIME = 1.5
 """Full fine-tuning over training adapters: the gradient of the weights is a third product beside two."""
-FULL_BYTES = memory.TRAINABLE_BYTES - 4
+FULL_BYTES = training_memory.TRAINABLE_BYTES - 4
 """Of one parameter in full fine-tuning beside its value: gradient and two Adam moments."""
 
 
@@ -87,7 +87,7 @@ def device(kind: Kind, shape: wire.ModelShape, spec: FedPipeJobSpec) -> wire.Dev
     work = workload(shape, spec, shape.matrices)
     configuration = Configuration(Precision.FP32, min(kind.micro_batch, work.batch))
     ranks = {matrix.name: min(kind.rank, matrix.rows, matrix.columns) for matrix in shape.matrices}
-    needed = memory.peak_bytes(work, facts, configuration, ranks)
+    needed = training_memory.peak_bytes(work, facts, configuration, ranks)
     if kind.full:
         needed = max(needed, full_bytes(work, facts, configuration))
     # The planner rounds budgets down by up to 0.8 %.
@@ -116,7 +116,7 @@ def deadline(shape: wire.ModelShape, spec: FedPipeJobSpec, steps: int) -> float:
 
 def full_bytes(work: Workload, facts: wire.DeviceFacts, configuration: Configuration) -> int:
     """Return the peak of full fine-tuning: a lower estimate, inputs of the other linear layers are left out."""
-    return memory.fixed_bytes(work, facts, configuration) + FULL_BYTES * work.shape.parameters
+    return training_memory.fixed_bytes(work, facts, configuration) + FULL_BYTES * work.shape.parameters
 
 
 def full_step(work: Workload, facts: wire.DeviceFacts, configuration: Configuration) -> float:

@@ -8,7 +8,7 @@ from typing import Literal
 from bench.paper_fleet import HEADROOM, Kind, common, full_bytes, full_step, kind_of
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Method, Precision
-from fedpipe_operator.planner import NodeFacts, PlanRequest, memory, plan, speed
+from fedpipe_operator.planner import NodeFacts, PlanRequest, plan, speed, training_memory
 from fedpipe_operator.planner.workload import Configuration, Workload, workload
 
 CENTRAL_RANK = 16
@@ -133,7 +133,7 @@ def _node_plan(
         ranks=ranks,
         checkpointing=configuration.checkpointing,
         local_steps=steps,
-        predicted_bytes=memory.peak_bytes(work, facts, configuration, ranks),
+        predicted_bytes=training_memory.peak_bytes(work, facts, configuration, ranks),
         predicted_step_seconds=speed.step_time(work, facts, configuration, ranks),
         predicted_round_seconds=0,
         limited_by="",
@@ -147,7 +147,7 @@ def _full(request: Request, work: Workload, configuration: Configuration) -> Ass
         own = Configuration(Precision.FP32, min(kind_of(node).micro_batch, work.batch))
         # The common micro-batch is for nodes that were not declared to hold this.
         chosen = own if kind_of(node).full else configuration
-        needed, has = full_bytes(work, facts, chosen), memory.budget(facts, HEADROOM)
+        needed, has = full_bytes(work, facts, chosen), training_memory.budget(facts, HEADROOM)
         if needed > has:
             left_out[node] = f"needs {needed / 2**20:.0f} MiB, has {has / 2**20:.0f} MiB"
             continue

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from fedpipe_agent.probe.backends import nvml
-from fedpipe_agent.probe.reader import HELD_PASSES, Reader
+from fedpipe_agent.probe.missed_passes import HELD_PASSES, Reader
 from fedpipe_agent.probe.reading import Reading
 from fedpipe_api.node import NodeReason
 from nvml import apiserver

@@ -15,7 +15,7 @@ from fedpipe_operator.kube.access import CACHE_SIZE, KEEP_SECONDS, METRICS, Acce
 from fedpipe_operator.kube.api import ApiError
 from fedpipe_operator.kube.identity import JobName, PodIdentities
 from fedpipe_operator.kube.inventory import Inventory
-from fedpipe_operator.kube.reviews import AT_ONCE
+from fedpipe_operator.kube.token_review import AT_ONCE
 from fedpipe_operator.serving import listen, serve
 from kube.objects import NOW, UID, owner, pod, stamp
 from kube.test_kube_parts import Clock, Reviews

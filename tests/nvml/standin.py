@@ -23,7 +23,7 @@ AGENT = Path(sys.executable).with_name("fedpipe-agent")
 READ = """
 import sys
 from pathlib import Path
-from fedpipe_agent.probe.reader import Reader
+from fedpipe_agent.probe.missed_passes import Reader
 print(Reader(float(sys.argv[1]), Path(sys.argv[2])).read().to_json())
 """
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision
-from fedpipe_operator.planner import Calibration, NodeFacts, PlanRequest, memory, plan, speed
+from fedpipe_operator.planner import Calibration, NodeFacts, PlanRequest, plan, speed, training_memory
 from fedpipe_operator.planner.node_plan import (
     SPEED_VALUE,
     STEPS_FOR_RANKS,
@@ -78,7 +78,7 @@ def device(**changes):
 
 def figures(work, facts, configuration, ranks, calibration=None):
     """Peak bytes, step seconds and other seconds of a round, by the models."""
-    peak = memory.peak_bytes(work, facts, configuration, ranks, calibration)
+    peak = training_memory.peak_bytes(work, facts, configuration, ranks, calibration)
     step = speed.step_time(work, facts, configuration, ranks, calibration)
     moved = speed.download_bytes(work) + speed.upload_bytes(work, ranks)
     return peak, step, speed.transfer_time(facts, moved)
@@ -111,7 +111,7 @@ def worth(times, importance, configuration, ranks):
 
 def brute_force(spec, shape, facts, importance, headroom):
     """The best (steps, worth) of every configuration and every choice of ranks; None if nothing fits."""
-    budget, seconds = memory.budget(facts, headroom), spec.rounds.deadline * (1 - headroom)
+    budget, seconds = training_memory.budget(facts, headroom), spec.rounds.deadline * (1 - headroom)
     work = workload(shape, spec, shape.matrices)
     times, names = step_times(work, facts), list(importance)
     everything = []
@@ -161,7 +161,8 @@ def test_a_plan_is_the_best_of_all_that_fit(matrices, scores, room, pace):
     importance = {matrix.name: score for matrix, score in zip(shape.matrices, scores, strict=False)}
     work = workload(shape, spec, shape.matrices)
     least = min(
-        memory.fixed_bytes(work, device(), Configuration(precision, 1, True)) for precision in Precision
+        training_memory.fixed_bytes(work, device(), Configuration(precision, 1, True))
+        for precision in Precision
     )
     fastest = speed.fixed_time(work, device(), Configuration(Precision.BF16, 4))
     facts = device(

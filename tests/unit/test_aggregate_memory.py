@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fedpipe_api import memory
+from fedpipe_api import host_memory
 from fedpipe_api.base import UserError
 from fedpipe_api.job import Aggregation, Method, ServerOptimizer
 from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B
@@ -140,7 +140,7 @@ def test_the_limit_is_that_of_the_control_groups_or_the_machine(tmp_path, cgroup
         path = tmp_path / "sys/fs/cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    assert memory.read(tmp_path).total == limit * MIB
+    assert host_memory.read(tmp_path).total == limit * MIB
     assert room.available(tmp_path) == int(0.95 * limit * MIB) - 100 * MIB - room.WORKER
 
 

@@ -11,7 +11,7 @@ from bench.paper_fleet import KINDS, ORIN, common, deadline, device, round_secon
 from bench.paper_systems import SYSTEMS, Request, assign, spec_of
 from bench.paper_tasks import Scenario, Setting, job
 from fedpipe_api import wire
-from fedpipe_operator.planner import memory, speed
+from fedpipe_operator.planner import speed, training_memory
 from fedpipe_operator.planner.workload import workload
 
 SETTING = Setting(rounds=10)
@@ -89,7 +89,9 @@ def test_declared_memory_carries_the_kinds_rank() -> None:
     for kind in KINDS.values():
         facts = device(kind, SHAPE, SPEC)
         ranks = dict.fromkeys(work.sides, kind.rank)
-        assert memory.peak_bytes(work, facts, configuration, ranks) <= memory.budget(facts, 0.1)
+        assert training_memory.peak_bytes(work, facts, configuration, ranks) <= training_memory.budget(
+            facts, 0.1
+        )
 
 
 def test_the_deadline_lets_the_slowest_do_a_quarter() -> None:
@@ -121,7 +123,7 @@ def test_every_system_keeps_to_the_nodes_memory(name: str) -> None:
     assigned, devices = _assigned(name)
     assert len(assigned.nodes) + len(assigned.left_out) == len(devices)
     for node, plan in assigned.nodes.items():
-        assert plan.predicted_bytes <= memory.budget(devices[node], 0.1)
+        assert plan.predicted_bytes <= training_memory.budget(devices[node], 0.1)
         assert plan.micro_batch * plan.accumulation == SETTING.batch
 
 

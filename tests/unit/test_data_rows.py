@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpipe_api import rows, text_lines
+from fedpipe_api import rows
 from fedpipe_api.base import UserError
-from fedpipe_api.data_files import created, found, locate
 from fedpipe_api.job import DataSource, HostPath, Volume
+from fedpipe_api.rows import json_rows, text_encoding
+from fedpipe_api.rows.data_paths import created, found, locate
 
 TWO = [{"text": "Grüße, é", "label": "a"}, {"text": "zwei\nZeilen", "label": "b"}]
 CSV = 'text,label\n"Grüße, é",a\n"zwei\nZeilen",b\n'
@@ -180,7 +181,7 @@ def test_bad_rows_are_passed_over_where_asked(tmp_path):
 def test_long_fields_are_read_and_endless_lines_refused(tmp_path, monkeypatch):
     (tmp_path / "a.csv").write_text(f"text,label\n{'x' * 300_000},a\n")
     assert len(next(rows.read(tmp_path / "a.csv")).fields["text"]) == 300_000
-    monkeypatch.setattr(text_lines, "LINE_LIMIT", 1000)
+    monkeypatch.setattr(text_encoding, "LINE_LIMIT", 1000)
     for name in ("a.csv", "a.jsonl"):
         (tmp_path / name).write_text("a\n" + "x" * 2000)
         with pytest.raises(UserError, match="the line is longer"):
@@ -199,7 +200,7 @@ def test_an_array_is_read_as_json_reads_it_whatever_the_pieces(tmp_path_factory,
     path = tmp_path_factory.mktemp("array") / "a.json"
     path.write_text(json.dumps(array, indent=indent), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "_CHUNK", chunk)
+        patch.setattr(json_rows, "_CHUNK", chunk)
         assert [row.fields for row in rows.read(path)] == array
 
 

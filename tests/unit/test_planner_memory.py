@@ -9,7 +9,7 @@ import pytest
 from bench import memory_model
 from fedpipe_api import wire
 from fedpipe_api.job import Precision
-from fedpipe_operator.planner import memory
+from fedpipe_operator.planner import training_memory
 from fedpipe_operator.planner.workload import Configuration, workload
 
 RESULTS = Path(__file__).parents[1] / "bench/results"
@@ -60,7 +60,9 @@ def test_on_a_cpu_a_narrow_mlp_leaves_less_room_to_use_again(shapes: dict[str, w
             kind=kind, name="any", free_memory=0, overhead=0, threads=1, speed=1, kernels=()
         )
         work = workload(shape, memory_model.job("bert-base"), shape.matrices)
-        one, four = (memory.fixed_bytes(work, device, Configuration(Precision.FP32, b)) for b in (1, 4))
+        one, four = (
+            training_memory.fixed_bytes(work, device, Configuration(Precision.FP32, b)) for b in (1, 4)
+        )
         return four - one
 
     wide = shapes["bert-base"]
@@ -81,7 +83,7 @@ def test_checkpointing_does_not_free_what_bitsandbytes_keeps_in_int8(
 
     def added(precision: Precision) -> int:
         two, sixteen = (
-            memory.fixed_bytes(work, device, Configuration(precision, size, checkpointing=True))
+            training_memory.fixed_bytes(work, device, Configuration(precision, size, checkpointing=True))
             for size in (2, 16)
         )
         return sixteen - two
@@ -101,7 +103,9 @@ def test_deeper_models_leave_more_holes_of_unpacked_weights(shapes: dict[str, wi
     def fragmentation(layers: int) -> int:
         deep = shape.model_copy(update={"layers": layers})
         work = workload(deep, memory_model.job("bert-base"), deep.matrices)
-        return memory.fixed_bytes(work, device, least) - memory.base_bytes(deep, device, Precision.NF4)
+        return training_memory.fixed_bytes(work, device, least) - training_memory.base_bytes(
+            deep, device, Precision.NF4
+        )
 
     unpacked = shape.hidden * shape.intermediate * 4
     assert fragmentation(24) - fragmentation(12) >= 12 * unpacked

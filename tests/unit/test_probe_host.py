@@ -8,7 +8,7 @@ import pytest
 
 from fedpipe_agent.probe import host
 from fedpipe_agent.probe.backends import nvml, tegra
-from fedpipe_api import memory
+from fedpipe_api import host_memory
 from fedpipe_api.node import Capacity
 
 KIB = 1024
@@ -111,17 +111,17 @@ V1 = {
 @pytest.mark.parametrize("files", [V2, V1], ids=["v2", "v1"])
 def test_the_page_cache_of_a_control_group_is_free(root: Path, files: dict[str, str]) -> None:
     write(root, files)
-    assert memory.read(root) == (2048 * MIB, 1648 * MIB)
+    assert host_memory.read(root) == (2048 * MIB, 1648 * MIB)
     cpu = host.read(None, limited=True, root=root)
     assert (cpu.total_memory, cpu.free_memory) == (2048 * MIB, 1648 * MIB)
-    assert memory.read(root, limited=False) == (16_000_000 * KIB, 12_000_000 * KIB)
+    assert host_memory.read(root, limited=False) == (16_000_000 * KIB, 12_000_000 * KIB)
 
 
 def test_the_agent_registers_what_the_probe_shows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fedpipe_agent.train.device import Device
 
     write(root, V2)
-    monkeypatch.setattr(memory.read, "__defaults__", (root,))
+    monkeypatch.setattr(host_memory.read, "__defaults__", (root,))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     facts = Device(Capacity()).facts(())
     assert facts.free_memory - facts.overhead == 1648 * MIB
@@ -138,4 +138,4 @@ def test_a_group_filled_by_its_siblings_leaves_what_it_leaves(root: Path) -> Non
             "sys/fs/cgroup/pods/memory.current": f"{4000 * MIB}\n",
         },
     )
-    assert memory.read(root) == (1024 * MIB, 96 * MIB)
+    assert host_memory.read(root) == (1024 * MIB, 96 * MIB)

@@ -247,7 +247,7 @@ class FedPipeJobSpec(Model):
     optimizer: Optimizer = Optimizer()
     aggregation: Aggregation = Aggregation()
     output: Output | None = None
-    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Of everything random.")
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Seed of all random choices.")
     suspend: bool = Field(default=False, description="Stop the agents and keep all state; false goes on.")
     ttl_seconds_after_finished: int | None = Field(
         default=None, ge=0, le=2**31 - 1, description="Delete the job so long after its end; default: never."

@@ -154,10 +154,10 @@ class Adapter(Model):
 class Optimizer(Model):
     """AdamW on each node; a fresh one every round."""
 
-    learning_rate: float = Field(default=1e-3, gt=0, le=10, description="Of the first round after warm-up.")
+    learning_rate: float = Field(default=1e-3, gt=0, le=10, description="Highest rate, after warm-up.")
     weight_decay: float = Field(default=0.0, ge=0, le=10, description="Decoupled, as in AdamW.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="Of the learning rate, over the rounds of the job."
+        default="constant", description="How the rate changes over the rounds."
     )
     warmup_rounds: int = Field(default=0, ge=0, le=10000, description="Rounds of linear warm-up.")
     max_grad_norm: float = Field(default=1.0, gt=0, le=1e6, description="Gradients are clipped to this norm.")
@@ -178,8 +178,12 @@ class Checks(Model):
     """What happens to a suspicious update; non-finite ones are always refused."""
 
     mode: Literal["none", "flag", "reject"] = Field(default="flag", description="flag reports and counts it.")
-    max_norm: float = Field(default=5.0, gt=1, le=1e6, description="Times the running median norm.")
-    min_cosine: float = Field(default=-0.5, ge=-1, le=1, description="Median of those to the other updates.")
+    max_norm: float = Field(
+        default=5.0, gt=1, le=1e6, description="Largest accepted norm of an update, in running median norms."
+    )
+    min_cosine: float = Field(
+        default=-0.5, ge=-1, le=1, description="Least accepted median cosine to the other updates."
+    )
 
 
 class Robust(Model):
@@ -193,7 +197,8 @@ class Robust(Model):
         default=0.2, ge=0, lt=0.5, description="Share of nodes that multi-krum and trimmed-mean leave out."
     )
     head: Literal["mean", "median", "trimmed-mean"] = Field(
-        default="mean", description="Of tensors that are trained whole, entry by entry; mean: by the rule."
+        default="mean",
+        description="How fully trained tensors are averaged, entry by entry; mean follows the rule.",
     )
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from fedpipe_api import memory
+from fedpipe_api import host_memory
 from fedpipe_api.node import Cpu
 
 
@@ -19,10 +19,10 @@ def read(cache: Path | None, *, limited: bool, root: Path = Path("/")) -> Cpu:
     root: where /proc and /sys are found.
     """
     cores = os.cpu_count() or 1
-    total, free = memory.read(root, limited=limited)
+    total, free = host_memory.read(root, limited=limited)
     if limited:
         cores = min(cores, len(os.sched_getaffinity(0)))
-        for group in memory.unified_groups(root):
+        for group in host_memory.unified_groups(root):
             cores = min(cores, _core_limit(group) or cores)
     disk = None
     if cache is not None:

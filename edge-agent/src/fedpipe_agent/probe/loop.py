@@ -14,8 +14,8 @@ from ..errors import Stopped
 from . import host, link, status
 from .child import Child, Wait
 from .metrics import NodeMetrics
+from .missed_passes import Reader
 from .publish import Publisher, PublishError
-from .reader import Reader
 from .waiting import Waiter
 
 LINK_INTERVAL = 3600.0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The probe's one place to wait: for time, for a file descriptor, for SIGTERM, answering scrapes meanwhile.
 
-One thread does everything, because a process with threads cannot be forked safely (see `nvml`).
+One thread does everything, because a process with threads cannot be forked safely (see `child`).
 """
 
 import selectors

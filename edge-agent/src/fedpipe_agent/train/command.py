@@ -13,8 +13,8 @@ from types import FrameType
 from typing import NoReturn
 
 from fedpipe_api.base import UserError, parse_quantity
-from fedpipe_api.data_files import locate
 from fedpipe_api.node import Capacity
+from fedpipe_api.rows.data_paths import locate
 from fedpipe_api.wire import AssignmentKind
 
 from ..console import own_lines_only

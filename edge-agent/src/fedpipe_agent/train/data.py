@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedpipe_api.data_files import locate
 from fedpipe_api.job import DataSource, ModelSource, Task
+from fedpipe_api.rows.data_paths import locate
 from fedpipe_api.wire import DataNotes
 
 from .examples import Found, check_length, examples, held_out_of

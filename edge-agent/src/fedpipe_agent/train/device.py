@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fedpipe_api import memory, wire
+from fedpipe_api import host_memory, wire
 from fedpipe_api.node import Capacity
 
 from .nvml import Gpu
@@ -79,7 +79,7 @@ class Device:
             free = held + torch.cuda.mem_get_info(self.torch)[0]
         else:
             name = platform.processor() or "cpu" if name == "cpu" else name
-            free = overhead + memory.read().free
+            free = overhead + host_memory.read().free
         return wire.DeviceFacts(
             kind=self.torch.type,
             name=name[:128],

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe_api.base import UserError
-from fedpipe_api.data_files import locate
 from fedpipe_api.job import DataSource, ModelSource, Task
 from fedpipe_api.rows import Row, read
+from fedpipe_api.rows.data_paths import locate
 from fedpipe_api.wire import DataNotes
 
 from .chat_layouts import Message, alpaca, has, kind_of, messages_of, sharegpt, text_of, tools_of, value_of

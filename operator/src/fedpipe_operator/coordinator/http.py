@@ -141,7 +141,7 @@ def _limited(callers: Callers) -> Middleware:
 
 
 async def _link(request: web.Request) -> web.StreamResponse:
-    # Piece by piece: a stranger that does not read must not hold all of it here.
+    # Piece by piece: a client that does not read must not hold all of it here.
     response = web.StreamResponse()
     response.content_length = _LINK_BYTES
     await response.prepare(request)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a message from an agent is accepted: pure checks against the state.
 
-A node says only what it may say: what it was asked for, of the round it was asked for, and no more than it
-registered and was given to do. How much of that counts in a mean is another matter (`weights`).
+A message is accepted only if it answers what the node was asked for, in the round it was asked for, and
+claims no more work or data than was planned and registered. How much of that counts in a mean is another
+matter (`weights`).
 """
 
 from collections import Counter
@@ -53,7 +54,7 @@ def registration(state: JobState, node: str, message: Registration) -> Verdict:
     """Accept an agent of an offered node with a model that the job could have.
 
     Another model than the others' is no reason to refuse it before there is a plan: nobody knows yet which
-    node is wrong. The plan leaves the fewer ones out.
+    node is wrong. The plan leaves out the minority.
     """
     if node not in state.offered:
         raise Refused(403, "NotOffered", f"{node} is not a node of job {state.name}")
@@ -79,8 +80,8 @@ def registration(state: JobState, node: str, message: Registration) -> Verdict:
 def brings_model(state: JobState, node: str, shape: str) -> bool:
     """Return whether the job keeps the shape that the node registers, and not only its digest.
 
-    It keeps `MODELS`. Another takes the place of the one that the fewest nodes have, if more have the other:
-    however many models hostile nodes make up, that of most nodes is kept.
+    It keeps `MODELS`. A new shape replaces the least common one if more nodes have the new one: however many
+    models hostile nodes make up, that of most nodes is kept.
     """
     if shape in state.models or state.models_of.get(node, 0) >= MODELS_PER_NODE:
         return False
@@ -224,7 +225,7 @@ def _require_done(state: JobState, node: str, plan: NodePlan, manifest: UpdateMa
 def _agent(state: JobState, node: str) -> AgentRegistered:
     known = state.agents.get(node)
     if known is None:
-        raise Refused(409, "NotRegistered", f"{node} has not registered since the job went on")
+        raise Refused(409, "NotRegistered", f"{node} has not registered since the job was resumed")
     return known
 
 

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What to do next: pure functions of a job's state and the time."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from fedpipe_api.conditions import Reason
-from fedpipe_api.job import FedPipeJobSpec
 from fedpipe_api.status import Phase
 from fedpipe_api.wire import Assignment, AssignmentKind
 
 from ..planner import needs_replan
+from .learning_rate import learning_rate
 from .shapes import difference
 from .state import JobState, Round, evaluation_of
 
@@ -269,22 +268,6 @@ def _drift(state: JobState) -> str | None:
         if why:
             return f"{node}: {why}"
     return None
-
-
-def learning_rate(spec: FedPipeJobSpec, round_number: int) -> float:
-    """Return the learning rate of a round (from 1): linear warm-up, then constant, linear or cosine."""
-    optimizer, count = spec.optimizer, spec.rounds.count
-    if round_number <= optimizer.warmup_rounds:
-        return optimizer.learning_rate * round_number / (optimizer.warmup_rounds + 1)
-    passed = (round_number - 1 - optimizer.warmup_rounds) / max(1, count - optimizer.warmup_rounds)
-    match optimizer.schedule:
-        case "constant":
-            factor = 1.0
-        case "linear":
-            factor = 1 - passed
-        case "cosine":
-            factor = 0.5 * (1 + math.cos(math.pi * passed))
-    return optimizer.learning_rate * factor
 
 
 def assignment(state: JobState, node: str, now: float) -> Assignment | None:

@@ -5,7 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from fedpipe_api import memory
+from fedpipe_api import host_memory
 from fedpipe_api.base import UserError
 
 from ..aggregate import AggregationRequest
@@ -66,4 +66,4 @@ def available(root: Path = Path("/")) -> int:
     """Return the bytes that an aggregation may take in the worker: never more, however much others hold."""
     status = (root / "proc/self/status").read_text()
     resident = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:"))
-    return int((1 - SPARE) * memory.read(root).total) - resident - WORKER
+    return int((1 - SPARE) * host_memory.read(root).total) - resident - WORKER

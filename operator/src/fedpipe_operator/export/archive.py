@@ -8,7 +8,7 @@ from fedpipe_api.job import FedPipeJobSpec
 from fedpipe_api.wire import ModelShape
 
 from .peft import WEIGHTS, peft_texts
-from .weights import PeftWeights
+from .peft_weights import PeftWeights
 
 
 class AdapterArchive:

@@ -13,8 +13,7 @@ from fedpipe_api.job import Task
 from fedpipe_api.lora.format import LORA_B
 from fedpipe_api.wire import ModelShape
 
-from .peft import padded
-from .weights import rank_of
+from .peft_weights import padded, rank_of
 
 
 @dataclass(frozen=True)

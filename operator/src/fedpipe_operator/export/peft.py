@@ -5,16 +5,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from fedpipe_api.job import FedPipeJobSpec, ModelSource, Task
 from fedpipe_api.wire import ModelShape
 
-from .weights import PeftWeights, matrices_of, padded_shape, rank_of
+from .peft_weights import PeftWeights, matrices_of
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -82,16 +80,6 @@ def peft_texts(
     config = json.dumps(_config(weights, spec, shape), indent=2, sort_keys=True) + "\n"
     card = _card(spec, facts, weights.rank)
     return {"adapter_config.json": config.encode(), "README.md": card.encode()}
-
-
-def padded(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a global adapter whose matrices all have the highest rank; zeros change no product."""
-    rank = rank_of({name: tensor.shape for name, tensor in tensors.items()})
-    found = {}
-    for name, tensor in tensors.items():
-        wanted = padded_shape(name, tensor.shape, rank)
-        found[name] = np.pad(tensor, [(0, w - h) for w, h in zip(wanted, tensor.shape, strict=True)])
-    return found
 
 
 def _replace(new: Path, directory: Path) -> None:

@@ -14,7 +14,7 @@ from fedpipe_api.names import ADAPTER_SUBRESOURCE, GROUP, JOBS, TOKEN_HEADER, VE
 
 from ..engine import Refused
 from .api import Api, ApiError
-from .reviews import AT_ONCE, Decisions, Stranger, review
+from .token_review import AT_ONCE, Decisions, Unauthenticated, review
 
 KEEP_SECONDS = 10.0
 """How long a decision is kept, as kube-controller-manager and its like keep theirs."""
@@ -85,7 +85,7 @@ class Access:
     async def _decide(self, token: str, audience: str | None, right: Right) -> tuple[int, str, str] | None:
         try:
             user = await review(self._api, token, audience)
-        except Stranger as reason:
+        except Unauthenticated as reason:
             return 401, "Unauthenticated", str(reason)
         try:
             allowed = await self._api.review_access(user, right)

@@ -66,7 +66,7 @@ def any_adapter(engine: Engine, access: Access) -> Handler:
 
     async def adapter(request: web.Request) -> web.StreamResponse:
         namespace, name = request.match_info["namespace"], request.match_info["name"]
-        # Before anything is looked up: what exists is no stranger's business either.
+        # Before anything is looked up, so that a caller without the right cannot learn which jobs exist.
         await access.check(bearer(request), ADAPTER_AUDIENCE, adapter_right(namespace, name))
         job = _find(engine, namespace, name)
         if job is None:

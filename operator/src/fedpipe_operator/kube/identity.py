@@ -13,7 +13,7 @@ from ..coordinator import Identity
 from ..engine import Refused
 from .api import Api, ApiError
 from .fields import Unreadable
-from .reviews import AT_ONCE, Decisions, Stranger, expiry, review
+from .token_review import AT_ONCE, Decisions, Unauthenticated, expiry, review
 from .views import PodView, pod_view
 
 log = logging.getLogger(__name__)
@@ -77,8 +77,10 @@ class PodIdentities:
         try:
             pod, job = await self._pod(token)
             if not pod.bound or pod.node != pod.bound or pod.name != child_name(job.name, pod.bound):
-                raise Stranger(f"Pod {pod.namespace}/{pod.name} on {pod.bound or 'no node'} is no agent")
-        except Stranger as reason:
+                raise Unauthenticated(
+                    f"Pod {pod.namespace}/{pod.name} on {pod.bound or 'no node'} is no agent"
+                )
+        except Unauthenticated as reason:
             self._log(str(reason))
             return None
         return Identity(pod.job, pod.bound)
@@ -88,8 +90,8 @@ class PodIdentities:
         try:
             pod, job = await self._pod(token)
             if pod.name != child_name(job.name, ""):
-                raise Stranger(f"Pod {pod.namespace}/{pod.name} writes no output")
-        except Stranger as reason:
+                raise Unauthenticated(f"Pod {pod.namespace}/{pod.name} writes no output")
+        except Unauthenticated as reason:
             self._log(str(reason))
             return None
         return pod.job
@@ -114,16 +116,18 @@ class PodIdentities:
         if pod is None or pod.uid != bound.uid:
             reason = f"{title} of the token is gone or is no agent"
             self._refuse(token, reason)
-            raise Stranger(reason)
+            raise Unauthenticated(reason)
         if not pod.running or (pod.until is not None and self._clock() >= pod.until):
-            raise Stranger(f"{title} has ended")
+            raise Unauthenticated(f"{title} has ended")
         if bound.node not in ("", pod.bound):
-            raise Stranger(f"{title} is not on the node that its token is for")
+            raise Unauthenticated(f"{title} is not on the node that its token is for")
         job = self._job_name(pod.job)
         if job is None:
-            raise Stranger(f"{title} belongs to a job that is gone")
+            raise Unauthenticated(f"{title} belongs to a job that is gone")
         if job != JobName(pod.namespace, pod.owner):
-            raise Stranger(f"{title} is not of the namespace and name of the job that it says it belongs to")
+            raise Unauthenticated(
+                f"{title} is not of the namespace and name of the job that it says it belongs to"
+            )
         return pod, job
 
     async def _fetch(self, bound: BoundPod) -> PodView | None:
@@ -134,7 +138,7 @@ class PodIdentities:
         try:
             return None if body is None else pod_view(body)
         except Unreadable as error:
-            raise Stranger(f"Pod {bound.namespace}/{bound.name} cannot be read: {error}") from None
+            raise Unauthenticated(f"Pod {bound.namespace}/{bound.name} cannot be read: {error}") from None
 
     async def _reviewed(self, token: str) -> BoundPod:
         found = self._decisions.get(token, self._clock())
@@ -142,14 +146,14 @@ class PodIdentities:
             async with self._turns:
                 found = self._decisions.get(token, self._clock()) or await self._look(token)
         if isinstance(found, str):
-            raise Stranger(found)
+            raise Unauthenticated(found)
         return found
 
     async def _look(self, token: str) -> BoundPod | str:
         now = self._clock()
         try:
             found = _bound_pod(await review(self._api, token, AUDIENCE))
-        except Stranger as reason:
+        except Unauthenticated as reason:
             return self._refuse(token, str(reason))
         until = min(now + CACHE_SECONDS, expiry(token))
         self._decisions.keep(token, found, allowed=True, until=until)
@@ -166,7 +170,7 @@ def _bound_pod(user: Mapping[str, object]) -> BoundPod:
     said = extra if isinstance(extra, Mapping) else {}
     name, uid, node = (_only(said.get(f"{_EXTRA}{what}")) for what in ("pod-name", "pod-uid", "node-name"))
     if kind or not account or not name or not uid:
-        raise Stranger(f"the token of {user.get('username')} is not bound to a Pod")
+        raise Unauthenticated(f"the token of {user.get('username')} is not bound to a Pod")
     return BoundPod(account.partition(":")[0], name, uid, node)
 
 

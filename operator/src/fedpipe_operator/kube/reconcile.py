@@ -12,35 +12,14 @@ from fedpipe_api.job import FedPipeJob
 
 from ..engine.state import JobState
 from .node_selection import ClusterNodes, NodeSelection, choose
+from .pod_removal import STARTING_SECONDS, Removal, left_out, removals
 from .views import PodView
-
-REPLACE_SECONDS, LONGEST_REPLACE_SECONDS = 10.0, 300.0
-"""Pause before a Pod that ended is replaced, so that a broken node is not hammered: twice as long for each
-of its Pods that failed in a row, as between a kubelet's restarts."""
-
-STARTING_SECONDS = 120.0
-"""A Pod that has not started after so long is a problem, whatever its status says."""
 
 LINGER_SECONDS = 30.0
 """After the end of a job its agents get this long to end by themselves, which keeps their logs readable."""
 
 REGISTERED_SECONDS = 15.0
 """An agent may call before its Pod is seen here; only after so long a missing Pod means that it is gone."""
-
-HUNG_SECONDS = 300.0
-"""A Pod that runs while its agent has not called for so long is replaced."""
-
-ROLL_SECONDS = 10.0
-"""A new template may interrupt a round that is no older than this."""
-
-
-@dataclass(frozen=True)
-class Removal:
-    """A Pod to delete; `force` without waiting for a kubelet that is gone."""
-
-    pod: PodView
-    reason: str
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,12 +80,12 @@ def reconcile(
     by_node = {pod.node: pod for pod in pods}
     choice = choose(job.spec, state, by_node, fleet, now)
     enough = len(choice.nodes) >= job.spec.nodes.min or state.plan is not None
-    gpus = frozenset(n for n in choice.nodes if fleet.capacities[n].devices and n not in _left_out(state))
+    gpus = frozenset(n for n in choice.nodes if fleet.capacities[n].devices and n not in left_out(state))
     lost = _losses(state, by_node, fleet, choice, now)
     offered = (state.offered, state.excluded)
     fresh = (choice.nodes, choice.excluded) != offered
     wanted = frozenset(choice.nodes) & frozenset(state.desired) if enough else frozenset()
-    remove, again = _removals(
+    remove, again = removals(
         state,
         pods,
         wanted=wanted,
@@ -134,10 +113,6 @@ def as_recorded(job: FedPipeJob, state: JobState) -> FedPipeJob:
     return job.model_copy(update={"metadata": metadata, "spec": state.spec})
 
 
-def _left_out(state: JobState) -> Mapping[str, str]:
-    return state.plan.left_out if state.plan else {}
-
-
 def _losses(
     state: JobState, pods: Mapping[str, PodView], fleet: ClusterNodes, choice: NodeSelection, now: float
 ) -> dict[str, str]:
@@ -161,64 +136,6 @@ def _losses(
                 f"its Pod has not started after {STARTING_SECONDS:.0f} s; see kubectl describe pod {pod.name}"
             )
     return lost
-
-
-def _removals(
-    state: JobState,
-    pods: Sequence[PodView],
-    *,
-    wanted: frozenset[str],
-    fleet: ClusterNodes,
-    seen: Mapping[str, float],
-    template: str,
-    generation: str,
-    now: float,
-) -> tuple[tuple[Removal, ...], float | None]:
-    remove: list[Removal] = []
-    waits: list[float] = []
-    for pod in pods:
-        if pod.node not in fleet.nodes:
-            remove.append(Removal(pod, "the Node is gone", force=True))
-        elif pod.deleting:
-            continue
-        elif pod.node not in wanted:
-            remove.append(Removal(pod, _left_out(state).get(pod.node, "not wanted any more")))
-        elif not pod.running:
-            left = (pod.ended or pod.created) + _pause(pod.failures) - now
-            if pod.mistake and (pod.template, pod.generation) == (template, generation):
-                continue  # Another would end in the same way; this one stays, for people to read and delete.
-            if left <= 0:
-                remove.append(Removal(pod, f"it has ended ({pod.phase}) and is replaced"))
-            else:
-                waits.append(left)
-        elif pod.template != template:
-            if _busy(state, pod.node, now):
-                waits.append(ROLL_SECONDS)
-            else:
-                remove.append(Removal(pod, "its template changed"))
-        elif pod.phase == "Running" and pod.node in state.lost and not pod.trouble:
-            left = max(seen.get(pod.node, 0.0), pod.created) + HUNG_SECONDS - now
-            if left <= 0:
-                remove.append(Removal(pod, f"its agent has not called for {HUNG_SECONDS:.0f} s"))
-            else:
-                waits.append(left)
-        elif pod.phase == "Pending" and pod.node not in state.lost and pod.node not in state.agents:
-            waits.append(max(1.0, pod.created + STARTING_SECONDS - now))
-    return tuple(remove), min(waits, default=None)
-
-
-def _pause(failures: int) -> float:
-    """Return the seconds before a Pod that ended is replaced; `failures` are those in a row."""
-    doublings = min(max(0, failures - 1), 10)
-    return min(REPLACE_SECONDS * 2**doublings, LONGEST_REPLACE_SECONDS)
-
-
-def _busy(state: JobState, node: str, now: float) -> bool:
-    """Whether a restart would throw away much work of the open round."""
-    current = state.current
-    if current is None or current.closed or node not in current.opened.participants or node not in state.live:
-        return False
-    return node not in current.updates and now - current.opened_at > ROLL_SECONDS
 
 
 def _after(job: FedPipeJob, pods: Sequence[PodView], state: JobState, now: float) -> Actions:

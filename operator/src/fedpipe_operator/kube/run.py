@@ -18,7 +18,7 @@ from ..serving import Limits, listen
 from ..serving import serve as serve_http
 from .access import Access
 from .api import Api, ApiError, connect
-from .authority import Authority
+from .certificates import Authority
 from .controller import Controller
 from .events import EventRecorder
 from .handlers import kopf_settings, register

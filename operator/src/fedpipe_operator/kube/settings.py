@@ -79,7 +79,7 @@ class OperatorSettings:
 
     @property
     def own_tls_secret(self) -> str:
-        """The Secret of the operator's own authority; its rights name it."""
+        """The Secret of the operator's own CA; its rights name it."""
         return f"{self.service}-tls"
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The coordinator's certificate: an own authority in a Secret, renewed with overlap, or a Secret given."""
+"""The coordinator's certificate: from a CA in a Secret, rotated with overlap, or from a given Secret."""
 
 import base64
 import ipaddress
@@ -20,7 +20,7 @@ from fedpipe_api.base import UserError
 CA_LIFE = timedelta(days=365)
 SERVING_LIFE = timedelta(days=90)
 OVERLAP = timedelta(days=1)
-"""A new authority is published so long before it signs anything, so that every agent trusts it by then."""
+"""How long a new CA is published before it signs anything, so that every agent trusts it by then."""
 
 _BACKDATED = timedelta(minutes=5)  # clocks of edge nodes differ
 _FIELDS = ("ca.crt", "ca.key", "tls.crt", "tls.key", "next-ca.crt", "next-ca.key", "old-ca.crt")
@@ -28,7 +28,7 @@ _FIELDS = ("ca.crt", "ca.key", "tls.crt", "tls.key", "next-ca.crt", "next-ca.key
 
 @dataclass(frozen=True)
 class Material:
-    """PEM texts. `next_*` is the authority to come, `old_*` the one that signed what agents may still see."""
+    """PEM texts. `next_*` is the next CA, `old_*` the one that signed what agents may still see."""
 
     ca_crt: bytes
     ca_key: bytes
@@ -40,7 +40,7 @@ class Material:
 
     @property
     def bundle(self) -> str:
-        """What agents trust: every authority that has signed or will sign."""
+        """What agents trust: every CA that has signed or will sign."""
         return b"".join((self.ca_crt, self.next_ca_crt, self.old_ca_crt)).decode()
 
     def to_secret(self) -> dict[str, str]:
@@ -65,18 +65,18 @@ def _attribute(field: str) -> str:
 def renew(material: Material | None, hosts: Sequence[str], now: datetime) -> Material:
     """Return the material as it should be now: the same object when nothing is due.
 
-    At two thirds of the authority's life the next one is made and published; after OVERLAP it signs; the old
+    At two thirds of the CA's life the next one is made and published; after OVERLAP it signs; the old
     one is published until it expires. The serving certificate is renewed at two thirds of its life, and when
-    its names or its authority changed.
+    its names or its CA changed.
     """
     if material is None:
-        crt, key = _authority(now)
+        crt, key = _new_ca(now)
         return Material(crt, key, *_serving(crt, key, hosts, now))
     ca = x509.load_pem_x509_certificate(material.ca_crt)
     if material.old_ca_crt and _end(material.old_ca_crt) <= now:
         material = replace(material, old_ca_crt=b"")
     if not material.next_ca_crt and _due(ca, now):
-        crt, key = _authority(now)
+        crt, key = _new_ca(now)
         material = replace(material, next_ca_crt=crt, next_ca_key=key)
     expired = ca.not_valid_after_utc <= now
     if material.next_ca_crt:
@@ -120,7 +120,7 @@ def _builder(subject: str, life: timedelta, now: datetime) -> x509.CertificateBu
     return builder.not_valid_before(now - _BACKDATED).not_valid_after(now + life)
 
 
-def _authority(now: datetime) -> tuple[bytes, bytes]:
+def _new_ca(now: datetime) -> tuple[bytes, bytes]:
     key = ec.generate_private_key(ec.SECP256R1())
     builder = _builder(f"FedPipe CA {now:%Y-%m-%d}", CA_LIFE, now).public_key(key.public_key())
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())

@@ -12,10 +12,10 @@ from pydantic.alias_generators import to_snake
 
 from fedpipe_api import units, yaml_file
 from fedpipe_api.base import Model, UserError, explain
-from fedpipe_api.data_files import locate
 from fedpipe_api.files import expanded
 from fedpipe_api.job import FedPipeJob, FedPipeJobSpec
 from fedpipe_api.node import Fleet, FleetNode
+from fedpipe_api.rows.data_paths import locate
 
 M = TypeVar("M", bound=Model)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fedpipe_api import memory
+from fedpipe_api import host_memory
 from fedpipe_api.base import UserError
 from fedpipe_api.precisions import Precision, allowed
 from fedpipe_api.wire import Registration
@@ -72,7 +72,7 @@ def _without_float32(local: LocalJob) -> bool:
 def _warn(local: LocalJob) -> None:
     # What is declared of a GPU's memory is not this machine's.
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
-        warning = memory_warning(local, memory.read().total)
+        warning = memory_warning(local, host_memory.read().total)
         if warning:
             sys.stderr.write(f"{warning}\n")
 

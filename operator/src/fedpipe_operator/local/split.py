@@ -12,7 +12,7 @@ import numpy as np
 
 from fedpipe_api import rows as data_rows
 from fedpipe_api.base import UserError
-from fedpipe_api.data_files import created, form_of, found
+from fedpipe_api.rows.data_paths import created, form_of, found
 
 By = Literal["iid", "dirichlet", "size"]
 

@@ -95,8 +95,8 @@ FAMILIES: tuple[Family, ...] = (
     _gauge("fedpipe_node_update_norm", NODE, "Frobenius norm of its latest aggregated update."),
     _gauge("fedpipe_node_update_cosine", NODE, "Cosine of that update to the mean of the others."),
     # The operator itself
-    Family("fedpipe_operator_reconcile_seconds", "histogram", (), "Time of one look at a job."),
-    _gauge("fedpipe_operator_reconcile_age_seconds", (), "Seconds since the last look at any job."),
+    Family("fedpipe_operator_reconcile_seconds", "histogram", (), "Duration of one reconciliation of a job."),
+    _gauge("fedpipe_operator_reconcile_age_seconds", (), "Seconds since any job was last reconciled."),
     Family("fedpipe_operator_loop_lag_seconds", "histogram", (), "How late the event loop runs what is due."),
     _counter(
         "fedpipe_operator_api_requests_total",

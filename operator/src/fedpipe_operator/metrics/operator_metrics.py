@@ -59,7 +59,7 @@ class OperatorMetrics:
         return Histogram(name, NAMES[name].help, registry=self._own, buckets=_SECONDS)
 
     def observe_reconcile(self, seconds: float) -> None:
-        """Count one look at a job."""
+        """Count one reconciliation of a job."""
         self._reconcile.observe(seconds)
 
     async def watch_lag(self) -> None:

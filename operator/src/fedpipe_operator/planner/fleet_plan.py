@@ -16,7 +16,7 @@ from fedpipe_api.base import UserError
 from fedpipe_api.job import Ranks, Rounds
 from fedpipe_api.precisions import allowed
 
-from . import format, memory, speed
+from . import format, speed, training_memory
 from .calibration import Calibration
 from .node_plan import Case, Choice, Infeasible, Problem
 from .programme import Known
@@ -66,7 +66,9 @@ def plan(request: PlanRequest) -> Plan:
         candidates=len(request.model.matrices),
         provisional=spec.adapter.selection.mode == "importance" and request.importance is None,
         deadline=spec.rounds.deadline,
-        budgets={facts.name: memory.budget(facts.device, request.headroom) for facts in request.nodes},
+        budgets={
+            facts.name: training_memory.budget(facts.device, request.headroom) for facts in request.nodes
+        },
         upload_bytes={name: speed.upload_bytes(work, node.ranks) for name, node in planned.items()},
         under_training=under_training(planned.values(), spec.rounds.deadline),
     )
@@ -91,7 +93,7 @@ def calibrate(
         work = replace(work, remainder_rank=0)
     measured = Configuration(plan.precision, report.micro_batch, plan.checkpointing)
     seconds = speed.step_time(work, device, measured, plan.ranks)
-    peak = memory.peak_bytes(work, device, measured, plan.ranks)
+    peak = training_memory.peak_bytes(work, device, measured, plan.ranks)
     return Calibration.of(
         (report.step_seconds, seconds), (report.peak_bytes - device.overhead, peak - device.overhead)
     )
@@ -146,13 +148,13 @@ def _case(facts: NodeFacts, request: PlanRequest) -> Case:
     )
     link = device.link_rate and max(1, math.floor(_rounded(device.link_rate, up=False)))
     changes = {"name": name, "uuid": None, "free_memory": 0, "kernels": kernels, "link_rate": link}
-    unit = memory.coarseness(device.overhead)
+    unit = training_memory.coarseness(device.overhead)
     overhead = -(-device.overhead // unit) * unit
-    budget = memory.budget(device, request.headroom)
+    budget = training_memory.budget(device, request.headroom)
     room, seen = budget - overhead, facts.calibration
     if seen:
         room = seen.uncorrected(room)
-        room = room // memory.coarseness(room) * memory.coarseness(room)
+        room = room // training_memory.coarseness(room) * training_memory.coarseness(room)
     return Case(
         device=device.model_copy(update={**changes, "overhead": overhead}),
         budget=budget,
@@ -224,7 +226,7 @@ def _node_plan(work: Workload, rounds: Rounds, chosen: Choice, facts: NodeFacts)
         ranks=chosen.ranks,
         checkpointing=configuration.checkpointing,
         local_steps=steps,
-        predicted_bytes=memory.peak_bytes(work, device, configuration, chosen.ranks, calibration),
+        predicted_bytes=training_memory.peak_bytes(work, device, configuration, chosen.ranks, calibration),
         predicted_step_seconds=step,
         predicted_round_seconds=steps * step + evaluation + speed.transfer_time(device, moved),
         limited_by=chosen.limited_by,

@@ -13,7 +13,7 @@ from fedpipe_api import units, wire
 from fedpipe_api.job import FedPipeJobSpec
 from fedpipe_api.precisions import Precision, allowed
 
-from . import format, memory, speed
+from . import format, speed, training_memory
 from .programme import Floats, Known, Programme
 from .workload import Configuration, Workload
 
@@ -175,7 +175,7 @@ class Problem:
         per_rank = factor * sides * speed.rank_time(work, device, 1)
         transfers = speed.transfer_time(device, speed.download_bytes(work) + speed.upload_bytes(work, {}))
         for choice in choices:
-            one, two = (memory.rank_bytes(work, choice, side) for side in (1, 2))
+            one, two = (training_memory.rank_bytes(work, choice, side) for side in (1, 2))
             evaluation = factor * speed.evaluation_time(work, device, choice, self.case.evaluation_samples)
             slowness = speed.slowness(device, choice.precision)
             slow = SLOW_PENALTY * (1 + math.log2(slowness)) if slowness > 1 else 0.0
@@ -183,7 +183,7 @@ class Problem:
                 configuration=choice,
                 slowness=slowness,
                 value=choice.precision.worth + SPEED_VALUE * fastest / seconds[choice] - slow,
-                fixed_bytes=memory.fixed_bytes(work, device, choice),
+                fixed_bytes=training_memory.fixed_bytes(work, device, choice),
                 bytes_per_rank=(2 * one - two + (two - one) * sides).astype(np.float64),
                 step_seconds=seconds[choice],
                 step_seconds_per_rank=per_rank,

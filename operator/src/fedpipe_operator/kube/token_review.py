@@ -20,27 +20,27 @@ AT_ONCE = 10
 """Reviews under way at a time; the others wait, so that nobody floods the API server through the operator."""
 
 
-class Stranger(Exception):
-    """Why a token stands for nobody that may come in."""
+class Unauthenticated(Exception):
+    """A token is not accepted; says why."""
 
 
 async def review(api: Api, token: str, audience: str | None) -> Mapping[str, Any]:
     """Return the user of a token as the API server knows them: username, uid, groups, extra.
 
-    Without an audience the token must be one for the API server itself. Stranger says why it is refused;
-    Refused 503 means that nobody could be asked.
+    Without an audience the token must be one for the API server itself. Unauthenticated says why it is
+    refused; Refused 503 means that nobody could be asked.
     """
     if not 0 < len(token) <= TOKEN_BYTES or not (token.isascii() and token.isprintable()):
-        raise Stranger("the token is empty, too long or no printable ASCII")
+        raise Unauthenticated("the token is empty, too long or no printable ASCII")
     try:
         status = await api.review_token(token, audience)
     except ApiError as error:
         # The caller may come again: a 5xx is retried, a 401 is not.
         raise Refused(503, "ReviewFailed", str(error)) from None
     if not status.get("authenticated"):
-        raise Stranger(f"TokenReview: {one_line(str(status.get('error') or 'not authenticated'))}")
+        raise Unauthenticated(f"TokenReview: {one_line(str(status.get('error') or 'not authenticated'))}")
     if audience is not None and audience not in (status.get("audiences") or ()):
-        raise Stranger(f"the token is not for audience {audience}")
+        raise Unauthenticated(f"the token is not for audience {audience}")
     return status.get("user") or {}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the backends, each in a child process of its own on every pass.
+"""Reads the backends, each in a child process on every pass; a few passes without an answer are forgiven.
 
 A child, because a driver's library can hang inside the driver, can crash, and keeps what it loaded first:
 after a driver upgrade only a fresh process loads the new one. The parent never loads any.

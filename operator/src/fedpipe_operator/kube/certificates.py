@@ -17,7 +17,7 @@ from .tls import Material, load_certificate, now_utc, renew
 log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 300.0
-"""Pause between two looks at the certificate."""
+"""Pause between two checks of the certificate."""
 
 
 class Authority:
@@ -78,7 +78,7 @@ class Authority:
     async def _fill(self, material: Material) -> None:
         """Fill the ConfigMap that probes and Prometheus trust; without it links and metrics stay unread.
 
-        Applied at every look, so that one which somebody emptied is filled again.
+        Applied at every check, so that one that somebody emptied is filled again.
         """
         name = self._settings.ca_config_map
         if name is None:

@@ -12,7 +12,7 @@ from cryptography import x509
 from kubernetes.aio import client, config
 
 from fedpipe_operator.kube.api import Api
-from fedpipe_operator.kube.authority import Authority
+from fedpipe_operator.kube.certificates import Authority
 from fedpipe_operator.kube.pods import CA_KEY
 from fedpipe_operator.kube.settings import OperatorSettings
 from kube.controlplane import ControlPlane

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from .base import UserError
+from ..base import UserError
 
 LINE_LIMIT = 2**26
 """Bytes (characters of UTF-16 and UTF-32) of the longest line."""

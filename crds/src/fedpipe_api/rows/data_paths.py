@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-from .base import UserError
-from .job import DataSource
+from ..base import UserError
+from ..job import DataSource
 
 _SUFFIXES = {
     ".jsonl": "jsonl",

@@ -32,6 +32,16 @@ def padded_shape(name: str, shape: Shape, rank: int) -> Shape:
     return (*shape[:1], rank) if _is_factor(name, LORA_B) else shape
 
 
+def padded(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a global adapter whose matrices all have the highest rank; zeros change no product."""
+    rank = rank_of({name: tensor.shape for name, tensor in tensors.items()})
+    found = {}
+    for name, tensor in tensors.items():
+        wanted = padded_shape(name, tensor.shape, rank)
+        found[name] = np.pad(tensor, [(0, w - h) for w, h in zip(wanted, tensor.shape, strict=True)])
+    return found
+
+
 def matrices_of(shapes: Mapping[str, Shape]) -> list[str]:
     """Return the names of a global adapter's matrices."""
     return sorted(name.removesuffix(LORA_A) for name in shapes if _is_factor(name, LORA_A))
