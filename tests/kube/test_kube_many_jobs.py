@@ -26,7 +26,7 @@ class Published:
         self.owners: list[str] = []
         self.fault: ApiError | None = None
 
-    async def __call__(self, namespace: str, owner: dict[str, Any]) -> None:
+    async def __call__(self, namespace: str, owner: dict[str, Any], *, again: bool = False) -> None:
         if self.fault:
             raise self.fault
         assert (owner["kind"], owner["controller"], namespace) == ("FedPipeJob", False, "support")
