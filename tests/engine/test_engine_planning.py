@@ -93,8 +93,10 @@ def test_predictions_meet_the_measurement() -> None:
         assert node.predicted_step_seconds == pytest.approx(0.5, rel=0.2)
 
 
-def trained(state: JobState, updates: tuple[str, ...], stragglers: dict[str, int]) -> None:
-    """Let round 1 pass: 300 seconds."""
+def trained(
+    state: JobState, updates: tuple[str, ...], stragglers: dict[str, int], closed: float = 304.0
+) -> None:
+    """Let round 1 pass: 300 seconds, where the clock does not jump."""
     second = plan(request_of(state))
     apply(
         state,
@@ -115,7 +117,7 @@ def trained(state: JobState, updates: tuple[str, ...], stragglers: dict[str, int
             update={"step_seconds": 2.0, "peak_bytes": 1 << 29}
         )
         apply(state, UpdateAccepted(round=1, node=node, manifest=manifest), 10.0)
-    apply(state, RoundClosed(round=1, stragglers=stragglers, bytes_down=0), 304.0)
+    apply(state, RoundClosed(round=1, stragglers=stragglers, bytes_down=0), closed)
 
 
 def test_an_update_calibrates_again() -> None:
@@ -136,6 +138,23 @@ def test_a_straggler_is_asked_for_fewer_steps_and_keeps_its_place() -> None:
     assert made.nodes["b"].limited_by == "time"
     assert 10 <= made.nodes["b"].local_steps < 35, "it did 30 steps in a whole round"
     assert made.nodes["a"].local_steps == 100
+
+
+@pytest.mark.parametrize("closed", [4.0, -3600.0])
+def test_a_clock_that_goes_back_says_nothing_of_a_straggler(closed: float) -> None:
+    state = profiled()
+    before = request_of(state).nodes[1].calibration
+    trained(state, ("a",), {"b": 0}, closed)
+    assert request_of(state).nodes[1].calibration == before, "its profile still holds"
+    assert plan(request_of(state)).nodes.keys() == {"a", "b"}
+
+
+def test_a_clock_that_is_set_forward_counts_as_the_deadline() -> None:
+    """As on a board without a battery that first starts in 1970."""
+    forward, usual = profiled(), profiled()
+    trained(forward, ("a",), {"b": 30}, 1.8e9)
+    trained(usual, ("a",), {"b": 30})
+    assert request_of(forward) == request_of(usual)
 
 
 def test_a_node_that_joins_late_has_no_calibration() -> None:

@@ -130,10 +130,14 @@ def _report(known: Round, node: str, plan: NodePlan) -> ProfileReport | None:
         )
     if known.closed is None or known.closed_at is None or node not in known.closed.stragglers:
         return None
+    # A clock that was set forward meanwhile shows more than the round could take.
+    seconds = min(known.closed_at, known.deadline) - known.opened_at
+    if seconds <= 0:
+        return None  # it was set back, and says nothing of the node
     # It missed the deadline: the whole round went into the steps that it was last heard of at.
     steps = max(1, known.closed.stragglers[node])
     return ProfileReport(
-        step_seconds=(known.closed_at - known.opened_at) / steps,
+        step_seconds=seconds / steps,
         peak_bytes=plan.predicted_bytes,
         micro_batch=plan.micro_batch,
     )
