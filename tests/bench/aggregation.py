@@ -2,6 +2,8 @@
 """Aggregation of unequal adapters in factor space: seconds, memory, growth, and what becomes of the rank.
 
 `python tests/bench/aggregation.py [--nodes 16] [--ranks 8..64] [--matrices 128] [--dim 4096] [--seed 0]`
+`python tests/bench/aggregation.py --momentum 4 [--matrices 4]`: so many pairs of rounds without and with the server's
+momentum instead, to results/aggregation-momentum.json
 
 Beside it dense-SVD redistribution: form Σ w s B A as a dense matrix and decompose it, on one matrix; its
 total is that times the matrices. Every run is a process of its own; memory is its peak above its imports.
@@ -17,15 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
-from bench_machine import machine
+from bench_machine import commit, machine
 from safetensors.numpy import load_file, save_file
 
-from fedpipe_api.job import Aggregation, Method
+from fedpipe_api.job import Aggregation, Method, ServerOptimizer
 from fedpipe_api.lora.codec import received
 from fedpipe_api.lora.format import LORA_A, LORA_B, scale
 from fedpipe_operator.aggregate import AggregationReport, AggregationRequest, NodeUpdate, aggregate_round
@@ -59,7 +62,10 @@ figures = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process
 figures["peak_mb"] = (peak() - before) / 1e6
 if sys.argv[1] != "dense":
     figures |= {"relative_error": report.relative_error, "effective_rank": report.effective_rank}
-    report.adapter.path.unlink()
+    figures["state_bytes"] = report.server_state.size if report.server_state else 0
+    for file in (report.adapter, report.sent, report.server_state):
+        if file is not None:
+            file.path.unlink()
 print(json.dumps(figures))
 """
 
@@ -108,6 +114,22 @@ def case(ranks: list[int], matrices: int, dim: int, seed: int, dense: bool = Fal
         if dense:
             found["dense_one_matrix"] = measured(request, "dense")
     return found
+
+
+def momentum_pairs(ranks: list[int], matrices: int, dim: int, seed: int, count: int) -> list[dict]:
+    """Measure a round without and with the server's momentum, one after the other, `count` times."""
+    pairs = []
+    with tempfile.TemporaryDirectory() as folder:
+        plain = request_of(Path(folder), ranks, matrices, dim, seed)
+        server = ServerOptimizer(name="fedavgm", momentum=0.5)
+        first = replace(plain, aggregation=Aggregation(server=server))
+        state = aggregate_round(first).server_state
+        assert state is not None
+        later = replace(first, server_state=state.path)
+        for number in range(count):
+            print(f"pair {number + 1}: without, with momentum", flush=True)
+            pairs.append({"plain": measured(plain), "momentum": measured(later)})
+    return pairs
 
 
 # A problem whose best increment has rank 24, and each node its own drift from it.
@@ -222,12 +244,26 @@ def main() -> None:
     parser.add_argument("--matrices", type=int, default=128)
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--momentum", type=int, metavar="PAIRS", help="measure the server's momentum instead")
     chosen = parser.parse_args()
     low, high = map(int, chosen.ranks.split(".."))
     ladder = [2**power for power in range(12) if low <= 2**power <= high]
     ranks = [ladder[k % len(ladder)] for k in range(chosen.nodes)]
     started = time.perf_counter()
     dim, seed = chosen.dim, chosen.seed
+    if chosen.momentum:
+        about = {
+            "machine": machine(),
+            "commit": commit(),
+            "load_before": os.getloadavg()[0],
+            "ranks": ranks,
+            "dim": dim,
+            "seed": seed,
+        }
+        pairs = momentum_pairs(ranks, chosen.matrices, dim, seed, chosen.momentum)
+        text = json.dumps(about | {"matrices": chosen.matrices, "pairs": pairs}, indent=1)
+        (RESULTS / "aggregation-momentum.json").write_text(text + "\n")
+        return
     results = {
         "machine": machine(),
         "load_before": os.getloadavg()[0],

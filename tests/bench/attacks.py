@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hostile nodes against every robust rule: accuracy after a federation that some of the nodes attack.
 
-`OMP_NUM_THREADS=1 python tests/bench/attacks.py [--news DIR] [--seeds 2] [--rounds 12]`
+`OMP_NUM_THREADS=1 python tests/bench/attacks.py [--news DIR] [--seeds 2] [--rounds 12] [--attacks …] [--rules …]
+    [--fractions 0.2 …] [--server '{"name": "none"}']`
 
 Ten nodes of unequal ranks, data cut by Dirichlet 0.5, samples as unequal as that makes them. The model has two
 frozen layers with LoRA and a trained head, on features of 20 Newsgroups (`--news`, the folder with train.jsonl.gz
@@ -28,7 +29,7 @@ import numpy as np
 from bench_machine import commit, machine
 from safetensors.numpy import load_file, save_file
 
-from fedpipe_api.job import Aggregation, Checks, Robust
+from fedpipe_api.job import Aggregation, Checks, Robust, ServerOptimizer
 from fedpipe_api.lora.codec import received
 from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B, scale
 from fedpipe_operator.aggregate import AggregationRequest, NodeUpdate, aggregate_round
@@ -131,7 +132,7 @@ class State:
     head: np.ndarray
 
 
-def train(model: Model, state: State, batches, random) -> tuple[list, list, np.ndarray]:
+def train(model: Model, state: State, batches, random, rate=RATE) -> tuple[list, list, np.ndarray]:
     """Train all nodes side by side; return B (2, K, d, r), A (2, K, r, c), padded with zeros, and heads (K, …)."""
     nodes, widest = len(RANKS), max(RANKS)
     lefts, rights = np.zeros((2, nodes, WIDTH, widest)), np.zeros((2, nodes, widest, WIDTH))
@@ -169,7 +170,7 @@ def train(model: Model, state: State, batches, random) -> tuple[list, list, np.n
             means[i] = 0.9 * means[i] + 0.1 * gradient
             squares[i] = 0.999 * squares[i] + 0.001 * gradient**2
             root = np.sqrt(squares[i] / (1 - 0.999**step)) + 1e-8
-            values[i] = values[i] - RATE * means[i] / (1 - 0.9**step) / root
+            values[i] = values[i] - rate * means[i] / (1 - 0.9**step) / root
     return values[:2], values[2:4], values[4]
 
 
@@ -197,8 +198,28 @@ def turned(attack: str, own: list, honest: list, random) -> list:
     return own
 
 
-def run(model: Model, data: Data, shares, attack: str, hostile: list[int], rule: str, seed: int, rounds: int):
-    """Train a federation; return its accuracy and how often the backdoor works, on the test set."""
+def aggregation_of(rule: str, hostile: int, server: ServerOptimizer) -> Aggregation:
+    name, head_rule = RULES[rule]
+    robust = Robust(rule=name, head=head_rule, byzantine=max(0.2, hostile / len(RANKS)))
+    checks = Checks(mode="none") if rule == "no defence" else Checks()
+    return Aggregation(robust=robust, checks=checks, server=server)
+
+
+@dataclass
+class Trained:
+    """What a federation came to: loss and accuracy on the test set after each round, its last model, verdicts."""
+
+    losses: list[float]
+    accuracies: list[float]
+    fooled: float
+    verdicts: dict[str, int]
+
+
+def run(
+    model: Model, data: Data, shares, attack: str, hostile: list[int], aggregation: Aggregation, seed: int,
+    rates: list[float],
+) -> Trained:  # fmt: skip
+    """Train a federation, a round for each learning rate; `fooled` is how often the backdoor works at the end."""
     random = np.random.default_rng(seed)
     trigger = 3 * np.sign(np.random.default_rng(99).standard_normal(WIDTH)) * (np.arange(WIDTH) < 16)
     labels = np.repeat(data.labels[None], len(RANKS), axis=0)
@@ -214,18 +235,17 @@ def run(model: Model, data: Data, shares, attack: str, hostile: list[int], rule:
                 wanted[k, ::2] = TARGET
         return features, wanted
 
-    name, head_rule = RULES[rule]
-    robust = Robust(rule=name, head=head_rule, byzantine=max(0.2, len(hostile) / len(RANKS)))
-    checks = Checks(mode="none") if rule == "no defence" else Checks()
-    aggregation = Aggregation(robust=robust, checks=checks)
     counted = capped({f"node-{k}": len(share) for k, share in enumerate(shares)})
     state = State(None, [np.zeros((WIDTH, 0))] * 2, [np.zeros((0, WIDTH))] * 2, model.head)
+    kept: Path | None = None
+    losses: list[float] = []
+    accuracies: list[float] = []
     norms: list[float] = []
     verdicts: Counter = Counter()
     fast = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=fast) as folder:
-        for number in range(rounds):
-            lefts, rights, heads = train(model, state, batches, random)
+        for number, rate in enumerate(rates):
+            lefts, rights, heads = train(model, state, batches, random, rate)
             changes = changes_of(state, lefts, rights, heads)
             honest = [
                 np.stack([changes[k][part] for k in range(len(RANKS)) if k not in hostile])
@@ -241,20 +261,29 @@ def run(model: Model, data: Data, shares, attack: str, hostile: list[int], rule:
                     head = state.head + sent[2]
                 updates.append(write(Path(folder), number, k, rank, factors, head, counted[f"node-{k}"]))
             request = AggregationRequest(
-                aggregation, ALPHA, False, tuple(updates), Path(folder), state.path, norms=tuple(norms[-200:])
+                aggregation, ALPHA, False, tuple(updates), Path(folder), state.path, kept, tuple(norms[-200:])
             )
             report = aggregate_round(request)
             norms += [found.norm for found in report.nodes.values() if found.verdict == "ok"]
             for node, found in report.nodes.items():
                 verdicts[("hostile " if int(node[5:]) in hostile else "honest ") + found.verdict] += 1
             state = state_of(report.adapter.path)
+            kept = report.server_state.path if report.server_state else None
             for update in updates:
                 update.path.unlink()
-    layers = [model.frozen[m] + state.left[m] @ state.right[m] for m in range(2)]
-    found = model.logits(layers, state.head, data.test)[0].argmax(-1)
+            layers = [model.frozen[m] + state.left[m] @ state.right[m] for m in range(2)]
+            logits = model.logits(layers, state.head, data.test)[0]
+            losses.append(cross_entropy(logits, data.truth))
+            accuracies.append(float((logits.argmax(-1) == data.truth).mean()))
     other = data.truth != TARGET
     fooled = model.logits(layers, state.head, data.test[other] + trigger)[0].argmax(-1) == TARGET
-    return float((found == data.truth).mean()), float(fooled.mean()), dict(verdicts)
+    return Trained(losses, accuracies, float(fooled.mean()), dict(verdicts))
+
+
+def cross_entropy(logits: np.ndarray, truth: np.ndarray) -> float:
+    highest = logits.max(-1, keepdims=True)
+    total = np.log(np.exp(logits - highest).sum(-1)) + highest[:, 0]
+    return float((total - logits[np.arange(len(truth)), truth]).mean())
 
 
 def started(state: State, matrix: int, rank: int) -> np.ndarray:
@@ -299,17 +328,20 @@ def state_of(path: Path) -> State:
     return State(path, lefts, rights, tensors[WEIGHT].astype(float))
 
 
-def cases(seeds: int):
+def cases(chosen: argparse.Namespace):
     """Yield (seed, attack, fraction, rule); what decides the default first."""
-    for seed in range(seeds):
-        for rule in RULES:
-            yield seed, "none", 0.0, rule
-        for attack in ATTACKS:
-            for rule in RULES:
-                yield seed, attack, 0.2, rule
-    for fraction in (0.4, 0.1, 0.3):
-        for attack in ATTACKS:
-            for rule in RULES:
+    attacks = [attack for attack in chosen.attacks if attack != "none"]
+    for seed in range(chosen.seeds):
+        if "none" in chosen.attacks:
+            for rule in chosen.rules:
+                yield seed, "none", 0.0, rule
+        if 0.2 in chosen.fractions:
+            for attack in attacks:
+                for rule in chosen.rules:
+                    yield seed, attack, 0.2, rule
+    for fraction in [fraction for fraction in chosen.fractions if fraction != 0.2]:
+        for attack in attacks:
+            for rule in chosen.rules:
                 yield 0, attack, fraction, rule
 
 
@@ -339,6 +371,10 @@ def main() -> None:
     parser.add_argument("--news", type=Path, help="folder of 20 Newsgroups; default: a mixture of Gaussians")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--attacks", nargs="+", choices=["none", *ATTACKS], default=["none", *ATTACKS])
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--fractions", nargs="+", type=float, default=[0.2, 0.4, 0.1, 0.3])
+    parser.add_argument("--server", type=ServerOptimizer.model_validate_json, default=ServerOptimizer())
     parser.add_argument("--again", choices=RULES, help="run this rule again, and keep the other runs")
     parser.add_argument("--output", type=Path, default=RESULTS / "attacks")
     chosen = parser.parse_args()
@@ -348,25 +384,27 @@ def main() -> None:
         before, runs = old["seconds"], [one for one in old["runs"] if one["rule"] != chosen.again]
     data = mixture(0) if chosen.news is None else news(chosen.news)
     started_at = time.perf_counter()
-    for seed, attack, fraction, rule in cases(chosen.seeds):
+    for seed, attack, fraction, rule in cases(chosen):
         if chosen.again and rule != chosen.again:
             continue
         shares = split(data.labels.tolist(), len(RANKS), "dirichlet", 0.5, seed)
         hostile = np.random.default_rng(seed).permutation(len(RANKS))[: round(fraction * len(RANKS))].tolist()
-        accuracy, backdoor, verdicts = run(
-            Model(seed), data, shares, attack, hostile, rule, seed, chosen.rounds
-        )
+        aggregation = aggregation_of(rule, len(hostile), chosen.server)
+        rates = [RATE] * chosen.rounds
+        done = run(Model(seed), data, shares, attack, hostile, aggregation, seed, rates)
+        accuracy = done.accuracies[-1]
         runs.append(
             {"seed": seed, "attack": attack, "fraction": fraction, "rule": rule, "accuracy": accuracy,
-             "backdoor": backdoor, "verdicts": verdicts, "commit": commit()}
+             "backdoor": done.fooled, "verdicts": done.verdicts, "commit": commit()}
         )  # fmt: skip
         print(
-            f"{attack:14} {fraction:.0%} {rule:18} seed {seed}: {accuracy:.3f} {backdoor:.2f} {verdicts}",
+            f"{attack:14} {fraction:.0%} {rule:18} seed {seed}: {accuracy:.3f} {done.fooled:.2f} {done.verdicts}",
             flush=True,
         )
         results = {
             "machine": machine(), "seconds": before + time.perf_counter() - started_at,
             "data": "mixture" if chosen.news is None else "20 Newsgroups", "ranks": RANKS,
+            "server": chosen.server.to_dict(),
             "rounds": chosen.rounds, "steps": STEPS, "batch": BATCH, "alie_z": ALIE_Z,
             "ipm_epsilon": IPM_EPSILON, "runs": runs,
         }  # fmt: skip

@@ -35,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import paper_base
 from bench.bench_machine import machine
 from bench.paper_fleet import FLEETS
-from bench.paper_systems import SYSTEMS
+from bench.paper_systems import ALL, SYSTEMS
 from bench.paper_tasks import TASKS, Scenario, Setting, base_digest, read_rows
 from fedpipe_api.base import UserError
+from fedpipe_api.precisions import Precision
 
 RESULTS = Path(__file__).parent / "results"
 SPLITS = ("dirichlet", "iid")
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     runs.add_argument("--fleets", nargs="+", choices=FLEETS, default=["heterogeneous"])
     runs.add_argument("--splits", nargs="+", choices=SPLITS, default=["dirichlet"])
-    runs.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    runs.add_argument("--systems", nargs="+", choices=ALL, default=list(SYSTEMS), metavar="SYSTEM")
     runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     runs.add_argument("--model", nargs="+", default=[], metavar="TASK=DIR", help="base model of a task")
     runs.add_argument("--jobs", type=int, default=2, help="trainings at a time, a CPU thread each")
@@ -95,6 +96,9 @@ def run(options: argparse.Namespace) -> int:
             raise UserError(f"--model {name}: write it as news=DIR or e2e=DIR")
     named = {field.name: getattr(options, field.name) for field in fields(Setting) if field.name not in TASKS}
     setting = Setting(**named, **models)
+    bases = ("planned", *Precision)
+    if setting.base not in bases:
+        raise UserError(f"--base {setting.base}: must be one of {', '.join(bases)}")
     results = _opened(options.out, setting)
     scenarios = [
         Scenario(*chosen)
@@ -132,7 +136,7 @@ def _train(
             options.jobs, mp_context=context, initializer=_begin, initargs=(lines,), max_tasks_per_child=1
         ) as pool:
             pending: set[Future[dict[str, Any]]] = {
-                pool.submit(_one, scenario, setting, options.data_root) for scenario in wanted
+                pool.submit(_one, scenario, setting, options.data_root, options.out) for scenario in wanted
             }
             while pending:
                 finished, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
@@ -161,8 +165,8 @@ def _begin(lines: Any) -> None:
     warnings.filterwarnings("ignore")
 
 
-def _one(scenario: Scenario, setting: Setting, root: Path) -> dict[str, Any]:
-    """Train one scenario in this process."""
+def _one(scenario: Scenario, setting: Setting, root: Path, out: Path) -> dict[str, Any]:
+    """Train one scenario in this process, with the importance that a finished one of the same data has found."""
     from transformers.utils import logging
 
     from bench.paper_federation import Federation
@@ -174,7 +178,15 @@ def _one(scenario: Scenario, setting: Setting, root: Path) -> dict[str, Any]:
         _progress.put(f"{scenario}  round {number}/{setting.rounds}  {line}")
 
     with tempfile.TemporaryDirectory(prefix="paper-") as work:
-        return Federation(scenario, setting, root, Path(work)).run(show)
+        return Federation(scenario, setting, root, Path(work), _scores(scenario, out)).run(show)
+
+
+def _scores(scenario: Scenario, out: Path) -> dict[str, float]:
+    """Return the importance that a finished training of the same data has measured; empty without one."""
+    same = ("task", "fleet", "split", "seed")
+    runs = _read(out)["runs"] if out.exists() else []
+    found = (run["scores"] for run in runs if all(run[name] == getattr(scenario, name) for name in same))
+    return next((scores for scores in found if scores), {})
 
 
 def _drained(progress: Any) -> list[str]:
@@ -213,10 +225,14 @@ def _opened(path: Path, setting: Setting) -> dict[str, Any]:
     if not path.exists():
         return {"machine": machine(), "setting": setting.json(), "bases": {}, "runs": []}
     results = _read(path)
-    other = {name: value for name, value in setting.json().items() if results["setting"].get(name) != value}
+    other = {
+        name: value
+        for name, value in setting.json().items()
+        if results["setting"].get(name, getattr(Setting, name)) != value
+    }
     for name, value in other.items():
         raise UserError(
-            f"{path}: made with {name} {results['setting'].get(name)}, not {value}; give another --out"
+            f"{path}: made with {name} {results['setting'].get(name, getattr(Setting, name))}, not {value}; give another --out"
         )
     return results
 

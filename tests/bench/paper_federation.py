@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from bench import paper_fleet as fleet
 from bench.paper_nodes import FullTrainer, Trainer, size
-from bench.paper_systems import SYSTEMS, Assigned, Request, assign, spec_of
+from bench.paper_systems import ALL, Assigned, Request, assign, spec_of
 from bench.paper_tasks import Scenario, Setting, Task, measure, measure_bleu, prepare
 from fedpipe_agent.train.device import Device
 from fedpipe_agent.train.importance import RANK
@@ -38,9 +38,18 @@ Show = Callable[[int, str], object]
 class Federation:
     """A scenario's nodes and server."""
 
-    def __init__(self, scenario: Scenario, setting: Setting, root: Path, work: Path):
+    def __init__(
+        self,
+        scenario: Scenario,
+        setting: Setting,
+        root: Path,
+        work: Path,
+        scores: Mapping[str, float] | None = None,
+    ):
+        """Prepare; `scores` are the importance that another system's training found of the same data."""
         self.scenario = scenario
-        self.system = SYSTEMS[scenario.system]
+        self._scores = scores
+        self.system = ALL[scenario.system]
         self.work = work
         central = self.system.layout == "central"
         names = (CENTRE,) if central else fleet.node_names(scenario.fleet)
@@ -54,12 +63,13 @@ class Federation:
         self._device = Device(Capacity(threads=1))
         make = FullTrainer if self.system.layout == "full" else Trainer
         self.nodes: dict[str, Any] = {
-            name: make(name, self.task, self.spec, samples, self._device, work)
+            name: make(name, self.task, self.spec, samples, self._device, work, setting)
             for name, samples in self.task.nodes.items()
         }
-        self.server: Any = make("server", self.task, self.spec, self.task.test, self._device, work)
+        self.server: Any = make("server", self.task, self.spec, self.task.test, self._device, work, setting)
         self._start = self.system.method.start
         self.seconds, self.down, self.up = 0.0, 0, 0
+        self._server_state: Path | None = None
 
     def run(self, show: Show) -> dict[str, Any]:
         """Train; return everything that was measured."""
@@ -105,8 +115,8 @@ class Federation:
         first = assign(request)
         if self.system.layout != "planned":
             return first, {}
-        scores = {}
-        if self.system.selection == "importance":
+        scores = dict(self._scores or {}) if self.system.selection == "importance" else {}
+        if self.system.selection == "importance" and not scores:
             total = sum(samples[name] for name in first.nodes)
             found = {name: self.nodes[name].scores(plan) for name, plan in first.nodes.items()}
             scores = {
@@ -160,6 +170,7 @@ class Federation:
                 updates=tuple(updates),
                 directory=self.work,
                 adapter=adapter,
+                server_state=self._server_state,
                 threads=1,
             )
         )
@@ -169,6 +180,9 @@ class Federation:
         if report.sent is not None:
             sent = kept.with_name(f"sent-{number % 2}.safetensors")
             shutil.move(report.sent.path, sent)
+        if report.server_state is not None:
+            self._server_state = kept.with_name(f"state-{number % 2}.safetensors")
+            shutil.move(report.server_state.path, self._server_state)
         self.server.hold(kept)
         planned, done = fleet.under_training(
             shares, len(assigned.left_out), self.spec.rounds.local_steps or 0
@@ -183,6 +197,7 @@ class Federation:
             "planned": planned,
             "done": done,
             "updates": len(updates),
+            "stateBytes": report.server_state.size if report.server_state else 0,
             **_aggregated(report),
             **(_spectrum(kept) if self.system.method is Method.EXACT and report.matrices else {}),
         }

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from bench.paper_tasks import FULL_LEARNING_RATE, Task
+from bench.paper_tasks import FULL_LEARNING_RATE, Setting, Task
 from fedpipe_agent.train import data, importance, loop
 from fedpipe_agent.train import model as base
 from fedpipe_agent.train.adapters import Adapters, GlobalAdapter, save
@@ -19,17 +19,26 @@ from fedpipe_api import wire
 from fedpipe_api.job import FedPipeJobSpec, Precision
 from fedpipe_api.lora.format import HEAD, Encoding
 from fedpipe_api.lora.methods import Start
+from fedpipe_operator.engine.decide import learning_rate
 
 
 class Trainer:
-    """A node that trains adapters: one base model, loaded at the precision of its plan."""
+    """A node that trains adapters: one base model, loaded at the precision of its plan or of the setting."""
 
     def __init__(
-        self, name: str, task: Task, spec: FedPipeJobSpec, samples: data.Samples, device: Device, work: Path
+        self,
+        name: str,
+        task: Task,
+        spec: FedPipeJobSpec,
+        samples: data.Samples,
+        device: Device,
+        work: Path,
+        setting: Setting,
     ):
         self.name = name
         self.samples = samples
         self.model: Any = None
+        self._base = None if setting.base == "planned" else Precision.of(setting.base)
         self._task, self._spec, self._device = task, spec, device
         self._work = work / name
         self._work.mkdir(parents=True)
@@ -45,7 +54,12 @@ class Trainer:
             matrices=self._task.shape.matrices,
             samples=self.samples,
             order=self._order(plan, 0),
-            settings=self._settings(plan, self._spec.adapter.selection.warmup_steps),
+            settings=settings(
+                self._spec,
+                plan,
+                self._spec.adapter.selection.warmup_steps,
+                self._spec.optimizer.learning_rate,
+            ),
             device=self._device,
             seed=self._spec.seed,
             after=lambda _: None,
@@ -56,8 +70,13 @@ class Trainer:
     ) -> tuple[Path, float]:
         """Train so many steps from the global adapter; return the update's file and the training loss."""
         self._install(adapter, plan.precision, plan.ranks, rule, number)
-        settings = self._settings(plan, steps)
-        outcome = loop.train(self.model, self.samples, self._order(plan, number), settings, self._device)
+        outcome = loop.train(
+            self.model,
+            self.samples,
+            self._order(plan, number),
+            settings(self._spec, plan, steps, learning_rate(self._spec, number)),
+            self._device,
+        )
         head = head_tensors(self.model, self._task.shape.head)
         path = self._work / "update.safetensors"
         save(
@@ -76,6 +95,7 @@ class Trainer:
         self, path: Path | None, precision: Precision, ranks: dict[str, int], rule: Start, number: int
     ) -> None:
         task, spec = self._task, self._spec
+        precision = self._base or precision
         if precision is not self._precision:
             self.model = base.load(
                 task.source, task.config, spec.model.task, precision, self._device.torch, seed=spec.seed
@@ -103,15 +123,19 @@ class Trainer:
         size = plan.micro_batch * plan.accumulation
         return data.step_order(self.samples, size, self._spec.seed, number, self.name)
 
-    def _settings(self, plan: wire.NodePlan, steps: int) -> loop.Settings:
-        return settings(self._spec, plan, steps, self._spec.optimizer.learning_rate)
-
 
 class FullTrainer:
     """A node that trains every parameter; on the wire each is a fully trained tensor, like a head's."""
 
     def __init__(
-        self, name: str, task: Task, spec: FedPipeJobSpec, samples: data.Samples, device: Device, work: Path
+        self,
+        name: str,
+        task: Task,
+        spec: FedPipeJobSpec,
+        samples: data.Samples,
+        device: Device,
+        work: Path,
+        setting: Setting,
     ):
         self.name = name
         self.samples = samples

@@ -2,23 +2,25 @@
 """The systems compared: what each asks of every node, in the form the planner gives it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from bench.paper_fleet import HEADROOM, Kind, common, full_bytes, full_step, kind_of
 from fedpipe_api import wire
-from fedpipe_api.job import FedPipeJobSpec, Method, Precision
+from fedpipe_api.job import FedPipeJobSpec, Method, Precision, ServerOptimizer
 from fedpipe_operator.planner import NodeFacts, PlanRequest, plan, speed, training_memory
 from fedpipe_operator.planner.workload import Configuration, Workload, workload
 
 CENTRAL_RANK = 16
 
+Schedule = Literal["constant", "linear", "cosine"]
 Layout = Literal["central", "full", "weakest", "by-kind", "planned"]
+PLAIN = ServerOptimizer(name="none")
 
 
 @dataclass(frozen=True)
 class System:
-    """A system; the last four fields are of FedPipe and its ablations.
+    """A system; the last fields are of FedPipe and its ablations.
 
     `layout` says who decides what a node carries: `central` one A100 with all data; `full` full fine-tuning where it
     fits; `weakest` one rank and micro-batch for all, those of the weakest node; `by-kind` the same micro-batch, but
@@ -31,6 +33,8 @@ class System:
     selection: Literal["importance", "random", "all"] = "all"
     quantization: Literal["auto", "none"] = "none"
     uniform: bool = False
+    server: ServerOptimizer = PLAIN
+    schedule: Schedule = "constant"
 
 
 def _fedpipe(title: str, method: Method = Method.EXACT, *, selection: str = "importance",
@@ -52,6 +56,20 @@ SYSTEMS = {
     "no-quantization": _fedpipe("– no quantization", quantization="none"),
     "naive-aggregation": _fedpipe("– zero-pad aggregation", Method.ZERO_PAD),
 }
+_OUTER: dict[str, dict[str, float | str]] = {
+    "rate-1.5": {"name": "none", "learningRate": 1.5},
+    **{f"momentum-{beta}": {"name": "fedavgm", "momentum": beta} for beta in (0.3, 0.5, 0.7)},
+    "fedadam": {"name": "fedadam"},
+}
+OUTER = {
+    name + suffix: replace(SYSTEMS["fedpipe"], title=f"– server {name}{suffix}", schedule=schedule,
+                           server=ServerOptimizer.model_validate(server))
+    for suffix, schedule in (("", "constant"), ("-linear", "linear"), ("-cosine", "cosine"))
+    for name, server in {"none": {"name": "none"}, **_OUTER}.items()
+    if suffix or name != "none"
+}  # fmt: skip
+"""FedPipe with other server optimizers and schedules of the learning rate: to be asked for by name."""
+ALL = SYSTEMS | OUTER
 BASELINES = ("vanilla", "fedit", "zero-pad", "truncate", "stack")
 ABLATIONS = ("no-selection", "random-selection", "no-heterogeneity", "no-quantization", "naive-aggregation")
 
@@ -85,7 +103,10 @@ def spec_of(system: System, spec: FedPipeJobSpec, nodes: int) -> FedPipeJobSpec:
         update={
             "rounds": spec.rounds.model_copy(update={"local_steps": steps}),
             "adapter": spec.adapter.model_copy(update={"selection": selection}),
-            "aggregation": spec.aggregation.model_copy(update={"method": system.method}),
+            "aggregation": spec.aggregation.model_copy(
+                update={"method": system.method, "server": system.server}
+            ),
+            "optimizer": spec.optimizer.model_copy(update={"schedule": system.schedule}),
             "quantization": system.quantization,
         }
     )

@@ -4,6 +4,7 @@
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from bench import paper, paper_check, paper_report
 from bench.paper_systems import ABLATIONS, BASELINES
-from bench.paper_tasks import Setting
+from bench.paper_tasks import Scenario, Setting
 from fedpipe_api.base import UserError
 
 ROUNDS = 10
@@ -211,6 +212,24 @@ def test_finished_trainings_are_not_done_again(tmp_path: Path, capsys: pytest.Ca
     given = ["--data-root", str(tmp_path), "--rounds", str(ROUNDS), "--out", str(path)]
     assert paper.main(["run", *given, "--systems", "fedpipe", "stack"]) == 0
     assert "0 of 12 trainings to do" in capsys.readouterr().out
+    assert paper.main(["run", *given, "--base", "fp64"]) == 2
+    assert "--base fp64: must be one of planned, fp32, bf16, int8, nf4" in capsys.readouterr().err
+
+
+def test_importance_is_measured_once_for_the_same_data(tmp_path: Path) -> None:
+    path = tmp_path / "paper.json"
+    scenario = Scenario("news", "heterogeneous", "dirichlet", "momentum-0.5", 1)
+    assert paper._scores(scenario, path) == {}
+    runs = [
+        vars(replace(scenario, **changes)) | {"rounds": [], "scores": scores}
+        for changes, scores in (
+            ({"system": "fedit"}, {}),
+            ({"system": "fedpipe", "seed": 0}, {"other": 1.0}),
+            ({"system": "fedpipe"}, {"m": 2.0}),
+        )
+    ]
+    path.write_text(json.dumps(_results() | {"runs": runs}))
+    assert paper._scores(scenario, path) == {"m": 2.0}
 
 
 def test_report_writes_a_table_and_plots(tmp_path: Path) -> None:

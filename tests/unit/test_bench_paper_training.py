@@ -3,6 +3,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Setting]:
     return root, Setting(rounds=2, documents=160, steps=4, batch=4, test=40, warmup=2, news=str(model))
 
 
-def _trained(name: str, inputs: tuple[Path, Setting], work: Path) -> dict[str, Any]:
+def _trained(
+    name: str, inputs: tuple[Path, Setting], work: Path, scores: dict[str, float] | None = None
+) -> dict[str, Any]:
     root, setting = inputs
     scenario = Scenario("news", "heterogeneous", "dirichlet", name, 0)
-    return Federation(scenario, setting, root, work).run(lambda number, line: None)
+    return Federation(scenario, setting, root, work, scores).run(lambda number, line: None)
 
 
 @pytest.mark.parametrize("name", ["centralised", "vanilla", "zero-pad", "stack", "fedpipe"])
@@ -66,6 +69,21 @@ def test_a_training_done_again_is_the_same(inputs: tuple[Path, Setting], tmp_pat
     one, two = (_trained("fedpipe", inputs, tmp_path / name) for name in ("one", "two"))
     assert one["rounds"] == two["rounds"]
     assert one["plans"] == two["plans"]
+
+
+def test_a_server_optimizer_has_its_state_in_the_next_round(
+    inputs: tuple[Path, Setting], tmp_path: Path
+) -> None:
+    """And a training that is given the importance which another found plans as that one did."""
+    inputs = inputs[0], replace(inputs[1], base="fp32")
+    plain = _trained("fedpipe", inputs, tmp_path / "plain")
+    momentum = _trained("momentum-0.5", inputs, tmp_path / "momentum", plain["scores"])
+    assert momentum["plans"] == plain["plans"]
+    ours, theirs = ([row["loss"] for row in run["rounds"]] for run in (momentum, plain))
+    assert ours[0] == theirs[0]
+    assert ours[1] != theirs[1]
+    assert all(row["stateBytes"] > 0 for row in momentum["rounds"])
+    assert all(row["stateBytes"] == 0 for row in plain["rounds"])
 
 
 def test_spectrum_counts_components_by_energy(tmp_path: Path) -> None:
