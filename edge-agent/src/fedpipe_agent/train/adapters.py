@@ -25,6 +25,7 @@ from fedpipe_api.lora.methods import Start
 
 from ..errors import Failure
 from .candidates import is_transposed
+from .precisions import import_peft
 from .seeds import generator
 
 TRAINED, FROZEN = "trained", "frozen"
@@ -248,25 +249,24 @@ class Adapters:
         }
         if ranks == self._ranks:
             return
-        from peft import LoraConfig, inject_adapter_in_model
-
+        peft = import_peft()
         self.remove()
         for adapter, wanted in ranks.items():
             if not wanted:
                 continue
             trained = adapter == TRAINED
             patterns = {f"^{re.escape(name)}$": rank for name, rank in wanted.items()}
-            config = LoraConfig(
+            config = peft.LoraConfig(
                 target_modules=list(wanted),
                 rank_pattern=patterns,
                 # The product of the frozen factors is the remainder itself: scale 1.
                 alpha_pattern={} if trained else patterns,
-                lora_alpha=self._alpha,  # type: ignore[arg-type]  # annotated as int, but only divided
+                lora_alpha=self._alpha,
                 use_rslora=self._rs_lora and trained,
                 fan_in_fan_out=any(self._is_transposed(name) for name in wanted),
                 init_lora_weights=False,
             )
-            inject_adapter_in_model(config, self._model, adapter_name=adapter)
+            peft.inject_adapter_in_model(config, self._model, adapter_name=adapter)
         # peft freezes all that is not an adapter, the task head with it.
         for parameter in self._head:
             parameter.requires_grad_(True)

@@ -12,6 +12,7 @@ from fedpipe_api.base import UserError
 
 from ..console import own_lines_only
 from .model import Source, read_tokenizer, unusable
+from .precisions import import_peft
 from .shape import longest_input
 
 TOKENS = 64
@@ -38,14 +39,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _answers(source: Source, adapter: Path, prompts: list[str]) -> list[dict[str, str]]:
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     tokenizer = read_tokenizer(source)
     asked = [_tokens(tokenizer, prompt) for prompt in prompts]
     try:
         base = AutoModelForCausalLM.from_pretrained(source.name, dtype=torch.float32, **source.arguments)
-        model = PeftModel.from_pretrained(base, adapter).eval()
+        model = import_peft().PeftModel.from_pretrained(base, adapter).eval()
     except (OSError, ValueError) as error:
         raise unusable(source, error, "the model cannot be loaded") from error
     longest = longest_input(base.config)

@@ -10,6 +10,8 @@ from torch import nn
 from fedpipe_api import wire
 from fedpipe_api.base import UserError
 
+from .precisions import import_peft
+
 SCAN_MODELS = frozenset({"falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h"})
 """Models whose fused kernels read the weights of `SCAN_MODULES` past the layer, so that peft refuses them."""
 SCAN_MODULES = frozenset({"conv1d", "dt_proj", "out_proj"})
@@ -106,10 +108,10 @@ def _is_scan(name: str, config: Any) -> bool:
 
 def _means_experts(leaf: str, model: nn.Module) -> bool:
     """Whether peft takes a layer's name for the model's experts, and adapts those in its place."""
-    from peft import LoraConfig
+    peft = import_peft()
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    config = LoraConfig(target_modules=[leaf])
+    config = peft.LoraConfig(target_modules=[leaf])
     try:
         convert_peft_config_for_transformers(config, model=model, conversions=None)
     except ValueError:  # of one name of several that became one
@@ -129,9 +131,7 @@ def _is_text(model: nn.Module, config: Any, name: str) -> bool:
 
 def _is_mapped(name: str, config: Any) -> bool:
     """Whether peft's own mapping has the layer."""
-    from peft import utils
-
-    mapping = utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    mapping = import_peft().utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     kinds = (config.model_type, text_config(config).model_type)
     keys = [key for kind in kinds for key in (kind, kind.replace("_", "-")) if key in mapping]
     found = mapping[keys[0]] if keys else ()

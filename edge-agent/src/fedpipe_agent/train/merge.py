@@ -15,6 +15,7 @@ from fedpipe_api.base import UserError
 from fedpipe_api.job import Task
 
 from .model import Source, read_tokenizer
+from .precisions import import_peft
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,7 +53,6 @@ def saved(out: Path) -> Iterator[Path]:
 
 def _merged(source: Source, task: Task, labels: list[str], adapter: Path) -> Any:
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     options: dict[str, Any] = {"dtype": torch.float32}
@@ -69,4 +69,4 @@ def _merged(source: Source, task: Task, labels: list[str], adapter: Path) -> Any
         model = kind.from_pretrained(source.name, **options, **source.arguments)
     except (OSError, ValueError) as error:
         raise UserError(f"{source.name}: the model cannot be loaded: {str(error).splitlines()[0]}") from error
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return import_peft().PeftModel.from_pretrained(model, adapter).merge_and_unload()

@@ -9,9 +9,9 @@ from pkgutil import iter_modules
 
 from fedpipe_api.precisions import Precision
 
-from .implementation import IMPLEMENTATIONS, Implementation, compute_type, import_bitsandbytes
+from .implementation import IMPLEMENTATIONS, Implementation, compute_type, import_bitsandbytes, import_peft
 
-__all__ = ["IMPLEMENTATIONS", "Implementation", "compute_type", "import_bitsandbytes"]
+__all__ = ["IMPLEMENTATIONS", "Implementation", "compute_type", "import_bitsandbytes", "import_peft"]
 
 for _module in iter_modules(__path__):
     import_module(f".{_module.name}", __name__)

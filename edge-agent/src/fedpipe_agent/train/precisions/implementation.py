@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a precision has to bring."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ def import_bitsandbytes() -> Any:
     """Import bitsandbytes without its use of `torch.compile`.
 
     It would compile its CPU fallbacks at first use wherever a C compiler happens to be present: seconds of
-    work, and other rounding than on the next machine.
+    work, and other rounding than on the next machine. Importing the compiler alone takes seconds.
     """
 
     def as_it_is(function: Any = None, **_: Any) -> Any:
@@ -56,3 +57,12 @@ def import_bitsandbytes() -> Any:
     finally:
         patched.compile = compiler
     return bitsandbytes
+
+
+def import_peft() -> Any:
+    """Import peft; it imports bitsandbytes too, at every precision, so ours comes first."""
+    with contextlib.suppress(ImportError):  # without bitsandbytes peft has no need of it either
+        import_bitsandbytes()
+    import peft
+
+    return peft
