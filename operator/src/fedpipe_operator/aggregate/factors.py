@@ -18,8 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh
-from scipy.linalg.lapack import dgeqrf, dgeqrf_lwork, dormqr
 
 from fedpipe_api.lora.codec import Float32
 
@@ -107,6 +105,8 @@ class Factorization:
     """
 
     def __init__(self, stack: Stack) -> None:
+        from scipy.linalg.lapack import dgeqrf, dgeqrf_lwork
+
         self._stack = stack
         # Not scipy.linalg.qr_multiply: what Q is to multiply is known only from R, and for several sums.
         transposed = stack.right.T
@@ -152,12 +152,16 @@ class Factorization:
 
     def _leading(self, gram: Float64, count: int) -> tuple[Float64, float]:
         """Return the eigenvectors (p, k) of the largest eigenvalues, descending, and the others' sum."""
+        from scipy.linalg import eigh
+
         total, kept = float(np.trace(gram)), min(count, self._rank)
         bounds = [self._rank - kept, self._rank - 1]
         values, vectors = eigh(gram, subset_by_index=bounds, check_finite=False, overwrite_a=True)
         return vectors[:, ::-1], total - float(values.sum())
 
     def _apply_q(self, inner: Float64) -> Float64:
+        from scipy.linalg.lapack import dormqr
+
         columns, count = self._qr.shape[0], inner.shape[1]
         padded = np.zeros((columns, count), order="F")
         padded[: len(inner)] = inner

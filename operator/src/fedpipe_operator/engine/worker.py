@@ -31,8 +31,14 @@ def _die_with_parent() -> None:
 
 
 def _warm() -> None:
+    """Import what the calls need; the process of the event loop does without scipy."""
+    from scipy import linalg, optimize, sparse  # noqa: F401
+
     from .. import aggregate, planner  # noqa: F401
 
+
+START_METHOD = "spawn"
+"""Of the process: a fork would keep the files and connections of the event loop open."""
 
 RUN_SECONDS = 900.0
 """After so long a call is ended with its process: the calls of all other namespaces wait behind it."""
@@ -47,7 +53,7 @@ class Worker:
 
     def start(self) -> None:
         """Start the process and its imports, without waiting for them."""
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START_METHOD)
         self._pool = ProcessPoolExecutor(1, context, _die_with_parent)
         # Ctrl-C of a terminal goes to all its processes; this one ends with its parent, without a traceback.
         # The tracker first: it would unblock the signal.

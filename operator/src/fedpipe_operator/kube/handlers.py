@@ -13,6 +13,9 @@ from .shallow import Login
 
 TIMER_SECONDS = 60.0
 
+SILENT_SECONDS = 70.0
+"""A watch on which nothing came for this long is treated as dead and opened again."""
+
 UNCHANGING = ("spec.model", "spec.data", "spec.adapter", "spec.nodes.selector")
 """Fields that cannot change and may be large: kopf's note of the last spec must fit into an annotation."""
 
@@ -22,8 +25,7 @@ def kopf_settings() -> kopf.OperatorSettings:
     found = kopf.OperatorSettings()
     found.posting.enabled = False  # Events are written by kube/events.py, which bounds and counts them
     found.posting.loggers = False
-    # A watch on which nothing came for this long is treated as dead and opened again.
-    found.watching.inactivity_timeout = 70
+    found.watching.inactivity_timeout = SILENT_SECONDS
     found.watching.server_timeout = 300
     found.watching.client_timeout = 310
     found.watching.connect_timeout = 30

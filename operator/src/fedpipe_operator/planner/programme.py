@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 Floats = NDArray[np.float64]
 
@@ -150,6 +148,9 @@ class Programme:
 
     def _chosen(self, open_: NDArray[np.bool_], margin: float) -> NDArray[np.int64] | None:
         """Return the best choice of open options, limits lowered by a share; None where there is none."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array
+
         matrices, options = np.nonzero(open_)
         if len(np.unique(matrices)) < len(open_):
             return None
