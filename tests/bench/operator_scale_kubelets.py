@@ -19,13 +19,11 @@ from standins.agents import StandIn
 class Paced(StandIn):
     """Trains for some seconds; waits long between polls, as agents do."""
 
-    context: ssl.SSLContext | None = None
     seconds: float = 0.0
 
     async def run(self) -> None:
         headers = {"Authorization": f"Bearer {self.token}"}
-        assert self.context is not None
-        connector = aiohttp.TCPConnector(ssl=self.context)
+        connector = aiohttp.TCPConnector(ssl=self.context or True)
         async with aiohttp.ClientSession(headers=headers, connector=connector) as self._session:
             while True:
                 try:

@@ -5,10 +5,9 @@ import asyncio
 import os
 import random
 import shutil
-import signal
 import socket
 import sqlite3
-import sys
+import subprocess
 from contextlib import closing
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 import standins.server
 from fedpipe_operator.engine.records import ADAPTER
 from standins.agents import StandIn
+from standins.forked import Forked
 from standins.local import local, working
 from standins.server import UID
 
@@ -29,17 +29,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-async def serve(directory: Path, port: int) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        standins.server.__file__,
-        str(directory),
-        str(port),
-        str(NODES),
-        str(ROUNDS),
-        stdout=asyncio.subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+def serve(directory: Path, port: int, log: Path) -> Forked:
+    arguments = [str(directory), str(port), str(NODES), str(ROUNDS)]
+    return Forked(standins.server.program, arguments, log, os.environ, Path.cwd())
 
 
 async def run(directory: Path, seed: int | None) -> tuple[str, list[StandIn], int]:
@@ -51,19 +43,19 @@ async def run(directory: Path, seed: int | None) -> tuple[str, list[StandIn], in
     kills = 0
     async with working(agents), asyncio.timeout(150):
         while True:
-            server = await serve(directory, port)
+            log = directory.with_suffix(".log")
+            server = serve(directory, port, log)
             if seed is not None and kills < KILLS:
-                # From before it listens to some rounds later: about 0.6 s go into imports.
+                # From before it listens to some rounds later.
                 try:
-                    await asyncio.wait_for(server.wait(), 0.5 + chance.random() * 1.2)
-                except TimeoutError:
-                    server.send_signal(signal.SIGKILL)
-                    await server.wait()
+                    await asyncio.to_thread(server.wait, 1.2 * chance.random())
+                except subprocess.TimeoutExpired:
+                    server.kill()
+                    await asyncio.to_thread(server.wait)
                     kills += 1
                     continue
-            out = (await server.communicate())[0]
-            assert server.returncode == 0
-            return out.decode().strip(), agents, kills
+            assert await asyncio.to_thread(server.wait) == 0, log.read_text()
+            return log.read_text().splitlines()[-1], agents, kills
 
 
 def ledger(directory: Path) -> list[tuple[str, str]]:

@@ -20,7 +20,6 @@ from fedpipe_api.wire import MANIFEST_HEADER, Assignment
 from kube.gate import VARIABLE, Gate
 from standins.agents import StandIn, make_update, manifest_of
 
-SECONDS = float(os.environ.get("STAND_IN_SECONDS", "0"))
 RETRY_SECONDS = 0.2
 
 
@@ -51,7 +50,7 @@ class Slow(Obedient):
     """Takes its time to train."""
 
     async def _train(self, work: Assignment) -> None:
-        await asyncio.sleep(SECONDS)
+        await asyncio.sleep(float(os.environ.get("STAND_IN_SECONDS", "0")))
         await super()._train(work)
 
 
@@ -107,12 +106,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     options = parser.parse_args()
     token = Path(options.token_file).read_text()
-    node = own_node(options.coordinator, token, ssl.create_default_context(cafile=options.ca_file))
+    context = ssl.create_default_context(cafile=options.ca_file)
+    node = own_node(options.coordinator, token, context)
     gate = os.environ.get(VARIABLE)
-    agent = (Gated if gate else Slow)(node, token, lambda: options.coordinator)
+    agent = (Gated if gate else Slow)(node, token, lambda: options.coordinator, context=context)
     if isinstance(agent, Gated):
         agent.gate = Gate(Path(str(gate)))
     asyncio.run(agent.run())
 
 
-main()
+if __name__ == "__main__":
+    main()

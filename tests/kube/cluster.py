@@ -2,12 +2,12 @@
 """A cluster for tests: namespaces, nodes, kubelets, and the operator as a process with its own rights."""
 
 import base64
+import json
 import os
 import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -28,10 +28,12 @@ from fedpipe_api.names import (
     NODES,
     VERSION,
 )
+from kube import forked_operator
 from kube.controlplane import ControlPlane
 from kube.kubelet import Kubelet, Start
 from kube.objects import stamp
 from kube.pod_process import ENVIRONMENT, stand_in_agent
+from standins.forked import Forked
 
 HERE = Path(__file__).resolve().parent
 CUSTOM = f"/apis/{GROUP}/{VERSION}"
@@ -65,9 +67,11 @@ class Cluster:
         self.metrics_port = free_port()
         self.api_url: str | None = None
         """Where the operator finds the API server, if not at the control plane itself."""
-        self.program = [sys.executable, "-m", "fedpipe_operator.kube"]
-        """What is run as the operator."""
-        self.operator: subprocess.Popen[bytes] | None = None
+        self.program: list[str] | None = None
+        """What is run as the operator, if not one that is forked and so begins at once."""
+        self.periods: dict[str, float] = {}
+        """Constants of the forked operator by their full names, for tests that would wait for minutes."""
+        self.operator: Forked | subprocess.Popen[bytes] | None = None
         self.kubelet: Kubelet | None = None
         self._nodes: list[str] = []
         self._listeners: list[socket.socket] = []
@@ -269,16 +273,22 @@ class Cluster:
             config = yaml.safe_load(kubeconfig.read_text())
             config["clusters"][0]["cluster"] = {"server": self.api_url}
             kubeconfig.write_text(yaml.safe_dump(config))
-        command = [
-            *self.program, "run", "--store", str(self.directory / "store"), "--namespace", self.own,
+        arguments = [
+            "run", "--store", str(self.directory / "store"), "--namespace", self.own,
             "--agent-image", "agent:1", "--operator-image", "operator:1", "--watch", self.namespace,
             "--host", "127.0.0.1", "--coordinator-port", str(self.coordinator_port),
             "--health-port", str(self.health_port), "--metrics-port", str(self.metrics_port),
             "--coordinator-url", f"https://127.0.0.1:{self.coordinator_port}", *more,
         ]  # fmt: skip
         environment = os.environ | ENVIRONMENT | {"KUBECONFIG": str(kubeconfig)}
-        with (self.directory / "operator.log").open("ab") as log:
-            self.operator = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        log = self.directory / "operator.log"
+        if self.program is None:
+            environment |= {forked_operator.VARIABLE: json.dumps(self.periods)}
+            self.operator = Forked(forked_operator.main, arguments, log, environment, Path.cwd())
+            return
+        with log.open("ab") as file:
+            command = [*self.program, *arguments]
+            self.operator = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
 
     def get(self, path: str, seconds: float = 10) -> bytes | None:
         """Return what the kubelet or Prometheus gets; None for an error."""

@@ -2,11 +2,14 @@
 """Processes that play Pods: what a Pod says, turned into a command on this machine."""
 
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kube.kubelet import Process, start_process
+from fedpipe_operator.kube import command
+from kube import agent_process
+from kube.kubelet import Process
+from standins.forked import Forked
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}
@@ -14,19 +17,20 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{os.environ
 
 def stand_in_agent(pod: dict[str, Any], directory: Path) -> Process:
     """Start a stand-in agent for a Pod."""
-    script = [sys.executable, str(HERE / "agent_process.py")]
+    main: Callable[[], object] = agent_process.main
     arguments = local_arguments(pod, directory, {})
     container = pod["spec"]["containers"][0]
     if container["name"] == "output":
-        script = [sys.executable, "-m", "fedpipe_operator.kube", "deliver"]
+        main = command.main
         output, credentials = str(directory.parents[1] / "output"), str(directory / "credentials")
         arguments = [
             output + one.removeprefix("/output") if one.startswith("/output") else one for one in arguments
         ]
         arguments = [credentials if one == "/var/run/credentials" else one for one in arguments]
+        arguments.insert(0, "deliver")
     given = {e["name"]: e["value"] for e in container.get("env", ())}
-    environment = os.environ | given | ENVIRONMENT | {"SSL_CERT_FILE": str(directory / "ca.crt")}
-    return start_process([*script, *arguments], directory, environment)
+    environment = os.environ | given | ENVIRONMENT
+    return Forked(main, arguments, directory / "log", environment, directory)
 
 
 def local_arguments(pod: dict[str, Any], directory: Path, paths: dict[str, str]) -> list[str]:

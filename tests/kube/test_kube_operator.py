@@ -16,6 +16,7 @@ from fedpipe_api.base import UserError
 from fedpipe_operator.kube.get import unpack
 from kube.cluster import CUSTOM, Cluster, taking
 from kube.controlplane import ControlPlane
+from kube.forked_operator import PROGRAM
 from standins.object_store import KEY, SECRET, ObjectStore
 
 
@@ -33,6 +34,7 @@ def cluster(
 ) -> Iterator[Cluster]:
     """Three nodes, kubelets and a running operator, for all tests here."""
     one = Cluster(control_plane, "operator", tmp_path_factory.mktemp("operator"))
+    one.program = PROGRAM
     for name in ("edge-1", "edge-2", "edge-3"):
         one.add_node(name)
     try:

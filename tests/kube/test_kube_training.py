@@ -14,6 +14,7 @@ from agent_fixtures import LABELS, save_tiny_model, write_rows
 from fedpipe_operator.kube.get import unpack
 from kube.cluster import Cluster
 from kube.controlplane import REPOSITORY, ControlPlane
+from kube.forked_operator import PROGRAM
 from kube.kubelet import Process, start_process
 from kube.pod_process import ENVIRONMENT, local_arguments
 
@@ -27,6 +28,7 @@ def test_the_first_sample_trains_for_real(control_plane: ControlPlane, tmp_path:
     model = save_tiny_model("bert", tmp_path / "model")
     nodes = ("edge-1", "edge-2", "edge-3")
     cluster = Cluster(control_plane, "training", tmp_path)
+    cluster.program = PROGRAM
     for seed, node in enumerate(nodes):
         cluster.add_node(node)
         data = tmp_path / "data" / f"training-{node}"

@@ -4,6 +4,7 @@
 import asyncio
 import hashlib
 import io
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -115,11 +116,14 @@ class StandIn:
     free_memory: int = 4 << 30
     answered: dict[int, str] = field(default_factory=dict)
     """Digest of each update that was answered with success: these must not be lost."""
+    context: ssl.SSLContext | None = None
+    """For https."""
 
     async def run(self) -> None:
         """Work until stopped, retrying whatever fails."""
         headers = {"Authorization": f"Bearer {self.token}"}
-        async with aiohttp.ClientSession(headers=headers) as session:
+        connector = aiohttp.TCPConnector(ssl=self.context or True)
+        async with aiohttp.ClientSession(headers=headers, connector=connector) as session:
             self._session = session
             while True:
                 try:

@@ -88,7 +88,12 @@ async def main(directory: Path, port: int, nodes: int, count: int, spec: dict[st
     return 0 if state.finished.phase == "Succeeded" else 1
 
 
-if __name__ == "__main__":
+def program() -> int:
+    """Be a process of its own."""
     _, directory, port, nodes, count, *rest = sys.argv
     spec = json.loads(rest[0]) if rest else {}
-    sys.exit(asyncio.run(main(Path(directory), int(port), int(nodes), int(count), spec)))
+    return asyncio.run(main(Path(directory), int(port), int(nodes), int(count), spec))
+
+
+if __name__ == "__main__":
+    sys.exit(program())
