@@ -2,6 +2,7 @@
 """Documents drawn from a generated schema."""
 
 from datetime import UTC
+from functools import cache
 from typing import Any
 
 import yaml
@@ -14,8 +15,9 @@ LARGE = 1e12
 CHARACTERS = st.characters(exclude_categories=["Cs", "Cc"])
 
 
+@cache
 def crd(plural: str) -> dict[str, Any]:
-    """Return the generated CustomResourceDefinition."""
+    """Return the generated CustomResourceDefinition, to read only."""
     return yaml.safe_load((REPOSITORY / "crds" / f"fedpipe.io_{plural}.yaml").read_text())
 
 
