@@ -47,7 +47,7 @@ class Coordinator:
     async def __aenter__(self) -> "Coordinator":
         self._log = self.log.open("ab")
         self._parent = await asyncio.create_subprocess_exec(
-            sys.executable, standins.serving.__file__, str(self.directory), str(self.port), "again",
+            sys.executable, standins.serving.__file__, str(self.directory), str(self.port),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=self._log,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip

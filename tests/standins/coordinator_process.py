@@ -4,10 +4,8 @@
 import asyncio
 import json
 import os
-import signal
 import socket
 import ssl
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from pathlib import Path
 import psutil
 
 import standins.serving
+from standins.forked import Forked
 from standins.raw_http import Stream, answer, connect
 
 MIB = 1 << 20
@@ -48,28 +47,20 @@ async def serving(directory: Path, **limits: float) -> AsyncIterator[Process]:
     with closing(socket.create_server(("127.0.0.1", 0))) as probe:
         port = probe.getsockname()[1]
     log = directory / "log"
-    with log.open("wb") as file:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            standins.serving.__file__,
-            str(directory),
-            str(port),
-            json.dumps(limits),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=file,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-    assert process.stdout
+    arguments = [str(directory), str(port), json.dumps(limits)]
+    process = Forked(standins.serving.program, arguments, log, os.environ, Path.cwd())
     try:
-        line = await asyncio.wait_for(process.stdout.readline(), 60)
-        assert line == b"ready\n", log.read_text()
+        async with asyncio.timeout(60):
+            while not (directory / "ready").exists():
+                assert process.poll() is None, log.read_text()
+                await asyncio.sleep(0.02)
         yield Process(port, log, process.pid)
-        process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 30) == 0, log.read_text()
+        process.terminate()
+        assert await asyncio.to_thread(process.wait, 30) == 0, log.read_text()
     finally:
-        if process.returncode is None:
+        if process.poll() is None:
             process.kill()
-            await process.wait()
+            await asyncio.to_thread(process.wait)
     assert "Traceback" not in log.read_text()
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A TLS coordinator process to attack: `python serving.py DIRECTORY PORT [LIMITS]`, jobs job-0 .. job-3.
+"""A TLS coordinator process to attack, jobs job-0 .. job-3. A token is `JOB/NODE`.
 
-A token is `JOB/NODE`. LIMITS is JSON of `serving.Limits`. Logs go to standard error as the operator's do.
-Ends at SIGTERM as the operator does. With `again` as LIMITS it serves in a child, once for each line of
-standard input, so that a restart costs no imports; it prints `pid PID` and, when the child ends, `exit STATUS`.
+Logs go to standard error as the operator's do; it ends at SIGTERM as the operator does. `python serving.py
+DIRECTORY PORT` serves in a child, once for each line of standard input, so that a restart costs no imports; it
+prints `pid PID`, `ready` and, when the child ends, `exit STATUS`.
 """
 
 import asyncio
@@ -13,6 +13,8 @@ import os
 import signal
 import ssl
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from fedpipe_api.logs import LINE_FORMAT, LineFormatter
@@ -38,8 +40,8 @@ def certificate() -> ssl.SSLContext:
     return context
 
 
-async def main(directory: Path, port: int, limits: Limits) -> None:
-    """Serve until SIGTERM."""
+async def main(directory: Path, port: int, limits: Limits, ready: Callable[[], object]) -> None:
+    """Serve until SIGTERM; `ready` is called once it listens."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter(LINE_FORMAT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -54,7 +56,7 @@ async def main(directory: Path, port: int, limits: Limits) -> None:
         await engine.submit(wanted.model_copy(update={"metadata": metadata}))
         await engine.set_eligible_nodes(uid, [f"node-{i}" for i in range(NODES)])
     site = await serve(application(engine, identify), listen("127.0.0.1", port), certificate(), limits=limits)
-    print("ready", flush=True)
+    ready()
     await stop.wait()
     await site.close()
     await engine.stop()
@@ -65,16 +67,18 @@ def again(directory: Path, port: int) -> None:
     for _ in sys.stdin:
         child = os.fork()
         if child == 0:
-            asyncio.run(main(directory, port, Limits()))
+            asyncio.run(main(directory, port, Limits(), partial(print, "ready", flush=True)))
             os._exit(0)
         print(f"pid {child}", flush=True)
         print(f"exit {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}", flush=True)
 
 
+def program() -> None:
+    """Be a forked process with arguments DIRECTORY, PORT and LIMITS, JSON; DIRECTORY/ready says that it listens."""
+    _, directory, port, limits = sys.argv
+    ready = (Path(directory) / "ready").touch
+    asyncio.run(main(Path(directory), int(port), Limits(**json.loads(limits)), ready))
+
+
 if __name__ == "__main__":
-    _, directory, port, *rest = sys.argv
-    if rest == ["again"]:
-        again(Path(directory), int(port))
-    else:
-        limits = Limits(**json.loads(rest[0] if rest else "{}"))
-        asyncio.run(main(Path(directory), int(port), limits))
+    again(Path(sys.argv[1]), int(sys.argv[2]))
