@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
-from attacks import RANKS, RATE, Model, aggregation_of, mixture, news, run
+from attacks import RANKS, RATE, Model, aggregation_of, run
+from attacks_data import mixture, news
 from bench_machine import commit, machine
 
 from fedpipe_api.job import FedPipeJobSpec, Optimizer, Rounds, ServerOptimizer

@@ -42,13 +42,12 @@ ALPHA = 0.7
 
 FLEET: tuple[dict[str, Any], ...] = (
     {"name": "edge-a", "device": "workstation", "memory": "1500Mi", "precisions": ["fp32"]},
-    {"name": "edge-b", "device": "server", "memory": "1Gi", "speed": 0.9, "precisions": ["bf16"]},
-    {"name": "edge-c", "device": "small board", "memory": "780Mi", "speed": 0.8, "precisions": ["int8"]},
-    {"name": "edge-d", "device": "laptop", "memory": "820Mi", "speed": 0.6, "precisions": ["nf4"]}
-    | {"linkRate": "2M"},
+    {"name": "edge-b", "device": "server", "memory": "1Gi", "precisions": ["bf16"]},
+    {"name": "edge-c", "device": "small board", "memory": "780Mi", "precisions": ["int8"]},
+    {"name": "edge-d", "device": "laptop", "memory": "820Mi", "precisions": ["nf4"]} | {"linkRate": "2M"},
 )
-"""The nodes: unequal in memory, speed, link and in what their hardware computes (fp32 in place of bf16 where
-bf16 is slower)."""
+"""The nodes: unequal in memory, link and in what their hardware computes (fp32 in place of bf16 where bf16 is
+slower), and so in speed. A declared speed would only make people wait."""
 
 _NAMES = re.compile(
     r"\b("

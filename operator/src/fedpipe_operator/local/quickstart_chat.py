@@ -42,10 +42,9 @@ TOPICS: dict[str, tuple[str, ...]] = {
 FLEET: tuple[dict[str, Any], ...] = (
     {"name": "edge-a", "device": "workstation", "memory": "3Gi", "precisions": ["fp32"], "chats": 240},
     {"name": "edge-b", "device": "server", "memory": "2500Mi", "precisions": ["bf16"], "chats": 180},
-    {"name": "edge-c", "device": "small board", "memory": "2Gi", "precisions": ["int8"], "chats": 120}
-    | {"speed": 0.9},
+    {"name": "edge-c", "device": "small board", "memory": "2Gi", "precisions": ["int8"], "chats": 120},
     {"name": "edge-d", "device": "laptop", "memory": "2Gi", "precisions": ["nf4"], "chats": 80}
-    | {"speed": 0.8, "linkRate": "2M"},
+    | {"linkRate": "2M"},
 )
 """The nodes (fp32 in place of bf16 where bf16 is slower); `chats` are the rows of each."""
 
