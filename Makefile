@@ -15,7 +15,7 @@ $(VENV)/installed: constraints.txt requirements-quickstart.txt crds/pyproject.to
 	# torch first and alone: with it in place nothing pulls a second build.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --group dev \
-		--editable ./crds --editable "./edge-agent[train]" --editable "./operator[local]"
+		--editable ./crds --editable "./edge-agent[train]" --editable "./operator[local,tracking]"
 	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements-quickstart.txt
 	touch $@
 

@@ -101,6 +101,12 @@ VALID = [
         "output to a partition",
         {"spec.output": {"url": "s3://bucket/day=2027-01-01/a.b~1+2_", "secretName": "writer"}},
     ),
+    Case("TensorBoard", {"spec.tracking": {"tensorBoard": True}}),
+    Case(
+        "MLflow's server",
+        {"spec.tracking": {"mlflow": {"uri": "https://mlflow.lab:5000/a", "experiment": "x"}}},
+    ),
+    Case("MLflow's files", {"spec.tracking": {"tensorBoard": False, "mlflow": {"uri": "file:///srv/runs"}}}),
     Case("selector", {"spec.nodes.selector": {"matchLabels": {"site": "edge", "fedpipe.io/gpu": ""}}}),
     Case(
         "selector expressions",

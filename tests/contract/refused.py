@@ -174,6 +174,18 @@ INVALID = [
         "mode list",
         "cel",
     ),
+    Case("tracking nowhere", {"spec.tracking": {}}, "spec.tracking", "tensorBoard, give mlflow", "cel"),
+    *[
+        Case(f"MLflow at {uri!r}", {"spec.tracking": {"mlflow": {"uri": uri}}}, "spec.tracking.mlflow.uri")
+        for uri in (
+            "",
+            "mlruns",
+            "http://user:password@host",
+            "databricks",
+            "file://host/a",
+            "http://host/?a=b",
+        )
+    ],
     Case("output nowhere", {"spec.output": {}}, "spec.output", "volume, url", "cel"),
     *[
         Case(

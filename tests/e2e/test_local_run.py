@@ -88,6 +88,7 @@ def job_of(root, **rounds):
             "rounds": {"count": 3, "localSteps": 4, "batchSize": 8, "minUpdates": 2, **rounds},
             "adapter": {"ranks": {"min": 1, "max": 4}},
             "optimizer": {"learningRate": 0.01},
+            "tracking": {"tensorBoard": True},
         },
     }
 
@@ -127,6 +128,8 @@ def test_a_run_leaves_what_it_promises(finished):
     assert all(row["updates"] == 3 for row in rows[1:])
     assert "round 3/3" in shown
     assert f"adapter  {directory.adapter}" in shown
+    assert f"tracked  {directory.root / 'tensorboard'}" in shown
+    assert len(list((directory.root / "tensorboard").glob("events.*"))) == 1
     assert not list(directory.agents.glob("*/token"))
 
 

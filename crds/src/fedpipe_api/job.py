@@ -32,6 +32,7 @@ from .status import (
     Phase,
     RoundStatus,
 )
+from .tracking import Tracking
 from .training import (
     Adapter,
     Aggregation,
@@ -247,6 +248,7 @@ class FedPipeJobSpec(Model):
     optimizer: Optimizer = Optimizer()
     aggregation: Aggregation = Aggregation()
     output: Output | None = None
+    tracking: Tracking | None = None
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Seed of all random choices.")
     suspend: bool = Field(default=False, description="Stop the agents and keep all state; false goes on.")
     ttl_seconds_after_finished: int | None = Field(
@@ -290,6 +292,7 @@ class FedPipeJobSpec(Model):
             holds=lambda spec: spec.adapter.from_ is None or not spec.aggregation.method.averages_factors,
         ),
         *immutable("model", "data", "adapter", "quantization", "optimizer", "aggregation", "output", "seed"),
+        *immutable("tracking"),
     )
 
 

@@ -44,6 +44,8 @@ LONGEST_PAUSE = 10.0
 ENDED_PAUSE = 300.0
 """And every other: a tenant may keep thousands, and no other job may wait behind looks at them."""
 
+NO_TRACKING = "spec.tracking: is of `fedpipe run`; a cluster's metrics are in Prometheus, remove the field"
+
 
 class Controller:
     """All jobs.
@@ -119,6 +121,8 @@ class Controller:
         given, output = known.job.spec.adapter.from_, known.job.spec.output
         if given is not None and given.path is not None:
             return NO_PATHS
+        if known.job.spec.tracking is not None:
+            return NO_TRACKING
         if output is None or output.url is None:
             return None
         try:

@@ -2,6 +2,7 @@
 """What a finished run leaves: adapter, metrics and report, and the summary on the screen."""
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -26,11 +27,12 @@ from .json_lines import print_end
 from .live import stage
 from .report import write_report
 from .tokenizer import tokenizer_files
+from .tracking import Tracking, times
 from .wording import facts
 
 
-def write_all_results(directory: RunDirectory, *, as_json: bool = False) -> int:
-    """Write whatever of the finished run's results is missing, print the summary, return the exit status."""
+def write_all_results(directory: RunDirectory, tracking: Tracking, *, as_json: bool = False) -> int:
+    """Write and send what a finished run lacks of its results, print the summary, return the exit status."""
     history = read(directory)
     state = history.state
     if state.adapter is not None and not directory.adapter.exists():
@@ -40,6 +42,7 @@ def write_all_results(directory: RunDirectory, *, as_json: bool = False) -> int:
     if not as_json:
         print_summary(directory, history)
     lines = deliver(directory.adapter, state) if directory.adapter.exists() else []
+    lines += track(tracking, history)
     if as_json:
         print_end(directory, history)
     else:
@@ -62,6 +65,16 @@ def deliver(adapter: Path, state: JobState) -> list[str]:
     if output is not None and output.volume is not None:
         lines.append("spec.output.volume is of a cluster; it is not written here")
     return lines
+
+
+def track(tracking: Tracking, history: History) -> list[str]:
+    """Send the rounds that trackers lack; return a line for each that has all, and say which have not."""
+    state = history.state
+    tracking.send(measures.rounds(history), times(state))
+    tracking.end(state.finished.phase if state.finished else None)
+    for place, why in tracking.failed.items():
+        sys.stderr.write(f"spec.tracking: {place} lacks rounds: {why}; the same command sends them\n")
+    return [f"tracked  {place}" for place in tracking.places]
 
 
 def check_output(spec: FedPipeJobSpec) -> None:

@@ -23,6 +23,7 @@ from fedpipe_api.logs import LINE_FORMAT, LineFormatter
 
 from ..coordinator import Tokens, application
 from ..engine import Engine
+from ..engine.background import cancel
 from ..engine.events import JobEvent
 from ..engine.jobs import Job
 from ..engine.state import JobState
@@ -36,6 +37,7 @@ from .manifest import LocalJob
 from .plan import READING, check
 from .progress import PlainView, QuietView, View
 from .results import check_output, write_all_results
+from .tracking import Tracking
 
 SUSPENDED = 130
 """Exit status after Ctrl-C, as shells know it."""
@@ -90,26 +92,30 @@ def run(local: LocalJob, out: Path | None, resume: bool, port: int, output: Outp
     """Run a job to its end, or on from where it stopped; return the exit status."""
     as_json = output is Output.JSON
     agent_command()
-    check_output(local.job.spec)
     directory = RunDirectory(out or Path("runs") / local.job.metadata.name)
     found = _look(directory, local, resume)
+    record = RunRecord(uid=found.uid, job=local.job, fleet=local.fleet, model=local.model)
+    check_output(local.job.spec)
+    tracking = Tracking(directory, record)
     if found.finished:
         if output is Output.PEOPLE:
             sys.stdout.write(f"{directory.root}: holds this run, finished; nothing is trained again\n")
-        return write_all_results(directory, as_json=as_json)
+        return write_all_results(directory, tracking, as_json=as_json)
     seen = view(local.job.metadata.name, output)
-    record = RunRecord(uid=found.uid, job=local.job, fleet=local.fleet, model=local.model)
     with _listen(port) as listener:
         if found.last_at is None:
             with seen.stage(READING):
                 check(local)
         created = directory.create(record)
         before = signal.getsignal(signal.SIGINT)
-        outcome = asyncio.run(_session(directory, record, local, listener, seen=seen, last_at=found.last_at))
+        session = _session(
+            directory, record, local, listener, seen=seen, tracking=tracking, last_at=found.last_at
+        )
+        outcome = asyncio.run(session)
         signal.signal(signal.SIGINT, before)  # the loop leaves Python's own handler behind
     match outcome.end:
         case End.FINISHED:
-            return write_all_results(directory, as_json=as_json)
+            return write_all_results(directory, tracking, as_json=as_json)
         case End.SUSPENDED:
             again = f"fedpipe run {local.job_file} --fleet {local.fleet_file}" + (
                 f" --out {out}" if out else ""
@@ -208,6 +214,7 @@ async def _session(
     listener: socket.socket,
     *,
     seen: View,
+    tracking: Tracking,
     last_at: float | None,
 ) -> RunOutcome:
     """Run the engine and the agents until the job ends, is interrupted, or cannot go on."""
@@ -247,12 +254,14 @@ async def _session(
         url=url,
     )
     outcome = RunOutcome(End.SUSPENDED)
+    follower = asyncio.create_task(tracking.follow(engine, record.uid)) if tracking else None
     try:
         with seen:
             outcome = await _watch(engine.jobs[record.uid], engine, agents, seen, interrupted)
     finally:
         await agents.end(_STOP_GRACE if outcome.end is End.FINISHED else 0.0)
         await coordinator.close()
+        await cancel([follower])
         await engine.stop()
     return outcome
 
