@@ -42,7 +42,7 @@ def test_quickstart_says_what_it_is_for() -> None:
     spec = FedPipeJob.model_validate(load("01")).spec
     assert len(spec.model.labels) == 12
     assert list(spec.model.labels) == sorted(spec.model.labels)
-    assert (spec.nodes.min, spec.nodes.max, spec.rounds.count, spec.rounds.min_updates) == (3, 4, 10, 3)
+    assert (spec.nodes.min, spec.nodes.max, spec.rounds.count, spec.rounds.min_updates) == (3, 4, 8, 3)
     assert spec.rounds.deadline == 300
 
 
