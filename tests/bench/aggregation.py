@@ -42,6 +42,8 @@ import json, pickle, re, sys, time
 import numpy as np
 from fedpipe_operator.aggregate import aggregate_round
 from fedpipe_operator.aggregate.files import TensorFile
+from fedpipe_operator.engine.worker import warm
+warm()
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 def dense(request):

@@ -26,6 +26,8 @@ MIB = 2**20
 MEASURED = r"""
 import pickle, re, sys
 from fedpipe_operator.aggregate import aggregate_round
+from fedpipe_operator.engine.worker import warm
+warm()
 def peak():
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 with open(sys.argv[1], "rb") as file:

@@ -30,7 +30,7 @@ def _die_with_parent() -> None:
     threading.Thread(target=wait, daemon=True, name="die-with-parent").start()
 
 
-def _warm() -> None:
+def warm() -> None:
     """Import what the calls need; the process of the event loop does without scipy."""
     from scipy import linalg, optimize, sparse  # noqa: F401
 
@@ -60,7 +60,7 @@ class Worker:
         resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self._pool.submit(_warm)
+            self._pool.submit(warm)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
