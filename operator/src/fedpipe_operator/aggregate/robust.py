@@ -7,7 +7,6 @@ the robust mean is Σ z_k D_k. Nothing dense is formed; the cost is that of the 
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 from .factors import Float64
 
@@ -118,6 +117,8 @@ def far_cosines(cosines: Float64) -> tuple[NDArray[np.bool_], float]:
 
 def _low_outliers(values: Float64) -> int:
     """Return how many of the first of ascending values are outliers, fewer than half."""
+    from scipy.special import stdtrit
+
     found = 0
     for removed in range((len(values) - 1) // 2):
         rest = values[removed:]

@@ -32,7 +32,7 @@ def _die_with_parent() -> None:
 
 def warm() -> None:
     """Import what the calls need; the process of the event loop does without scipy."""
-    from scipy import linalg, optimize, sparse  # noqa: F401
+    from scipy import linalg, optimize, sparse, special  # noqa: F401
 
     from .. import aggregate, planner  # noqa: F401
 
