@@ -372,6 +372,8 @@ def peak_of_a_round(directory, nodes: int, matrices: int) -> int:
 MEASURED = r"""
 import pickle, re, sys
 from fedpipe_operator.aggregate import aggregate_round
+from fedpipe_operator.engine.worker import warm
+warm()
 with open(sys.argv[1], "rb") as file:
     aggregate_round(pickle.load(file))
 print(1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]))
