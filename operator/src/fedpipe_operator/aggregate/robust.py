@@ -104,7 +104,7 @@ def far_cosines(cosines: Float64) -> tuple[NDArray[np.bool_], float]:
     """Return which cosines are negative and far below the others: (K,), NaN never is; and the others' median.
 
     Far is what the generalized ESD test finds (Rosner 1983, one-sided: it finds many outliers that hide each
-    other, and honest ones in one of a hundred rounds, however few or different the nodes), and 0.1 below.
+    other, and honest ones in about one of a hundred rounds if their cosines scatter normally), and 0.1 below.
     """
     known = np.flatnonzero(np.isfinite(cosines))
     order = known[np.argsort(cosines[known], kind="stable")]
