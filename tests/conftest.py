@@ -14,7 +14,7 @@ __all__ = ["control_plane"]
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-# Engines start by the hundred, and each would have a worker that imports numpy and scipy anew.
+# Engines start by the hundred, and each would have a worker that imports numpy and scipy again.
 preload()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from .views import PodView
 
 STEADY_SECONDS = 600.0
-"""A Pod that failed only after so long begins the count anew, as the kubelet counts restarts."""
+"""A Pod that failed only after so long starts the count again, as the kubelet counts restarts."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class _Failure:
 
 
 class FailedPods:
-    """The failures of a job's Pods, in memory: after a restart of the operator they are counted anew."""
+    """The failures of a job's Pods, in memory: after a restart of the operator the count starts again."""
 
     def __init__(self) -> None:
         self._latest: dict[str, _Failure] = {}

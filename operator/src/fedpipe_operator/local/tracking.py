@@ -131,7 +131,7 @@ def _library(name: str, package: str, field: str) -> Any:
 
 
 class TensorBoard:
-    """An event file, written anew by a process that goes on with a run: a second would show rounds twice."""
+    """An event file, rewritten by a process that resumes a run: a second file would show rounds twice."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._library = _library("tensorboardX", "tensorboardX", "tensorBoard")
