@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from fedpipe_api.base import UserError
 from fedpipe_api.job import Aggregation, Checks, Method, Robust, ServerOptimizer
 from fedpipe_api.lora.format import HEAD, LORA_A, LORA_B, SCALE
-from fedpipe_operator.aggregate import AggregationRequest, NodeUpdate, aggregate_round
+from fedpipe_operator.aggregate import AggregationRequest, NodeUpdate, aggregate_round, factor_averaging
 from fedpipe_operator.aggregate.files import MalformedFileError
 from property.aggregate_reference import Node, Round, product_of, svd_form
 
@@ -232,6 +232,19 @@ def test_the_same_updates_give_the_same_bytes(tmp_path, method, optimizer):
     assert {report.server_state and report.server_state.digest for report in reports} == {
         reports[0].server_state and reports[0].server_state.digest
     }
+    assert reports[0].matrices == reports[1].matrices
+    assert reports[0].nodes == reports[1].nodes
+
+
+def test_factors_too_large_to_be_held_in_memory_give_the_same_bytes(tmp_path, monkeypatch):
+    federated_round = many_matrices()
+    reports = []
+    for limit in (factor_averaging.HELD_BYTES, 0):
+        monkeypatch.setattr(factor_averaging, "HELD_BYTES", limit)
+        directory = tmp_path / str(limit)
+        directory.mkdir()
+        reports.append(federated_round.run(directory, Aggregation(method=Method.ZERO_PAD))[0])
+    assert reports[0].adapter.digest == reports[1].adapter.digest
     assert reports[0].matrices == reports[1].matrices
     assert reports[0].nodes == reports[1].nodes
 

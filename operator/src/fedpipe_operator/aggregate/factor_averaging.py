@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A matrix aggregated by averaging its factors entry by entry (METHOD §4)."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from fedpipe_api.lora.codec import Float32
@@ -9,8 +11,12 @@ from fedpipe_api.lora.format import LORA_A, LORA_B
 from . import server_optimizer as optimizer
 from .contribution import Aggregated, Matrix, figures, saved
 from .factors import singular_values
+from .files import HeldTensors
 from .sketches import probed, probed_sum
 from .tensor_averaging import Averaged, TensorSource, average
+
+HELD_BYTES = 8 * 2**20
+"""A matrix whose factors of all nodes take no more than this is held in memory while it is averaged."""
 
 
 def average_factors(matrix: Matrix) -> Aggregated:
@@ -21,6 +27,7 @@ def average_factors(matrix: Matrix) -> Aggregated:
     """
     rows, columns = matrix.shape
     rank = max(part.rank for part in matrix.contributions)
+    matrix = _held(matrix)
     previous = saved(matrix.previous, matrix.name, (LORA_A, LORA_B))
     averages = {
         suffix: _average(matrix, suffix, shape, previous)
@@ -39,6 +46,15 @@ def average_factors(matrix: Matrix) -> Aggregated:
     )
     products = tuple(averaged.products for suffix, averaged in averages.items() if _known(suffix, previous))
     return Aggregated(tensors, state, products, found)
+
+
+def _held(matrix: Matrix) -> Matrix:
+    """Return the matrix with the nodes' factors in memory if they are small: they are read twice."""
+    if 4 * sum(part.rank for part in matrix.contributions) * sum(matrix.shape) > HELD_BYTES:
+        return matrix
+    names = [matrix.name + suffix for suffix in (LORA_A, LORA_B)]
+    held = [replace(part, file=HeldTensors(part.file, names)) for part in matrix.contributions]
+    return replace(matrix, contributions=held)
 
 
 def _known(suffix: str, previous: dict[str, Float32]) -> bool:

@@ -177,6 +177,22 @@ class TensorFile:
             os.close(descriptor)
 
 
+class HeldTensors(TensorFile):
+    """Some tensors of a file, read once and held in memory."""
+
+    def __init__(self, file: TensorFile, names: Iterable[str]) -> None:
+        self._path, self.entries = file._path, file.entries
+        self._held = {name: file.read(name) for name in names}
+
+    def read(self, name: str) -> Float32:
+        """Return a tensor; callers share it and must not change it."""
+        return self._held[name]
+
+    def read_into(self, name: str, first: int, target: Float32) -> None:
+        """Fill a contiguous vector with the tensor's elements from the `first` on."""
+        target[:] = self._held[name].reshape(-1)[first : first + target.size]
+
+
 class TensorWriter:
     """Writes float32 and int8 tensors as they come; a context manager that leaves the outcome in `stored`.
 

@@ -12,6 +12,7 @@ from fedpipe_api.job import Aggregation
 from fedpipe_api.lora.format import Encoding
 
 from . import server_optimizer as optimizer
+from .factor_averaging import HELD_BYTES
 from .low_rank_sum import FOLD_KEEP, FOLD_ROOM
 from .sketches import SKETCH
 
@@ -109,7 +110,9 @@ def _entry_by_entry(aggregation: Aggregation, matrix: MatrixSize) -> tuple[int, 
     entries = len(matrix.ranks) * rank * max(rows, columns)
     blocks = int(1.5 * max(min(_BLOCK, _DOUBLE * entries), _DOUBLE * len(matrix.ranks) * rank))
     decomposing = 3 * size
-    return int(averages + max(blocks, decomposing)), int(size * (1 + moves + moments))
+    factors = _SINGLE * sum(matrix.ranks) * (rows + columns)
+    held = factors if factors <= HELD_BYTES else 0
+    return int(averages + held + max(blocks, decomposing)), int(size * (1 + moves + moments))
 
 
 def _head(size: int, nodes: int) -> int:

@@ -135,8 +135,9 @@ def _changes(
             yield rows, statistic(flat * clips[:, None]).reshape(count, width)
             continue
         change = ((weights * clips) @ flat).reshape(count, width)
-        if previous is not None:
-            change -= _uncovered(sources, weights, rows, width) * previous[rows]
+        uncovered = _uncovered(sources, weights, rows, width)
+        if previous is not None and uncovered is not None:
+            change -= uncovered * previous[rows]
         yield rows, change
 
 
@@ -149,14 +150,24 @@ def _load(
         block[:] = 0
     read = scratch[: count * source.width]
     source.file.read_into(source.name, first * source.width, read)
+    sent = read.reshape(count, source.width)
     inner = block[:count, : source.width]
-    np.multiply(read.reshape(count, source.width), source.scale, out=inner, dtype=np.float64)
-    if previous is not None:
-        inner -= previous[first : first + count, : source.width]
+    if previous is None:
+        np.multiply(sent, source.scale, out=inner, dtype=np.float64)
+        return
+    before = previous[first : first + count, : source.width]
+    if source.scale == 1:
+        np.subtract(sent, before, out=inner, dtype=np.float64)
+    else:
+        np.multiply(sent, source.scale, out=inner, dtype=np.float64)
+        inner -= before
 
 
-def _uncovered(sources: Sequence[TensorSource], weights: Float64, rows: slice, width: int) -> Float64:
-    """Return the share of weight, entry by entry (or row by row), whose nodes do not hold that entry."""
+def _uncovered(sources: Sequence[TensorSource], weights: Float64, rows: slice, width: int) -> Float64 | None:
+    """Return the share of weight, entry by entry (or row by row), whose nodes do not hold that entry.
+
+    None where every node holds every entry.
+    """
     tall = np.array([source.rows for source in sources])
     wide = np.array([source.width for source in sources])
     if (wide < width).any():
@@ -165,4 +176,4 @@ def _uncovered(sources: Sequence[TensorSource], weights: Float64, rows: slice, w
     if (tall < rows.stop).any():
         found = weights @ (np.arange(rows.start, rows.stop) >= tall[:, None])
         return found[:, None]
-    return np.zeros(1)
+    return None
