@@ -104,6 +104,8 @@ class Emulator(kmock.KubernetesEmulator):
                 return 201, await self._change(key, pod | {"spec": spec})
             case "PATCH", str(), None | "status":
                 return await self._patch(key, request)
+            case "PATCH", str(), "resize":
+                return 200, await self._resize(key, request.data)
             case "PUT", str(), None | "status":
                 return await self._update(key, request, request.data)
             case "DELETE", str(), None:
@@ -186,6 +188,18 @@ class Emulator(kmock.KubernetesEmulator):
         except jsonpatch.JsonPatchException as error:
             raise kmock.KubernetesError(422, "Invalid", str(error)) from None
         return await self._update(key, request, dict(copy.raw))
+
+    async def _resize(self, key: Key, patch: Document) -> Document:
+        """Change resources of a Pod's containers, by their names."""
+        old = self._read(key)
+        if patch["metadata"]["uid"] != old["metadata"]["uid"]:
+            raise kmock.KubernetesError(409, "Conflict", "the uid in the precondition is another one's")
+        changed = {container["name"]: container["resources"] for container in patch["spec"]["containers"]}
+        containers = [
+            container | {"resources": container.get("resources", {}) | changed.get(container["name"], {})}
+            for container in old["spec"]["containers"]
+        ]
+        return await self._change(key, old | {"spec": old["spec"] | {"containers": containers}})
 
     async def _update(self, key: Key, request: kmock.Request, new: Document) -> tuple[int, Document]:
         """Write a whole object or, through the subresource, its status."""

@@ -182,7 +182,11 @@ class Kubelet:
             return
         known.process, known.phase = self.start(pod, directory), "Running"
         running = {"startedAt": _now()}
-        self._status(meta["uid"], {"phase": "Running", "containerStatuses": [_container(running=running)]})
+        # A kubelet that resizes Pods reports what their containers have.
+        container = _container(running=running) | {
+            "resources": pod["spec"]["containers"][0].get("resources", {})
+        }
+        self._status(meta["uid"], {"phase": "Running", "containerStatuses": [container]})
 
     def _warn(self, pod: dict[str, Any], message: str) -> None:
         meta = pod["metadata"]

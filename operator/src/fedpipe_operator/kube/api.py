@@ -16,12 +16,14 @@ from fedpipe_api.names import GROUP, JOBS, NODES, VERSION
 
 from .fields import FieldReader
 from .shallow import decode
+from .views import AGENT
 
 Document = dict[str, Any]
 
 MANAGER = "fedpipe-operator"
 REQUEST_SECONDS = 30
 _APPLY = "application/apply-patch+yaml"
+_STRATEGIC = "application/strategic-merge-patch+json"
 _CUSTOM = f"/apis/{GROUP}/{VERSION}"
 
 
@@ -83,6 +85,13 @@ class Api:
     async def get_pod(self, namespace: str, name: str) -> Document | None:
         """Return a Pod, or None when there is none."""
         return await self._get(f"/api/v1/namespaces/{namespace}/pods/{name}")
+
+    async def resize_pod(self, namespace: str, name: str, uid: str, requests: Mapping[str, str]) -> None:
+        """Change what the agent's container of exactly this Pod requests, while it runs (Kubernetes 1.33)."""
+        container = {"name": AGENT, "resources": {"requests": dict(requests)}}
+        body = {"metadata": {"uid": uid}, "spec": {"containers": [container]}}
+        path = f"/api/v1/namespaces/{namespace}/pods/{name}/resize"
+        await self.request("resize", "PATCH", path, body, content_type=_STRATEGIC)
 
     async def delete_pod(self, namespace: str, name: str, uid: str, force: bool) -> None:
         """Delete exactly this Pod; no error when it is gone or another one has its name."""

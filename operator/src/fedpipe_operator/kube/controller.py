@@ -25,6 +25,7 @@ from .inventory import Inventory
 from .job_status import invalid_status, job_status, quarantined_status
 from .output_delivery import OutputDelivery
 from .pod_creation import PodCreation
+from .pod_resizing import resize_pods
 from .pod_warnings import PodWarnings
 from .pods import owner_reference, template_digest
 from .reconcile import Actions, as_recorded, reconcile
@@ -265,6 +266,7 @@ class Controller:
             pod = removal.pod
             log.info("job %s: Pod %s is deleted: %s", known.title, pod.name, removal.reason)
             await self._api.delete_pod(pod.namespace, pod.name, pod.uid, removal.force)
+        await resize_pods(self._api, known, actions.resize)
         again = await self._pods.create(known, job, actions.create)
         if actions.delete_job:
             log.info("job %s is deleted: ttlSecondsAfterFinished has passed", known.title)

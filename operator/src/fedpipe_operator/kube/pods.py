@@ -22,6 +22,7 @@ from fedpipe_api.object_url import ObjectURL
 from fedpipe_api.objects import Claim, HostPath, Volume
 
 from .merge import strategic_merge
+from .pod_resources import UNPLANNED
 from .settings import OperatorSettings
 from .taints import GPU_TOLERATION
 from .views import AGENT, GENERATION_ANNOTATION, TEMPLATE_ANNOTATION, WRITER, CapacityView, NodeView
@@ -196,7 +197,7 @@ def _spec(job: FedPipeJob, node: NodeView, capacity: CapacityView, settings: Ope
             *(("--link-rate", str(capacity.link_rate)) if capacity.link_rate else ()),
         ],
         "env": environment,
-        "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}},
+        "resources": {"requests": dict(UNPLANNED)},
         "securityContext": container_security(),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [

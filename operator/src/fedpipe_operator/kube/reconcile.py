@@ -13,6 +13,7 @@ from fedpipe_api.job import FedPipeJob
 from ..engine.state import JobState
 from .node_selection import ClusterNodes, NodeSelection, choose
 from .pod_removal import STARTING_SECONDS, Removal, left_out, removals
+from .pod_resources import Resize, resizes
 from .views import PodView
 
 LINGER_SECONDS = 30.0
@@ -36,6 +37,7 @@ class Actions:
     """GPU nodes that the job holds from now on; None leaves it as it is."""
     create: tuple[str, ...] = ()
     remove: tuple[Removal, ...] = ()
+    resize: tuple[Resize, ...] = ()
     delete_job: bool = False
     again: float | None = None
     """Seconds until it must be looked at again even if nothing changes."""
@@ -44,7 +46,13 @@ class Actions:
     def settled(self) -> bool:
         """Whether nothing is left to do."""
         return not (
-            self.submit or self.lost or self.eligible or self.create or self.remove or self.delete_job
+            self.submit
+            or self.lost
+            or self.eligible
+            or self.create
+            or self.remove
+            or self.resize
+            or self.delete_job
         )
 
 
@@ -103,6 +111,7 @@ def reconcile(
         hold=gpus if enough else frozenset(),
         create=tuple(sorted(wanted - by_node.keys())),
         remove=remove,
+        resize=resizes(job, state, [pod for pod in pods if pod.node in wanted]),
         again=again,
     )
 

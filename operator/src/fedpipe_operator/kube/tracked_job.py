@@ -40,6 +40,8 @@ class TrackedJob:
     failures: int = 0
     failed: FailedPods = field(default_factory=FailedPods)
     quarantined: bool = False
+    kept: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    """By uid of a Pod: the requests that the API server did not take."""
 
     @staticmethod
     def of(body: Body) -> "TrackedJob":

@@ -2,7 +2,7 @@
 """What reconcile reads of Node, FedPipeNode and Pod: small frozen views of the objects."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedpipe_api.base import USER_MISTAKE
@@ -113,6 +113,8 @@ class PodView:
     failures: int = 0
     """How many Pods of its node failed in a row, this one included."""
     ended: float | None = None
+    requests: Mapping[str, str] = field(default_factory=dict)
+    """Resources that the agent's container requests."""
 
     @property
     def deleting(self) -> bool:
@@ -219,7 +221,14 @@ def pod_view(body: Body) -> PodView | None:
         restarted=_restarted(status, containers),
         mistake=mistake,
         ended=_ended(status, containers) if phase in _ENDED else None,
+        requests=_requests(top.object("spec")),
     )
+
+
+def _requests(spec: FieldReader) -> dict[str, str]:
+    agents = (container for container in spec.objects("containers") if container.text("name") == AGENT)
+    agent = next(agents, FieldReader({}))
+    return agent.object("resources").texts("requests")
 
 
 def _phase(spec: FieldReader, status: FieldReader, containers: Iterable[FieldReader]) -> str:

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What agents request: a start before the plan, then what it needs, and what a podTemplate says of it."""
+
+from typing import Any
+
+import pytest
+
+from fedpipe_operator.kube.pod_resources import UNPLANNED, planned, resizes
+from fedpipe_operator.kube.views import pod_view
+from kube.looks import PLAN, SHAPE, state_of
+from kube.objects import job, pod
+from standins.agents import registration
+
+GIB = 2**30
+DEVICE = registration(SHAPE).device
+
+
+def agent_pod(requests: Any, **more: Any) -> Any:
+    body = pod("a", **more)
+    body["spec"]["containers"] = [{"name": "proxy"}, {"name": "agent", "resources": {"requests": requests}}]
+    return pod_view(body)
+
+
+def state(predicted: int, threads: int = 4, kind: str = "cpu") -> Any:
+    made = state_of(job(), ("a",), ("a",), plan=("a",))
+    plan = PLAN.model_copy(update={"predicted_bytes": predicted})
+    made.plans[2] = made.plans[2].model_copy(update={"nodes": {"a": plan}})
+    device = DEVICE.model_copy(update={"threads": threads, "kind": kind})
+    made.agents["a"] = made.agents["a"].model_copy(update={"device": device})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("predicted", "threads", "cpu", "memory"),
+    [(13 * GIB, 16, "8", "15309Mi"), (618 * 2**20, 3, "1500m", "711Mi"), (1, 1, "500m", "1Mi")],
+)
+def test_a_planned_agent_requests_its_memory_with_a_margin_and_half_its_threads(
+    predicted: int, threads: int, cpu: str, memory: str
+) -> None:
+    plan = PLAN.model_copy(update={"predicted_bytes": predicted})
+    device = DEVICE.model_copy(update={"threads": threads})
+    assert planned(plan, device) == {"cpu": cpu, "memory": memory}
+
+
+def test_on_a_gpu_the_plan_says_nothing_of_the_nodes_memory() -> None:
+    assert resizes(job(), state(13 * GIB, kind="cuda"), [agent_pod(UNPLANNED)]) == ()
+
+
+def test_a_running_agent_requests_what_its_plan_needs_and_then_nothing_more() -> None:
+    one = state(13 * GIB, threads=4)
+    [found] = resizes(job(), one, [agent_pod(UNPLANNED)])
+    assert found.requests == {"cpu": "2", "memory": "15309Mi"}
+    assert resizes(job(), one, [agent_pod(found.requests)]) == ()
+    assert resizes(job(), state_of(job(), ("a",), ("a",)), [agent_pod(UNPLANNED)]) == ()
+
+
+@pytest.mark.parametrize("more", [{"phase": "Pending"}, {"deleting": True}])
+def test_an_agent_that_does_not_run_keeps_its_requests(more: Any) -> None:
+    assert resizes(job(), state(13 * GIB), [agent_pod(UNPLANNED, **more)]) == ()
+
+
+def test_the_same_size_written_otherwise_is_the_same() -> None:
+    one = state(int(2 * GIB / 1.15), threads=4)
+    [found] = resizes(job(), one, [agent_pod(UNPLANNED)])
+    assert found.requests["memory"] == "2048Mi"
+    assert resizes(job(), one, [agent_pod({"cpu": "2", "memory": "2Gi"})]) == ()
+
+
+@pytest.mark.parametrize(
+    ("resources", "left"),
+    [
+        ({"limits": {"memory": "4Gi"}}, {"cpu"}),
+        ({"requests": {"cpu": "3"}}, {"memory"}),
+        ({"requests": {"cpu": "3"}, "limits": {"memory": "4Gi"}}, set()),
+        ({"requests": None}, {"cpu", "memory"}),
+    ],
+)
+def test_what_a_template_says_of_a_resource_stays(resources: Any, left: set[str]) -> None:
+    one = job(podTemplate={"spec": {"containers": [{"name": "agent", "resources": resources}]}})
+    found = resizes(one, state(13 * GIB), [agent_pod(UNPLANNED)])
+    assert set().union(*(resize.requests for resize in found)) == left
+    assert resizes(one, state(13 * GIB), [agent_pod({})]) == ()
