@@ -113,7 +113,7 @@ def test_kubectl_shows_a_finished_job(cluster: Cluster, name: str) -> None:
     cluster.submit(name)
     cluster.wait_phase("Succeeded", name)
     line = cluster.plane.kubectl("get", "fpj", name, "-n", cluster.namespace).stdout.splitlines()[1]
-    assert line.split()[:4] == [name, "Succeeded", "3/3", "3/3"], line
+    assert line.split()[:5] == [name, "Succeeded", "RoundsCompleted", "3/3", "3/3"], line
 
 
 def test_a_finished_adapter_is_fetched_and_its_pods_end(cluster: Cluster, name: str, tmp_path: Path) -> None:
