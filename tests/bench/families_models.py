@@ -230,9 +230,22 @@ def cases() -> Iterator[tuple[str, Task]]:
 def save(family: str, task: Task, directory: Path) -> None:
     """Write a base as people have it: a causal language model, or an encoder without a classifier."""
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     tokenizer = trained_tokenizer()
+    config = configured(family, tokenizer)
+    if family == "funnel":  # it has two base models
+        config.architectures = ["FunnelBaseModel"]
+    torch.manual_seed(0)
+    kind = AutoModelForCausalLM if family in DECODERS else AutoModel
+    kind.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def configured(family: str, tokenizer: Any) -> Any:
+    """Return the configuration of a family's tiny model."""
+    from transformers import AutoConfig
+
     fields = {**DECODERS, **ENCODERS}[family]
     special = {
         "vocab_size": len(tokenizer),
@@ -245,13 +258,7 @@ def save(family: str, task: Task, directory: Path) -> None:
     if "text_config" in fields:
         fields = {**fields, "text_config": {**fields["text_config"], **special}}
     # Random weights of a size that makes differences show.
-    config = AutoConfig.for_model(family, **{**special, **fields, "initializer_range": 0.1})
-    if family == "funnel":  # it has two base models
-        config.architectures = ["FunnelBaseModel"]
-    torch.manual_seed(0)
-    kind = AutoModelForCausalLM if family in DECODERS else AutoModel
-    kind.from_config(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    return AutoConfig.for_model(family, **{**special, **fields, "initializer_range": 0.1})
 
 
 def trained_tokenizer() -> Any:

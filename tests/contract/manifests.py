@@ -61,6 +61,8 @@ CLAIM = {"claimName": "models"}
 VALID = [
     Case("smallest", {}),
     Case("causal lm", CAUSAL),
+    Case("packed rows", CAUSAL | {"spec.data.packing": True}),
+    Case("a classifier without packing", {"spec.data.packing": False}),
     Case(
         "causal lm with perplexity", CAUSAL | {"spec.rounds.until": {"metric": "perplexity", "reaches": 12.5}}
     ),

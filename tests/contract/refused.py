@@ -63,6 +63,7 @@ INVALID = [
     Case("one label", {"spec.model.labels": ["a"]}, "spec.model.labels", "at least two", "cel"),
     Case("no labels", {"spec.model.labels": UNSET}, "spec.model.labels", "at least two", "cel"),
     Case("causal lm with labels", {"spec.model.task": "causal-lm"}, "spec.model.labels", "no classes", "cel"),
+    Case("packed rows of a classifier", {"spec.data.packing": True}, "spec.data.packing", "one class", "cel"),
     Case(
         "absolute train file",
         {"spec.data.train": "/etc/passwd"},

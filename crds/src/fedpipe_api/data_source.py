@@ -87,6 +87,11 @@ class DataSource(Model):
         default="fail", description="What a row does that cannot be used: end the node's work, or be counted."
     )
     max_length: int = Field(default=256, ge=8, le=131072, description="Tokens kept of each sample.")
+    packing: bool = Field(
+        default=False,
+        description="Pack the short rows of a step into sequences of up to maxLength tokens, so that less is "
+        "padding; gradients stay the same. For causal-lm.",
+    )
     evaluation_share: float = Field(default=0.1, ge=0, lt=1, description="Share of train held out.")
 
     rules: ClassVar = (inside("train"), inside("evaluation"))

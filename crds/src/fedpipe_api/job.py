@@ -285,6 +285,12 @@ class FedPipeJobSpec(Model):
             ),
         ),
         Rule(
+            field="data.packing",
+            message="sequence-classification has one class per sequence; set packing to false",
+            cel="self.model.task == 'causal-lm' || !has(self.data.packing) || !self.data.packing",
+            holds=lambda spec: spec.model.task is Task.CAUSAL_LM or not spec.data.packing,
+        ),
+        Rule(
             field="adapter.from",
             message="needs aggregation.method exact, truncate or stack",
             cel="!has(self.adapter) || !has(self.adapter.from) || !has(self.aggregation) || "

@@ -30,6 +30,7 @@ from . import model as base
 from .adapters import Adapters, GlobalAdapter, save
 from .device import Device, is_out_of_memory
 from .heads import head_tensors, set_head
+from .packing import check_packing
 from .shape import longest_input, read_shape
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class Agent:
         job = self._job
         tokenizer = base.read_tokenizer(self._source)
         self._config = base.read_config(self._source, job.model, tokenizer.pad_token_id)
+        check_packing(job.data, self._config.model_type)
         self._shape = read_shape(self._config, self._task, job.adapter.modules, self._source)
         self._samples, self._held_out, self._notes = data.load(
             directory,
@@ -343,6 +345,7 @@ class Agent:
             max_grad_norm=optimizer.max_grad_norm,
             proximal=optimizer.proximal,
             checkpointing=plan.checkpointing,
+            packed=self._job.data.max_length if self._job.data.packing else None,
         )
 
 

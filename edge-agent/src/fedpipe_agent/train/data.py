@@ -17,6 +17,7 @@ from fedpipe_api.rows.data_paths import locate
 from fedpipe_api.wire import DataNotes
 
 from .examples import Found, check_length, examples, held_out_of
+from .packing import pack
 from .seeds import generator
 from .tokenization import Sample, Tokenization
 
@@ -69,6 +70,9 @@ class Samples:
         if any(second is not None for second in seconds):
             filled = zip(seconds, lengths, strict=True)
             self._seconds = np.array([length if second is None else second for second, length in filled])
+        self._positions = None
+        if len(samples) and samples[0].positions is not None:
+            self._positions = np.concatenate([one.positions for one in samples])
         self.lengths = lengths
 
     def __len__(self) -> int:
@@ -106,6 +110,9 @@ class Samples:
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
         inputs = {"input_ids": ids, "attention_mask": mask}
+        if self._positions is not None:
+            # Without a mask transformers makes one of the positions. Padding, all at 0, sees itself alone.
+            inputs = {"input_ids": ids, "position_ids": self._places(indices, width)}
         if self._seconds is not None:
             inputs["token_type_ids"] = (np.arange(width) >= self._seconds[indices, None]) * mask
         keep = None
@@ -125,6 +132,15 @@ class Samples:
             tokens=int(mask.sum()),
         )
 
+    def _places(self, indices: np.ndarray, width: int) -> np.ndarray:
+        """Return the positions of packed samples (b, width), 0 for padding."""
+        assert self._positions is not None
+        places = np.zeros((len(indices), width), dtype=np.int64)
+        for row, index in enumerate(indices):
+            end, length = self._ends[index], self.lengths[index]
+            places[row, :length] = self._positions[end - length : end]
+        return places
+
     def _next_tokens(self, ids: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the labels (b, k) and the k positions at which at least one sample predicts."""
         predicted = np.zeros(ids.shape, dtype=bool)
@@ -143,6 +159,24 @@ class Samples:
             return Sample(ids, self.predicted(index))
         second = None if self._seconds is None else int(self._seconds[index])
         return Sample(ids, label=int(self.classes[index]), second=second)
+
+    def packed(self, indices: np.ndarray, length: int) -> "Samples":
+        """Return samples packed into sequences of at most `length` tokens, the longest first.
+
+        A sequence is one of the samples returned; in each part of it what was predicted still is.
+        """
+        return Samples(
+            [
+                Sample(
+                    np.concatenate([self.tokens(index) for index in sequence]),
+                    np.concatenate([self.predicted(index) for index in sequence]),
+                    positions=np.concatenate([np.arange(self.lengths[index]) for index in sequence]),
+                )
+                for sequence in (indices[chosen] for chosen in pack(self.lengths[indices], length))
+            ],
+            self._task,
+            self._padding,
+        )
 
     def part(self, indices: np.ndarray) -> "Samples":
         """Return the samples of the given indices."""

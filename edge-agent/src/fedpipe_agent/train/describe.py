@@ -55,11 +55,13 @@ def _describe(
         from . import model as base
         from .agent import registration
         from .device import Device
+        from .packing import check_packing
         from .shape import longest_input, read_shape
 
         source = base.Source(options.model)
         config = base.read_config(source, spec.model, base.read_tokenizer(source).pad_token_id)
         check_length(spec.data, longest_input(config))
+        check_packing(spec.data, config.model_type)
         # A repository's weights are not fetched for a plan.
         stored = source if source.local else None
         shape = read_shape(config, spec.model.task, spec.adapter.modules, stored)

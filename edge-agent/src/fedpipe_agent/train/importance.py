@@ -126,7 +126,7 @@ def measure(
     trained += [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0, fused=True)
     checkpoint(model, settings.checkpointing)
-    work = MicroBatches(model, trained, samples, device, settings.micro_batch)
+    work = MicroBatches(model, trained, samples, device, settings.micro_batch, packed=settings.packed)
     try:
         for number, chosen in enumerate(islice(order, settings.steps), 1):
             begin = time.perf_counter()

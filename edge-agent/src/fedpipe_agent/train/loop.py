@@ -23,7 +23,11 @@ from .device import Device, is_out_of_memory
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train: `steps` optimizer steps of micro_batch × accumulation samples each."""
+    """How to train: `steps` optimizer steps of micro_batch × accumulation samples each.
+
+    With `packed` a step's samples are packed into sequences of at most so many tokens, and micro-batches are
+    of sequences. The gradients are the same.
+    """
 
     steps: int
     micro_batch: int
@@ -33,6 +37,7 @@ class Settings:
     max_grad_norm: float = 1.0
     proximal: float = 0.0
     checkpointing: bool = False
+    packed: int | None = None
 
     @property
     def batch(self) -> int:
@@ -96,8 +101,13 @@ class MicroBatches:
         samples: Samples,
         device: Device,
         size: int,
+        *,
+        packed: int | None = None,
     ):
-        """Start with micro-batches of `size` samples; `parameters` are all that receive a gradient."""
+        """Start with micro-batches of `size` samples; `parameters` are all that receive a gradient.
+
+        With `packed` the samples of a step are packed first, as `Settings` says.
+        """
         self._model = model
         self._parameters = parameters
         self._samples = samples
@@ -107,6 +117,7 @@ class MicroBatches:
         self._gives_back = not device.cuda and any(
             parameter.dtype != torch.float32 for parameter in model.parameters()
         )
+        self._packed = packed
         self.size = size
 
     def accumulate(self, chosen: np.ndarray) -> tuple[float, int]:
@@ -136,11 +147,15 @@ class MicroBatches:
 
     def _accumulate(self, chosen: np.ndarray) -> tuple[float, int]:
         targets = max(1, self._samples.targets(chosen))
+        samples, order = self._samples, chosen
+        if self._packed is not None:
+            samples = samples.packed(chosen, self._packed)
+            order = np.arange(len(samples))
         total = torch.zeros((), device=self._device.torch)
         tokens = 0
         done = 0
-        while done < len(chosen):
-            batch = self._samples.batch(chosen[done : done + self.size], self._device.torch)
+        while done < len(order):
+            batch = samples.batch(order[done : done + self.size], self._device.torch)
             loss = losses(self._model, batch)[0] / targets
             loss.backward()
             total += loss.detach()
@@ -192,7 +207,7 @@ def train(
     )
     checkpoint(model, settings.checkpointing)
     device.reset_peak()
-    work = MicroBatches(model, parameters, samples, device, settings.micro_batch)
+    work = MicroBatches(model, parameters, samples, device, settings.micro_batch, packed=settings.packed)
     history: list[float] = []
     times: list[float] = []
     tokens = 0

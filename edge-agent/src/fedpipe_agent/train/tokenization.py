@@ -23,12 +23,16 @@ Mask = list[bool] | np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Token ids; which of them are predicted, or the class; and where a pair's second text begins."""
+    """Token ids; which of them are predicted, or the class; and where a pair's second text begins.
+
+    Samples packed into one also have each token's position in its own.
+    """
 
     ids: Ids
     predicted: Mask | None = None
     label: int = 0
     second: int | None = None
+    positions: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
