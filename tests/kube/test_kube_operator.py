@@ -2,7 +2,6 @@
 """The operator on a real API server: its own process, its own rights, agents as processes."""
 
 import json
-import math
 import re
 import tarfile
 import time
@@ -13,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from fedpipe_api.base import UserError, parse_quantity
+from fedpipe_api.base import UserError
 from fedpipe_operator.kube.get import unpack
 from kube.cluster import CUSTOM, Cluster, taking
 from kube.controlplane import ControlPlane
 from kube.forked_operator import PROGRAM
-from kube.gate import Gate
 from standins.object_store import KEY, SECRET, ObjectStore
 
 
@@ -73,39 +71,6 @@ def test_a_job_trains_and_succeeds(cluster: Cluster, name: str) -> None:
     assert "Planned" in reasons
     proven = cluster.plane.request("GET", f"{CUSTOM}/fedpipenodes/operator-edge-1")[1]["status"]["precisions"]
     assert all(entry["verified"] for entry in proven)
-
-
-def test_agents_request_what_their_plans_need_without_a_restart(
-    cluster: Cluster, name: str, tmp_path: Path
-) -> None:
-    gate = Gate(tmp_path / "gate")
-    cluster.submit(name, podTemplate=gate.template)
-    before = cluster.wait("agents run", lambda: requested(cluster, name))
-    assert {size for _, size in before.values()} == {2**30}
-    for step in ("register", "profile"):
-        gate.open(step)
-    cluster.wait("they have work", lambda: len(gate.at("train-1")) == 3)
-
-    def planned() -> dict[str, tuple[str, int]]:
-        sizes = {row["name"]: row.get("predictedBytes", 0) for row in cluster.status(name)["nodeTable"]}
-        return {
-            uid: (node, math.ceil(1.15 * sizes[node] / 2**20) * 2**20) for uid, (node, _) in before.items()
-        }
-
-    cluster.wait("requests follow the plan", lambda: requested(cluster, name) == planned())
-    for step in ("train-1", "upload-1", "train-2", "upload-2", "train-3", "upload-3"):
-        gate.open(step)
-    cluster.wait_phase("Succeeded", name)
-
-
-def requested(cluster: Cluster, name: str) -> dict[str, tuple[str, int]]:
-    """Return (node, bytes) that a job's agents request, by the uid of their Pod, once there are three."""
-    found = {}
-    for pod in pods_of(cluster, name).values():
-        [agent] = pod["spec"]["containers"]
-        size = parse_quantity(agent["resources"]["requests"]["memory"])
-        found[pod["metadata"]["uid"]] = (pod["metadata"]["annotations"]["fedpipe.io/node"], size)
-    return found if len(found) == 3 else {}
 
 
 def test_kubectl_shows_a_finished_job(cluster: Cluster, name: str) -> None:

@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What agents request: a start before the plan, then what it needs, and what a podTemplate says of it."""
 
+import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedpipe_api.base import parse_quantity
 from fedpipe_operator.kube.pod_resources import UNPLANNED, planned, resizes
 from fedpipe_operator.kube.views import pod_view
+from kube.cluster import Cluster
+from kube.controlplane import ControlPlane
+from kube.forked_operator import PROGRAM
+from kube.gate import Gate
 from kube.looks import PLAN, SHAPE, state_of
 from kube.objects import job, pod
 from standins.agents import registration
@@ -80,3 +88,48 @@ def test_what_a_template_says_of_a_resource_stays(resources: Any, left: set[str]
     found = resizes(one, state(13 * GIB), [agent_pod(UNPLANNED)])
     assert set().union(*(resize.requests for resize in found)) == left
     assert resizes(one, state(13 * GIB), [agent_pod({})]) == ()
+
+
+@pytest.fixture
+def cluster(control_plane: ControlPlane, tmp_path: Path) -> Iterator[Cluster]:
+    one = Cluster(control_plane, "resources", tmp_path)
+    one.program = PROGRAM
+    for name in ("edge-1", "edge-2", "edge-3"):
+        one.add_node(name)
+    try:
+        one.start_kubelet()
+        one.start_operator()
+        yield one
+    finally:
+        one.tear_down()
+
+
+def test_agents_request_what_their_plans_need_without_a_restart(cluster: Cluster, tmp_path: Path) -> None:
+    gate = Gate(tmp_path / "gate")
+    cluster.submit(podTemplate=gate.template)
+    before = cluster.wait("agents run", lambda: requested(cluster))
+    assert {size for _, size in before.values()} == {2**30}
+    for step in ("register", "profile"):
+        gate.open(step)
+    cluster.wait("they have work", lambda: len(gate.at("train-1")) == 3)
+
+    def planned() -> dict[str, tuple[str, int]]:
+        sizes = {row["name"]: row.get("predictedBytes", 0) for row in cluster.status()["nodeTable"]}
+        return {
+            uid: (node, math.ceil(1.15 * sizes[node] / 2**20) * 2**20) for uid, (node, _) in before.items()
+        }
+
+    cluster.wait("requests follow the plan", lambda: requested(cluster) == planned())
+    for step in ("train-1", "upload-1", "train-2", "upload-2", "train-3", "upload-3"):
+        gate.open(step)
+    cluster.wait_phase("Succeeded")
+
+
+def requested(cluster: Cluster) -> dict[str, tuple[str, int]]:
+    """Return (node, bytes) that agents request, by the uid of their Pod, once there are three."""
+    found = {}
+    for body in cluster.pods().values():
+        [agent] = body["spec"]["containers"]
+        size = parse_quantity(agent["resources"]["requests"]["memory"])
+        found[body["metadata"]["uid"]] = (body["metadata"]["annotations"]["fedpipe.io/node"], size)
+    return found if len(found) == 3 else {}
