@@ -12,10 +12,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -33,6 +33,7 @@ from kube.controlplane import ControlPlane
 from kube.kubelet import Kubelet, Start
 from kube.objects import stamp
 from kube.pod_process import ENVIRONMENT, stand_in_agent
+from kube.proxy import pipe
 from standins.forked import Forked
 
 HERE = Path(__file__).resolve().parent
@@ -260,6 +261,16 @@ class Cluster:
         self.kubelet = Kubelet(self.plane, self.namespace, start, pods, any_node=self._nodes[0])
         return self.kubelet
 
+    @contextmanager
+    def running(self, *arguments: str) -> Iterator[Self]:
+        """Run kubelets and the operator; tear everything down at the end."""
+        try:
+            self.start_kubelet()
+            self.start_operator(*arguments)
+            yield self
+        finally:
+            self.tear_down()
+
     def start_operator(self, *more: str) -> None:
         """Run the operator with its ServiceAccount's own token; returns when it is ready."""
         self.launch_operator(*more)
@@ -347,7 +358,7 @@ class Cluster:
                     return
                 inner = socket.create_connection(("127.0.0.1", self.coordinator_port))
                 for source, sink in ((outer, inner), (inner, outer)):
-                    threading.Thread(target=_pipe, args=(source, sink), daemon=True).start()
+                    threading.Thread(target=pipe, args=(source, sink), daemon=True).start()
 
         threading.Thread(target=serve, daemon=True).start()
         self._listeners.append(listener)
@@ -386,13 +397,3 @@ class Cluster:
 def _custom(kind: str, metadata: dict[str, Any], spec: dict[str, Any] | None = None) -> dict[str, Any]:
     body = {"apiVersion": f"{GROUP}/{VERSION}", "kind": kind, "metadata": metadata}
     return body if spec is None else body | {"spec": spec}
-
-
-def _pipe(source: socket.socket, sink: socket.socket) -> None:
-    with suppress(OSError):
-        while data := source.recv(65536):
-            sink.sendall(data)
-    for end in (source, sink):
-        with suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
-        end.close()

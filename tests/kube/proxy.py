@@ -2,6 +2,7 @@
 """A way to the API server that can be cut, frozen, or made to answer 409: plain HTTP in, TLS out."""
 
 import asyncio
+import socket
 import ssl
 import threading
 from contextlib import suppress
@@ -94,3 +95,14 @@ class Proxy:
         """Stop listening."""
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(20)
+
+
+def pipe(source: socket.socket, sink: socket.socket) -> None:
+    """Pass on what one socket receives until either ends."""
+    with suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+    for end in (source, sink):
+        with suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)
+        end.close()

@@ -26,16 +26,12 @@ def cluster(control_plane: ControlPlane, tmp_path_factory: pytest.TempPathFactor
     for name in ("edge-1", "edge-2"):
         one.add_node(name)
     one.add_tenant(rival(one))
-    try:
-        one.start_kubelet()
-        one.start_operator("--watch", rival(one))
+    with one.running("--watch", rival(one)):
         one.submit("done")
         one.wait_phase("Succeeded", "done")
         one.submit("busy", rounds={"count": 9999, "minUpdates": 2}, podTemplate=taking(0.3))
         one.wait_phase("Training", "busy")
         yield one
-    finally:
-        one.tear_down()
 
 
 def rival(cluster: Cluster) -> str:

@@ -24,12 +24,8 @@ def cluster(control_plane: ControlPlane, tmp_path_factory: pytest.TempPathFactor
         one.add_node(name)
     ancient = {"observedAt": "0000-01-01T00:00:00Z"}
     one.patch(f"{CUSTOM}/{NODES}/hostile-edge-3/status", {"status": ancient})
-    try:
-        one.start_kubelet()
-        one.start_operator()
+    with one.running():
         yield one
-    finally:
-        one.tear_down()
 
 
 def raw(cluster: Cluster, method: str, path: str, text: str | None = None) -> tuple[int, str]:

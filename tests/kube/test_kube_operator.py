@@ -37,12 +37,8 @@ def cluster(
     one.program = PROGRAM
     for name in ("edge-1", "edge-2", "edge-3"):
         one.add_node(name)
-    try:
-        one.start_kubelet()
-        one.start_operator("--output-allow", f"s3://adapters/team,{object_store.url}")
+    with one.running("--output-allow", f"s3://adapters/team,{object_store.url}"):
         yield one
-    finally:
-        one.tear_down()
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from fedpipe_operator.kube.pod_resources import UNPLANNED, planned, resizes
 from fedpipe_operator.kube.views import pod_view
 from kube.cluster import Cluster
 from kube.controlplane import ControlPlane
-from kube.forked_operator import PROGRAM
 from kube.gate import Gate
 from kube.looks import PLAN, SHAPE, state_of
 from kube.objects import job, pod
@@ -90,18 +89,19 @@ def test_what_a_template_says_of_a_resource_stays(resources: Any, left: set[str]
     assert resizes(one, state(13 * GIB), [agent_pod({})]) == ()
 
 
+@pytest.mark.parametrize("spec", [{"containers": "x"}, {"containers": ["x"]}, {"containers": [{"name": 1}]}])
+def test_a_template_that_fits_no_pod_is_left_to_those_who_build_pods(spec: Any) -> None:
+    one = job(podTemplate={"spec": spec})
+    assert resizes(one, state(13 * GIB), [agent_pod(UNPLANNED)]) == ()
+
+
 @pytest.fixture
 def cluster(control_plane: ControlPlane, tmp_path: Path) -> Iterator[Cluster]:
     one = Cluster(control_plane, "resources", tmp_path)
-    one.program = PROGRAM
     for name in ("edge-1", "edge-2", "edge-3"):
         one.add_node(name)
-    try:
-        one.start_kubelet()
-        one.start_operator()
+    with one.running():
         yield one
-    finally:
-        one.tear_down()
 
 
 def test_agents_request_what_their_plans_need_without_a_restart(cluster: Cluster, tmp_path: Path) -> None:
@@ -113,13 +113,13 @@ def test_agents_request_what_their_plans_need_without_a_restart(cluster: Cluster
         gate.open(step)
     cluster.wait("they have work", lambda: len(gate.at("train-1")) == 3)
 
-    def planned() -> dict[str, tuple[str, int]]:
+    def wanted() -> dict[str, tuple[str, int]]:
         sizes = {row["name"]: row.get("predictedBytes", 0) for row in cluster.status()["nodeTable"]}
         return {
             uid: (node, math.ceil(1.15 * sizes[node] / 2**20) * 2**20) for uid, (node, _) in before.items()
         }
 
-    cluster.wait("requests follow the plan", lambda: requested(cluster) == planned())
+    cluster.wait("requests follow the plan", lambda: requested(cluster) == wanted())
     for step in ("train-1", "upload-1", "train-2", "upload-2", "train-3", "upload-3"):
         gate.open(step)
     cluster.wait_phase("Succeeded")

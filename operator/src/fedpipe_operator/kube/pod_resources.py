@@ -15,7 +15,8 @@ from fedpipe_api.job import FedPipeJob
 from fedpipe_api.wire import DeviceFacts, NodePlan
 
 from ..engine.state import JobState
-from .views import AGENT, PodView
+from .fields import FieldReader, Unreadable
+from .views import PodView, agent_container
 
 Requests = Mapping[str, str]
 
@@ -42,7 +43,7 @@ def planned(plan: NodePlan, device: DeviceFacts) -> Requests:
     It uses all threads when nobody else does; requesting all would leave system Pods without room.
     """
     if device.kind != "cpu":
-        return UNPLANNED
+        return {}
     halves = max(1, device.threads)
     cpu = f"{halves // 2}" if halves % 2 == 0 else f"{500 * halves}m"
     return {"cpu": cpu, "memory": f"{math.ceil(MARGIN * plan.predicted_bytes / _MIB)}Mi"}
@@ -55,7 +56,10 @@ def resizes(job: FedPipeJob, state: JobState, pods: Sequence[PodView]) -> tuple[
     """
     if state.plan is None:
         return ()
-    given = _given(job.spec.pod_template or {})
+    try:
+        given = _given(job.spec.pod_template or {})
+    except Unreadable:
+        return ()  # edited meanwhile; `build_agent_pod` names the field
     found = []
     for pod in pods:
         plan, agent = state.plan.nodes.get(pod.node), state.agents.get(pod.node)
@@ -80,10 +84,7 @@ def _differs(name: str, has: str | None, wanted: str) -> bool:
 
 
 def _given(template: Mapping[str, Any]) -> set[str]:
-    """Return the resources that a podTemplate, which the Pod was built with, gives the agent's container."""
-    containers = (template.get("spec") or {}).get("containers") or []
-    agent: Mapping[str, Any] = next(
-        (container for container in containers if container.get("name") == AGENT), {}
-    )
-    resources = agent.get("resources") or {}
-    return {name for kind in ("requests", "limits") for name in resources.get(kind) or {}}
+    """Return the resources that a podTemplate gives the agent's container; Unreadable if it fits no Pod."""
+    resources = agent_container(FieldReader(template).object("spec")).object("resources")
+    kinds = [resources.object(kind) for kind in ("requests", "limits")]
+    return {name for name in UNPLANNED if any(name in kind for kind in kinds)}

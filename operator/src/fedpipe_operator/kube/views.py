@@ -221,14 +221,14 @@ def pod_view(body: Body) -> PodView | None:
         restarted=_restarted(status, containers),
         mistake=mistake,
         ended=_ended(status, containers) if phase in _ENDED else None,
-        requests=_requests(top.object("spec")),
+        requests=agent_container(top.object("spec")).object("resources").texts("requests"),
     )
 
 
-def _requests(spec: FieldReader) -> dict[str, str]:
+def agent_container(spec: FieldReader) -> FieldReader:
+    """Return the agent's container of a Pod's spec or a podTemplate's, empty if it has none."""
     agents = (container for container in spec.objects("containers") if container.text("name") == AGENT)
-    agent = next(agents, FieldReader({}))
-    return agent.object("resources").texts("requests")
+    return next(agents, FieldReader({}))
 
 
 def _phase(spec: FieldReader, status: FieldReader, containers: Iterable[FieldReader]) -> str:
