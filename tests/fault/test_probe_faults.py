@@ -4,6 +4,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -236,3 +238,17 @@ def test_hung_children_do_not_pile_up(api: apiserver.ApiServer, standin: StandIn
     with running(api.cluster(), standin.environment, *FAST, port=port) as probe:
         until(lambda: probe.metric("fedpipe_probe_passes_total") >= 3)
         assert len(psutil.Process(probe.process.pid).children()) <= 1
+
+
+def test_a_child_forked_while_its_parent_is_killed_ends_too() -> None:
+    """Its stderr closes although the kernel was asked too late to end it with its parent."""
+    program = """
+import ctypes, os, signal, time
+from fedpipe_agent.probe import child
+class Late:
+    def prctl(self, *_): os.kill(os.getppid(), signal.SIGKILL); time.sleep(0.2)
+child.ctypes.CDLL = lambda _: Late()
+child.Child(60).ask(lambda: time.sleep(600) or b"")
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == -signal.SIGKILL

@@ -44,9 +44,10 @@ class Child:
             raise Stuck
         self._stuck = None
         receive, send = os.pipe()
+        parent = os.getpid()
         child = os.fork()
         if child == 0:
-            _run(work, send)
+            _run(work, send, parent)
         os.close(send)
         try:
             answer = _receive(receive, self._timeout, wait or _wait_readable)
@@ -64,7 +65,7 @@ class Child:
         return answer
 
 
-def _run(work: Callable[[], bytes], send: int) -> None:
+def _run(work: Callable[[], bytes], send: int, parent: int) -> None:
     """Work, write the answer to `send` and end the process; never returns."""
     code = 70
     # A collection would copy the parent's whole heap to free nothing.
@@ -72,6 +73,8 @@ def _run(work: Callable[[], bytes], send: int) -> None:
     try:
         # Nobody else would end a hung child of a parent that was killed.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            return  # it was killed before the kernel knew
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)

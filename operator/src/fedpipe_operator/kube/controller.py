@@ -45,6 +45,9 @@ LONGEST_PAUSE = 10.0
 ENDED_PAUSE = 300.0
 """And every other: a tenant may keep thousands, and no other job may wait behind looks at them."""
 
+CONFLICT_SECONDS = 5.0
+"""Pause before a status that the API server did not take is written again."""
+
 NO_TRACKING = "spec.tracking: is of `fedpipe run`; a cluster's metrics are in Prometheus, remove the field"
 
 
@@ -365,8 +368,9 @@ class Controller:
         except ApiError as error:
             if error.status not in (404, 409):
                 raise
-            # Deleted, or another job of that name: kopf will say so.
-            return None
+            # Deleted, or another job of that name: kopf will say so. If not, nothing else may ever
+            # have a job that ended looked at again.
+            return CONFLICT_SECONDS
         known.budget.wrote(status, self._clock())
         return None
 

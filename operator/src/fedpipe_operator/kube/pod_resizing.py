@@ -22,8 +22,10 @@ async def resize_pods(api: Api, known: TrackedJob, resizes: Sequence[Resize]) ->
         try:
             await api.resize_pod(pod.namespace, pod.name, pod.uid, resize.requests)
         except ApiError as error:
-            if not error.permanent and error.status not in (404, 405, 409):
+            if error.status == 409:
+                continue  # somebody else wrote, or the Pod is gone: the next look knows
+            if not error.permanent and error.status not in (404, 405):
                 raise
-            # A cluster before 1.33, a quota, or a Pod that is gone.
+            # A cluster before 1.33, or a quota.
             known.kept[pod.uid] = resize.requests
             log.warning("job %s: Pod %s keeps its requests: %s", known.title, pod.name, error)

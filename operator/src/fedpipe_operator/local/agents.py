@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from fedpipe_api.base import USER_MISTAKE, UserError
@@ -31,9 +32,11 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     # Even a SIGKILL of this process must not leave agents behind.
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it was killed before the kernel knew
 
 
 class Agents:
@@ -136,7 +139,7 @@ class Agents:
                 "--token-file", str(token), "--capacity", str(capacity),
                 stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
                 env=environment(offline=self._offline, threads=member.node.threads),
-                start_new_session=True, preexec_fn=_die_with_parent,
+                start_new_session=True, preexec_fn=partial(_die_with, os.getpid()),
             )  # fmt: skip
             self._processes[member.node.name] = process
             status = await process.wait()
