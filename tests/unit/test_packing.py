@@ -2,6 +2,7 @@
 """Packed rows: none is lost or split, none sees another, and gradients are those of the rows one by one."""
 
 import json
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -16,11 +17,13 @@ from bench.families_models import DECODERS, configured, trained_tokenizer
 from fedpipe_agent import cli
 from fedpipe_agent.train import model as base
 from fedpipe_agent.train.adapters import Adapters
+from fedpipe_agent.train.agent import Agent
 from fedpipe_agent.train.data import Samples
 from fedpipe_agent.train.device import Device
 from fedpipe_agent.train.loop import MicroBatches, Settings, train
 from fedpipe_agent.train.packing import PACKABLE, pack
 from fedpipe_agent.train.shape import read_shape
+from fedpipe_api.base import UserError
 from fedpipe_api.job import Precision, Task
 from fedpipe_api.lora.methods import Start
 from fedpipe_api.node import Capacity
@@ -179,7 +182,17 @@ def test_the_models_that_do_not_are_refused_in_one_line(tmp_path, capfd, monkeyp
         assert cli.main(["describe", *arguments]) == 2
         said = capfd.readouterr().err
         assert said.count("\n") == 1
-        assert (
+        refused = (
             f"spec.data.packing: a {family} model is not known to keep packed rows apart; set it to false"
-            in said
         )
+        assert refused in said
+        # An agent in a cluster has no plan's look before it.
+        agent = Agent(
+            registered(Task.CAUSAL_LM, packing=True),
+            base.Source(str(tmp_path)),
+            None,
+            Device(Capacity(threads=1)),
+            tmp_path,
+        )
+        with pytest.raises(UserError, match=re.escape(refused)):
+            agent.prepare(tmp_path)
