@@ -39,7 +39,7 @@ from fedpipe_operator.engine.records import (
 )
 from fedpipe_operator.local.directory import RunDirectory, RunRecord
 from fedpipe_operator.local.results import write_all_results
-from fedpipe_operator.local.tracking import Tracking
+from fedpipe_operator.local.tracking import trackers_of
 from fedpipe_operator.store import Blobs, Entry, Ledger
 
 NODES = {
@@ -193,7 +193,7 @@ class Page(HTMLParser):
 
 def test_a_finished_run_leaves_adapter_metrics_and_a_report_that_needs_nothing_else(tmp_path, capsys):
     directory = make_run(tmp_path / "run")
-    assert write_all_results(directory, Tracking(directory, directory.read_record())) == 0
+    assert write_all_results(directory, trackers_of(directory, directory.read_record())) == 0
     shown = capsys.readouterr().out
     assert "done in 2m50s · accuracy 0.850 (untrained 0.030) · 25.0 MB up, 22.0 MB down" in shown
     assert f'PeftModel.from_pretrained(base, "{directory.adapter}")' in shown
@@ -255,7 +255,7 @@ def test_nothing_that_a_tenant_or_a_node_writes_is_markup(tmp_path, monkeypatch,
 
     monkeypatch.setattr(sys.modules[__name__], "records", hostile)
     directory = make_run(tmp_path / "run", rounds=2)
-    write_all_results(directory, Tracking(directory, directory.read_record()))
+    write_all_results(directory, trackers_of(directory, directory.read_record()))
     text = directory.report.read_text()
     page = Page(text)
     assert {tag for tag, _ in page.tags} <= TAGS
@@ -272,7 +272,7 @@ def test_nothing_that_a_tenant_or_a_node_writes_is_markup(tmp_path, monkeypatch,
 
 def test_metrics_have_one_object_for_each_round_with_everything_measured(tmp_path):
     directory = make_run(tmp_path / "run")
-    write_all_results(directory, Tracking(directory, directory.read_record()))
+    write_all_results(directory, trackers_of(directory, directory.read_record()))
     rows = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
     assert [row["round"] for row in rows] == list(range(13))
     third = rows[3]

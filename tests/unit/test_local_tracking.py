@@ -13,9 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fedpipe_api.base import UserError
 from fedpipe_api.job import FedPipeJob
-from fedpipe_operator.local import measures
 from fedpipe_operator.local.results import read, write_all_results
-from fedpipe_operator.local.tracking import Tracking, times
+from fedpipe_operator.local.tracking import trackers_of
+from fedpipe_operator.tracking.rows import rounds, times
+from fedpipe_operator.tracking.trackers import parameters
 from unit.test_local_report import make_run
 
 ROUNDS = 6
@@ -43,22 +44,23 @@ def scalars(path, name):
 
 
 def test_tensorboard_reads_each_round_once(run):
-    rows, state = measures.rounds(read(run)), read(run).state
+    state = read(run).state
+    rows = rounds(state)
     record = record_of(run, tensorBoard=True)
     for end in (None, state.finished.phase):  # as of a run that was stopped and goes on
-        tracking = Tracking(run, record)
+        trackers = trackers_of(run, record)
         for known in (3, 5, 5, len(rows)):
-            tracking.send(rows[:known], times(state))
+            trackers.send(rows[:known], times(state))
             found = scalars(run.root / "tensorboard", "round/loss")
             assert found == pytest.approx({row["round"]: row["loss"] for row in rows[:known]}, rel=1e-6)
-        tracking.end(end)
-        assert not tracking.failed
+        trackers.end(end)
+        assert not trackers.failed
     trained = scalars(run.root / "tensorboard", "trainLoss/edge-d")
     assert sorted(trained) == [1, 3, 4, 5, 6], "it missed round 2"
     assert trained[6] == pytest.approx(rows[6]["nodes"]["edge-d"]["trainLoss"])
     board = EventAccumulator(str(run.root / "tensorboard")).Reload()
     left = list((run.root / "tensorboard").iterdir())
-    again = Tracking(run, record)
+    again = trackers_of(run, record)
     again.send(rows, times(state))
     again.end(state.finished.phase)
     assert list((run.root / "tensorboard").iterdir()) == left, "a run that has ended is complete"
@@ -66,15 +68,16 @@ def test_tensorboard_reads_each_round_once(run):
 
 
 def test_mlflow_has_one_run_with_parameters_and_each_round_once(run, tmp_path):
-    rows, state = measures.rounds(read(run)), read(run).state
+    state = read(run).state
+    rows = rounds(state)
     uri = (tmp_path / "runs").as_uri()
     record = record_of(run, mlflow={"uri": uri, "experiment": "tickets by site"})
     for known in (4, len(rows)):  # a process each
-        tracking = Tracking(run, record)
-        tracking.send(rows[:known], times(state))
-    tracking.end(state.finished.phase)
-    assert not tracking.failed
-    assert tracking.places == [f"{uri} experiment tickets by site"]
+        trackers = trackers_of(run, record)
+        trackers.send(rows[:known], times(state))
+    trackers.end(state.finished.phase)
+    assert not trackers.failed
+    assert trackers.places == [f"{uri} experiment tickets by site"]
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("tickets by site")
     [found] = client.search_runs([experiment.experiment_id])
@@ -124,10 +127,10 @@ def test_a_server_that_goes_away_costs_neither_the_run_nor_the_other_tracker(tmp
     run = make_run(tmp_path / "run", rounds=2)
     server = Server()
     try:
-        tracking = Tracking(run, record_of(run, tensorBoard=True, mlflow={"uri": server.uri}))
+        trackers = trackers_of(run, record_of(run, tensorBoard=True, mlflow={"uri": server.uri}))
     finally:
         server.close()
-    assert write_all_results(run, tracking) == 0
+    assert write_all_results(run, trackers) == 0
     said = capsys.readouterr()
     lines = said.err.splitlines()
     assert len(lines) == 1, said.err
@@ -144,7 +147,7 @@ def test_a_server_that_is_not_there_is_named_before_anything_runs(run):
     with pytest.raises(
         UserError, match=rf"^spec\.tracking\.mlflow\.uri: {server.uri} cannot be used: .*"
     ) as caught:
-        Tracking(run, record_of(run, mlflow={"uri": server.uri}))
+        trackers_of(run, record_of(run, mlflow={"uri": server.uri}))
     assert "\n" not in str(caught.value)
     assert time.monotonic() - begin < 30
 
@@ -159,17 +162,12 @@ def test_a_server_that_is_not_there_is_named_before_anything_runs(run):
 def test_a_library_that_is_missing_is_named(run, monkeypatch, library, tracking, message):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UserError) as caught:
-        Tracking(run, record_of(run, **tracking))
+        trackers_of(run, record_of(run, **tracking))
     assert str(caught.value) == message
 
 
 def test_what_decides_nothing_and_secrets_are_no_parameters(run):
-    sent = json.dumps(dict(measures_of(run)))
+    record = run.read_record()
+    sent = json.dumps(dict(parameters(record.job.spec, record.model, 1)))
     assert "/data" not in sent
     assert "podTemplate" not in sent
-
-
-def measures_of(run):
-    from fedpipe_operator.local.tracking import parameters
-
-    return parameters(record_of(run, tensorBoard=True))

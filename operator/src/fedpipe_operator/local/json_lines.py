@@ -11,7 +11,7 @@ from fedpipe_api.conditions import Reason
 
 from ..engine.events import JobEvent
 from ..engine.jobs import Job
-from . import measures
+from ..tracking.rows import planned, row
 from .directory import History, RunDirectory
 from .progress import NodeStates, QuietView, Rounds
 
@@ -48,10 +48,10 @@ class JsonView(QuietView):
             emit("node", node=node, state=doing)
         if state.plan is not None and state.plan.version != self._plan:
             self._plan = state.plan.version
-            nodes = {name: measures.planned(made) for name, made in state.plan.nodes.items()}
+            nodes = {name: planned(made) for name, made in state.plan.nodes.items()}
             emit("plan", plan=self._plan, nodes=nodes, leftOut=state.plan.left_out)
         for number in self._rounds.new(state):
-            emit("round", **measures.row(state, number))
+            emit("round", **row(state, number))
 
 
 def print_end(directory: RunDirectory, history: History) -> None:

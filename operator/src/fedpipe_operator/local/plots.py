@@ -65,7 +65,7 @@ class Plot:
 def draw(
     rows: list[RoundRow], metric: str, scores: dict[str, float], chosen: set[str], directory: Path
 ) -> list[Plot]:
-    """Draw every plot that there are measurements for, from `measures.rounds` with a round above 0."""
+    """Draw every plot that there are measurements for, from `tracking.rows.rounds` with a round above 0."""
     directory.mkdir(parents=True, exist_ok=True)
     trained = [row for row in rows if row["round"] > 0]
     nodes = sorted({node for row in trained for node in row["nodes"]})[:NODES_SHOWN]

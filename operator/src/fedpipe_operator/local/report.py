@@ -13,6 +13,7 @@ from fedpipe_api.status import NodeStatus
 
 from ..engine.state import JobState
 from ..engine.status import status
+from ..tracking.rows import RoundRow
 from . import measures, samples
 from .directory import History, RunDirectory, write_text
 from .wording import facts, figure, shown_metric
@@ -49,8 +50,8 @@ details { margin-top: 2rem; } pre { overflow-x: auto; }
 """
 
 
-def write_report(directory: RunDirectory, history: History, rows: list[measures.RoundRow]) -> None:
-    """Draw the plots and write the report from `measures.rounds`."""
+def write_report(directory: RunDirectory, history: History, rows: list[RoundRow]) -> None:
+    """Draw the plots and write the report from `tracking.rows.rounds`."""
     state = history.state
     plots: list[Plot] = []
     if state.done:
@@ -62,7 +63,7 @@ def write_report(directory: RunDirectory, history: History, rows: list[measures.
 
 
 def _page(
-    history: History, rows: list[measures.RoundRow], plots: "list[Plot]", answers: tuple[samples.Sample, ...]
+    history: History, rows: list[RoundRow], plots: "list[Plot]", answers: tuple[samples.Sample, ...]
 ) -> str:
     state = history.state
     found = status(state, None, {})
@@ -175,7 +176,7 @@ def _metric(task: Task) -> str:
     return "perplexity" if task is Task.CAUSAL_LM else "accuracy"
 
 
-def _node_table(nodes: tuple[NodeStatus, ...], rows: list[measures.RoundRow], task: Task) -> str:
+def _node_table(nodes: tuple[NodeStatus, ...], rows: list[RoundRow], task: Task) -> str:
     name = _metric(task)
     body = []
     for node in nodes:
@@ -197,7 +198,7 @@ def _node_table(nodes: tuple[NodeStatus, ...], rows: list[measures.RoundRow], ta
     return _table("As planned last, and as measured in the last round it took part in", header, body)
 
 
-def _round_table(rows: list[measures.RoundRow], task: Task) -> str:
+def _round_table(rows: list[RoundRow], task: Task) -> str:
     name = _metric(task)
     body = []
     for row in rows:

@@ -19,6 +19,8 @@ from ..engine.state import JobState
 from ..engine.status import status
 from ..export import write_adapter, write_gguf
 from ..export.upload import open_store, own_credentials, upload
+from ..tracking.rows import RoundRow, rounds, times
+from ..tracking.trackers import Trackers
 from . import measures, samples
 from .agents import ask_agent
 from .directory import History, RunDirectory, write_text
@@ -27,11 +29,10 @@ from .json_lines import print_end
 from .live import stage
 from .report import write_report
 from .tokenizer import tokenizer_files
-from .tracking import Tracking, times
 from .wording import facts
 
 
-def write_all_results(directory: RunDirectory, tracking: Tracking, *, as_json: bool = False) -> int:
+def write_all_results(directory: RunDirectory, trackers: Trackers, *, as_json: bool = False) -> int:
     """Write and send what a finished run lacks of its results, print the summary, return the exit status."""
     history = read(directory)
     state = history.state
@@ -42,7 +43,7 @@ def write_all_results(directory: RunDirectory, tracking: Tracking, *, as_json: b
     if not as_json:
         print_summary(directory, history)
     lines = deliver(directory.adapter, state) if directory.adapter.exists() else []
-    lines += track(tracking, history)
+    lines += track(trackers, history)
     if as_json:
         print_end(directory, history)
     else:
@@ -67,14 +68,14 @@ def deliver(adapter: Path, state: JobState) -> list[str]:
     return lines
 
 
-def track(tracking: Tracking, history: History) -> list[str]:
+def track(trackers: Trackers, history: History) -> list[str]:
     """Send the rounds that trackers lack; return a line for each that has all, and say which have not."""
     state = history.state
-    tracking.send(measures.rounds(history), times(state))
-    tracking.end(state.finished.phase if state.finished else None)
-    for place, why in tracking.failed.items():
+    trackers.send(rounds(history.state), times(state))
+    trackers.end(state.finished.phase if state.finished else None)
+    for place, why in trackers.failed.items():
         sys.stderr.write(f"spec.tracking: {place} lacks rounds: {why}; the same command sends them\n")
-    return [f"tracked  {place}" for place in tracking.places]
+    return [f"tracked  {place}" for place in trackers.places]
 
 
 def check_output(spec: FedPipeJobSpec) -> None:
@@ -106,7 +107,7 @@ def export(directory: RunDirectory, state: JobState, target: Path) -> None:
 
 def write_results(directory: RunDirectory, history: History) -> None:
     """Write `metrics.jsonl`, the plots and `report.html` from the ledger."""
-    rows = measures.rounds(history)
+    rows = rounds(history.state)
     write_text(directory.metrics, measures.to_jsonl(rows))
     write_report(directory, history, rows)
 
@@ -183,7 +184,7 @@ def _card_facts(state: JobState) -> str:
 def print_summary(directory: RunDirectory, history: History) -> None:
     """Print the nodes' table, the result, and where adapter and report are stored."""
     console = Console(highlight=False)
-    rows, state = measures.rounds(history), history.state
+    rows, state = rounds(history.state), history.state
     if state.plan is not None:
         console.print(_node_table(state, rows))
     if state.finished and state.finished.phase is Phase.FAILED:
@@ -201,7 +202,7 @@ def print_summary(directory: RunDirectory, history: History) -> None:
         console.print(Text(line), soft_wrap=True)
 
 
-def _node_table(state: JobState, rows: list[measures.RoundRow]) -> Table:
+def _node_table(state: JobState, rows: list[RoundRow]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     for name in ("node", "base", "ranks", "batch", "matrices", "memory", "planned", "train loss", "rounds"):
         table.add_column(

@@ -28,6 +28,7 @@ from ..engine.events import JobEvent
 from ..engine.jobs import Job
 from ..engine.state import JobState
 from ..serving import serve
+from ..tracking.trackers import Trackers
 from . import manifest
 from .agents import Agents, agent_command
 from .directory import RunDirectory, RunRecord
@@ -37,7 +38,7 @@ from .manifest import LocalJob
 from .plan import READING, check
 from .progress import PlainView, QuietView, View
 from .results import check_output, write_all_results
-from .tracking import Tracking
+from .tracking import follow, trackers_of
 
 SUSPENDED = 130
 """Exit status after Ctrl-C, as shells know it."""
@@ -96,11 +97,11 @@ def run(local: LocalJob, out: Path | None, resume: bool, port: int, output: Outp
     found = _look(directory, local, resume)
     record = RunRecord(uid=found.uid, job=local.job, fleet=local.fleet, model=local.model)
     check_output(local.job.spec)
-    tracking = Tracking(directory, record)
+    trackers = trackers_of(directory, record)
     if found.finished:
         if output is Output.PEOPLE:
             sys.stdout.write(f"{directory.root}: holds this run, finished; nothing is trained again\n")
-        return write_all_results(directory, tracking, as_json=as_json)
+        return write_all_results(directory, trackers, as_json=as_json)
     seen = view(local.job.metadata.name, output)
     with _listen(port) as listener:
         if found.last_at is None:
@@ -109,13 +110,13 @@ def run(local: LocalJob, out: Path | None, resume: bool, port: int, output: Outp
         created = directory.create(record)
         before = signal.getsignal(signal.SIGINT)
         session = _session(
-            directory, record, local, listener, seen=seen, tracking=tracking, last_at=found.last_at
+            directory, record, local, listener, seen=seen, trackers=trackers, last_at=found.last_at
         )
         outcome = asyncio.run(session)
         signal.signal(signal.SIGINT, before)  # the loop leaves Python's own handler behind
     match outcome.end:
         case End.FINISHED:
-            return write_all_results(directory, tracking, as_json=as_json)
+            return write_all_results(directory, trackers, as_json=as_json)
         case End.SUSPENDED:
             again = f"fedpipe run {local.job_file} --fleet {local.fleet_file}" + (
                 f" --out {out}" if out else ""
@@ -214,7 +215,7 @@ async def _session(
     listener: socket.socket,
     *,
     seen: View,
-    tracking: Tracking,
+    trackers: Trackers,
     last_at: float | None,
 ) -> RunOutcome:
     """Run the engine and the agents until the job ends, is interrupted, or cannot go on."""
@@ -254,7 +255,7 @@ async def _session(
         url=url,
     )
     outcome = RunOutcome(End.SUSPENDED)
-    follower = asyncio.create_task(tracking.follow(engine, record.uid)) if tracking else None
+    follower = asyncio.create_task(follow(trackers, engine, record.uid)) if trackers else None
     try:
         with seen:
             outcome = await _watch(engine.jobs[record.uid], engine, agents, seen, interrupted)
