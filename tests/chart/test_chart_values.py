@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from chart.rendering import CHART, MODES, template, values_of
-from fedpipe_operator.kube.settings import AllowedStore
+from fedpipe_operator.kube.settings import AllowedStore, parse_origin
 
 INFORMATION = 1
 
@@ -66,6 +66,9 @@ BAD = [
     ({"modelCache": {"hostPath": "cache"}}, "hostPath"),
     ({"modelCache": {"hostPath": "/var/../etc/{x}"}}, "hostPath"),
     ({"output": {"allow": []}}, "allow"),
+    ({"tracking": {"allowed": ["mlflow:5000"]}}, "/tracking/allowed/0"),
+    ({"tracking": {"allowed": ["http://mlflow:5000/path"]}}, "/tracking/allowed/0"),
+    ({"tracking": {"allowed": ["file:///runs"]}}, "/tracking/allowed/0"),
     ({"output": {"allowed": ["s3://adapters"]}}, "/output/allowed/0"),
     ({"output": {"allowed": [{"endpoint": "https://a"}]}}, "/output/allowed/0"),
     ({"output": {"allowed": [{"prefix": "file:///"}]}}, "/output/allowed/0/prefix"),
@@ -116,6 +119,14 @@ def test_allowed_stores_reach_the_operator() -> None:
         entry.get("endpoint") for entry in allowed
     ]
     assert "--output-allow" not in yaml.safe_dump_all(template({}))
+
+
+def test_mlflow_servers_reach_the_operator_as_it_reads_them() -> None:
+    allowed = ["http://mlflow.ml.svc:5000", "https://mlflow.lab"]
+    rendered = yaml.safe_dump_all(template({"tracking": {"allowed": allowed}}))
+    found = re.findall(r"--tracking-allow=(\S+)", rendered)
+    assert [parse_origin(origin) for origin in found] == allowed
+    assert "--tracking-allow" not in yaml.safe_dump_all(template({}))
 
 
 def test_every_value_has_a_comment_and_a_place_in_the_schema() -> None:

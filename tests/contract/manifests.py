@@ -105,6 +105,14 @@ VALID = [
     ),
     Case("TensorBoard", {"spec.tracking": {"tensorBoard": True}}),
     Case(
+        "TensorBoard in a cluster",
+        {"spec.tracking": {"tensorBoard": True, "volume": {"persistentVolumeClaim": CLAIM}}},
+    ),
+    Case(
+        "MLflow with a login",
+        {"spec.tracking": {"mlflow": {"uri": "https://mlflow.lab", "secretName": "mlflow"}}},
+    ),
+    Case(
         "MLflow's server",
         {"spec.tracking": {"mlflow": {"uri": "https://mlflow.lab:5000/a", "experiment": "x"}}},
     ),

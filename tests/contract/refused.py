@@ -175,6 +175,13 @@ INVALID = [
         "mode list",
         "cel",
     ),
+    Case(
+        "a volume for no event files",
+        {"spec.tracking": {"volume": {"hostPath": {"path": "/a"}}, "mlflow": {"uri": "http://a"}}},
+        "spec.tracking.volume",
+        "is of tensorBoard",
+        "cel",
+    ),
     Case("tracking nowhere", {"spec.tracking": {}}, "spec.tracking", "tensorBoard, give mlflow", "cel"),
     *[
         Case(f"MLflow at {uri!r}", {"spec.tracking": {"mlflow": {"uri": uri}}}, "spec.tracking.mlflow.uri")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe_operator.kube import command
+from fedpipe_operator.kube.views import TRACKER, WRITER
 from kube import agent_process
 from kube.kubelet import Process
 from standins.forked import Forked
@@ -20,15 +21,15 @@ def stand_in_agent(pod: dict[str, Any], directory: Path) -> Process:
     main: Callable[[], object] = agent_process.main
     arguments = local_arguments(pod, directory, {})
     container = pod["spec"]["containers"][0]
-    if container["name"] == "output":
+    if container["name"] in (WRITER, TRACKER):
         main = command.main
         output, credentials = str(directory.parents[1] / "output"), str(directory / "credentials")
         arguments = [
             output + one.removeprefix("/output") if one.startswith("/output") else one for one in arguments
         ]
         arguments = [credentials if one == "/var/run/credentials" else one for one in arguments]
-        arguments.insert(0, "deliver")
-    given = {e["name"]: e["value"] for e in container.get("env", ())}
+        arguments.insert(0, container["command"][1])
+    given = {e["name"]: e["value"] for e in container.get("env", ()) if "value" in e}
     environment = os.environ | given | ENVIRONMENT
     return Forked(main, arguments, directory / "log", environment, directory)
 

@@ -112,6 +112,7 @@ def test_an_agent_does_not_read_what_the_output_pod_reads(cluster: Cluster) -> N
     assert cluster.dial("/v1/job", token)[0] == 200
     assert cluster.dial("/v1/adapter", token)[0] == 401
     assert cluster.dial("/v1/adapter", None)[0] == 401
+    assert cluster.dial("/v1/rounds?after=-1", token)[0] == 401
 
 
 # Through the API server

@@ -157,14 +157,6 @@ def test_a_store_that_is_not_allowed_is_refused_before_anything_runs(
     assert not pods_of(cluster, name)
 
 
-def test_a_job_that_a_laptop_tracks_is_refused_here(cluster: Cluster, name: str) -> None:
-    """The operator sends nothing to an address that a tenant names."""
-    cluster.submit(name, tracking={"mlflow": {"uri": "http://169.254.169.254/latest"}})
-    cluster.wait("refused", lambda: cluster.condition("Accepted", name)[:2] == ("False", "Invalid"))
-    assert cluster.condition("Accepted", name)[2].startswith("spec.tracking: is of `fedpipe run`")
-    assert not pods_of(cluster, name)
-
-
 def test_a_selector_without_nodes_says_why(cluster: Cluster, name: str) -> None:
     cluster.submit(name, nodes={"selector": {"matchLabels": {"site": "nowhere"}}})
     text = "0 of 3 nodes can be used; 3: labels do not match spec.nodes.selector"

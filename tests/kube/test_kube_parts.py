@@ -183,7 +183,7 @@ def test_an_ordinary_round_is_written_at_most_twice_and_news_at_once() -> None:
     known = known_job()
     known.wait = Wait("RoundOpen", "round 1: 0 of 3 updates")  # type: ignore[arg-type]
     options: dict[str, Any] = {
-        "pods": [], "choice": None, "refused": None, "output": None, "previous": None, "now": NOW
+        "pods": [], "choice": None, "refused": None, "output": None, "tracking": None, "previous": None, "now": NOW
     }  # fmt: skip
     first = job_status(job(), known, **options)
     budget, now, writes = WriteBudget(None), NOW, 0
@@ -219,7 +219,15 @@ def test_an_agent_that_was_killed_for_memory_says_so_while_it_works_again() -> N
     assert view
     assert view.trouble is None
     found = job_status(
-        job(), known, pods=[view], choice=None, refused=None, output=None, previous=None, now=NOW
+        job(),
+        known,
+        pods=[view],
+        choice=None,
+        refused=None,
+        output=None,
+        tracking=None,
+        previous=None,
+        now=NOW,
     )
     assert found.node_table[0].message == (
         "its container was started again: it was killed because it used more memory than it may (OOMKilled)"

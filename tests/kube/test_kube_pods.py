@@ -11,9 +11,9 @@ import pytest
 from fedpipe_api.base import UserError
 from fedpipe_api.names import child_name
 from fedpipe_operator.kube.merge import strategic_merge
-from fedpipe_operator.kube.pods import build_agent_pod, build_writer_pod, template_digest
+from fedpipe_operator.kube.pods import build_agent_pod, build_tracker_pod, build_writer_pod, template_digest
 from fedpipe_operator.kube.settings import AllowedStore, OperatorSettings
-from fedpipe_operator.kube.views import capacity_view, node_view, pod_view
+from fedpipe_operator.kube.views import TRACKER, WRITER, capacity_view, node_view, own_pod_name, pod_view
 from kube.objects import UID, capacity, job, node
 
 SETTINGS = OperatorSettings(
@@ -240,6 +240,36 @@ def test_a_writer_to_a_store_that_is_not_allowed_any_more_is_not_built() -> None
     output = {"url": "s3://adapters/x", "secretName": "writer"}
     with pytest.raises(UserError, match=r"spec.output.url: this cluster allows no object store"):
         build_writer_pod(job(output=output), "edge-1", SETTINGS)
+
+
+def test_the_tracker_mounts_its_volume_and_reads_three_keys_of_its_secret() -> None:
+    tracking = {
+        "tensorBoard": True, "volume": {"hostPath": {"path": "/srv/events/"}},
+        "mlflow": {"uri": "https://mlflow.lab:5000", "secretName": "login"},
+    }  # fmt: skip
+    pod = build_tracker_pod(job(tracking=tracking), "edge-1", SETTINGS)
+    kubernetes_validate.validate(pod, "1.36", strict=True)
+    [container] = pod["spec"]["containers"]
+    assert container["args"][6:] == [
+        "--tensorboard", "/output/tensorboard_runs/tickets",
+        "--mlflow", "https://mlflow.lab:5000", "--experiment", "tickets",
+    ]  # fmt: skip
+    assert [entry["valueFrom"]["secretKeyRef"] for entry in container["env"]] == [
+        {"name": "login", "optional": True, "key": f"MLFLOW_TRACKING_{key}"}
+        for key in ("USERNAME", "PASSWORD", "TOKEN")
+    ]
+    assert volumes(pod)["output"]["hostPath"] == {"path": "/srv/events/", "type": "Directory"}
+    assert "edge-1" in json.dumps(pod["spec"]["affinity"]), "the directory is of one node"
+    assert pod["spec"]["automountServiceAccountToken"] is False
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    claimed = tracking | {"volume": {"persistentVolumeClaim": {"claimName": "events"}}}
+    assert "affinity" not in build_tracker_pod(job(tracking=claimed), "edge-1", SETTINGS)["spec"]
+
+
+def test_no_agent_and_no_node_has_the_name_of_an_own_pod() -> None:
+    names = [own_pod_name("a", component) for component in (WRITER, TRACKER)]
+    agents = [child_name(job, node) for job in ("a", "a-tracking") for node in ("tracking", "a", "x")]
+    assert len({*names, *agents}) == len(names) + len(agents)
 
 
 def test_null_takes_a_field_away_and_other_lists_are_replaced() -> None:

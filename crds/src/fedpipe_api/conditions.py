@@ -29,7 +29,7 @@ class Condition(Model):
     )
 
 
-ACCEPTED, PLANNED, OUTPUT = "Accepted", "Planned", "Output"
+ACCEPTED, PLANNED, OUTPUT, TRACKED = "Accepted", "Planned", "Output", "Tracked"
 READY, RECONCILING, STALLED = "Ready", "Reconciling", "Stalled"
 """As kstatus reads them: in the end ready, until then on the way, or standing still until somebody acts."""
 
@@ -73,6 +73,9 @@ class Reason(StrEnum):
     QUARANTINED = "Quarantined"
     OUTPUT_WRITTEN = "OutputWritten"
     OUTPUT_FAILED = "OutputFailed"
+    TRACKING = "Tracking"
+    ROUNDS_TRACKED = "RoundsTracked"
+    TRACKING_FAILED = "TrackingFailed"
 
 
 class Advice(NamedTuple):
@@ -184,6 +187,12 @@ ADVICE: dict[Reason, Advice] = {
     Reason.OUTPUT_FAILED: Advice(
         "The adapter is in the operator's store but could not be written to spec.output.",
         "Fix the volume, URL or Secret named in the message; `fedpipe get adapter` works meanwhile.",
+    ),
+    Reason.TRACKING: Advice("Each round is sent to spec.tracking once the next has evaluated it."),
+    Reason.ROUNDS_TRACKED: Advice("All rounds of the job, which has ended, are with spec.tracking."),
+    Reason.TRACKING_FAILED: Advice(
+        "A Pod in the job's namespace cannot send rounds to spec.tracking; the job itself goes on.",
+        "Fix the volume, server or Secret named in the message; what is missing is then sent by itself.",
     ),
 }
 """What each reason means; the troubleshooting tables are written from it."""

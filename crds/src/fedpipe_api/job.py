@@ -17,6 +17,7 @@ from .objects import (
     LabelSelector,
     LabelSelectorRequirement,
     ObjectMeta,
+    SecretName,
     Volume,
 )
 from .open_json import check_open_json
@@ -89,14 +90,6 @@ __all__ = [
 ]
 
 Label = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-SecretName = Annotated[
-    str,
-    StringConstraints(
-        min_length=1,
-        max_length=253,
-        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
-    ),
-]
 
 
 class Task(StrEnum):

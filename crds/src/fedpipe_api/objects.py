@@ -10,6 +10,14 @@ from .base import Model
 from .rules import Rule, exactly_one, inside
 
 LabelValue = Annotated[str, StringConstraints(max_length=63)]
+SecretName = Annotated[
+    str,
+    StringConstraints(
+        min_length=1,
+        max_length=253,
+        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
+    ),
+]
 
 
 class ObjectMeta(Model):

@@ -18,7 +18,7 @@ from fedpipe_api.object_url import ObjectURL
 
 from ..version_option import add_version
 from .api import own_namespace
-from .settings import AllowedStore, OperatorSettings
+from .settings import AllowedStore, OperatorSettings, parse_origin
 
 app = typer.Typer(
     name="fedpipe-operator",
@@ -100,6 +100,13 @@ def run(
             "default: none.",
         ),
     ] = None,
+    tracking_allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="MLflow server that spec.tracking may name, http(s)://HOST:PORT, repeatable; default: none.",
+        ),
+    ] = None,
     drop_unknown_jobs: Annotated[
         bool,
         typer.Option(
@@ -132,6 +139,7 @@ def run(
         image_pull_secrets=tuple(image_pull_secret or ()),
         drop_unknown_jobs=drop_unknown_jobs,
         output_allowed=tuple(AllowedStore.parse(text) for text in output_allow or ()),
+        tracking_allowed=tuple(map(parse_origin, tracking_allow or ())),
     )
     _log(verbose)
     from .run import serve
@@ -204,11 +212,32 @@ def deliver(
     """Write a job's adapter into a mounted volume or an object store; the operator's own Pods run this."""
     from .deliver import Target
     from .deliver import deliver as write
+    from .own_requests import Coordinator
 
     if url is not None and credentials is None:
         raise UserError("--credentials: required by --url")
     target = Target(ObjectURL.parse(url), endpoint, credentials) if url and credentials else None
-    write(coordinator, token_file, ca_file, output, target)
+    write(Coordinator(coordinator, token_file, ca_file), output, target)
+    return 0
+
+
+@app.command()
+def track(
+    *,
+    coordinator: Annotated[str, typer.Option(help="The coordinator's URL.")],
+    token_file: Annotated[Path, typer.Option(help="The Pod's token.")],
+    ca_file: Annotated[Path, typer.Option(help="The coordinator's CA.")],
+    tensorboard: Annotated[Path | None, typer.Option(help="Directory for event files.")] = None,
+    mlflow: Annotated[str | None, typer.Option(help="URI of an MLflow server.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="For --mlflow; default: the job's name.")] = None,
+) -> int:
+    """Send a job's rounds to experiment trackers until it has ended; the operator's own Pods run this."""
+    from .own_requests import Coordinator
+    from .track import Targets
+    from .track import track as follow
+
+    _log(verbose=False)
+    follow(Coordinator(coordinator, token_file, ca_file), Targets(tensorboard, mlflow, experiment))
     return 0
 
 

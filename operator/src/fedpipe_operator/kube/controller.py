@@ -31,8 +31,9 @@ from .pods import owner_reference, template_digest
 from .reconcile import Actions, as_recorded, reconcile
 from .settings import OperatorSettings
 from .tracked_job import TrackedJob
+from .tracking import JobTracking, refusal
 from .verified_precisions import VerifiedPrecisions
-from .views import Body, PodView
+from .views import TRACKER, Body, PodView
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,6 @@ ENDED_PAUSE = 300.0
 
 CONFLICT_SECONDS = 5.0
 """Pause before a status that the API server did not take is written again."""
-
-NO_TRACKING = "spec.tracking: is of `fedpipe run`; a cluster's metrics are in Prometheus, remove the field"
 
 
 class Controller:
@@ -83,6 +82,7 @@ class Controller:
         self._outputs = OutputDelivery(engine, events, write_output)
         self._observe = observe
         self._clock = clock
+        self._tracking = JobTracking(api, settings, events, self.inventory, clock)
         self._proofs = VerifiedPrecisions()
         self._warnings = PodWarnings(api, clock)
         self._pods = PodCreation(
@@ -125,8 +125,9 @@ class Controller:
         given, output = known.job.spec.adapter.from_, known.job.spec.output
         if given is not None and given.path is not None:
             return NO_PATHS
-        if known.job.spec.tracking is not None:
-            return NO_TRACKING
+        tracking = known.job.spec.tracking
+        if tracking is not None and (refused := refusal(tracking, self._settings)) is not None:
+            return refused
         if output is None or output.url is None:
             return None
         try:
@@ -252,7 +253,7 @@ class Controller:
             return await self._write(known, status)
         if known.uid in self.engine.quarantined:
             return await self._quarantine(known, job)
-        if await self._warnings.ask(known.uid, self.inventory.agents_of(known.namespace, known.uid)):
+        if await self._warnings.ask(known.uid, self.inventory.pods_of(known.namespace, known.uid)):
             # It may be the CA that they wait for: anybody may have deleted it.
             await self._publish_to(known.namespace, again=True)
         actions = self._decide(known, job)
@@ -275,6 +276,7 @@ class Controller:
             log.info("job %s is deleted: ttlSecondsAfterFinished has passed", known.title)
             await self._api.delete_job(known.namespace, known.name, known.uid)
         self._outputs.deliver(known, job)
+        await self._track(known, job)
         return _soonest(actions.again, again, await self._write_status(known, job))
 
     async def _quarantine(self, known: TrackedJob, job: FedPipeJob) -> float | None:
@@ -291,6 +293,13 @@ class Controller:
                 await self._api.delete_pod(pod.namespace, pod.name, pod.uid, force=False)
         status = quarantined_status(found, job, known.budget.written, self._clock())
         return await self._write(known, status)
+
+    async def _track(self, known: TrackedJob, job: FedPipeJob) -> None:
+        engine_job = self.engine.jobs.get(known.uid)
+        if engine_job is not None:
+            tracker = self.inventory.own_pod(job.metadata, TRACKER)
+            trouble = self._warnings.of(tracker) if tracker else None
+            await self._tracking.tend(known, job, engine_job.state, trouble)
 
     def _decide(self, known: TrackedJob, job: FedPipeJob) -> Actions:
         """Decide and take hold of GPU nodes with nothing in between, so that no two jobs take the same."""
@@ -354,6 +363,7 @@ class Controller:
             choice=known.choice,
             refused=known.refused,
             output=known.output,
+            tracking=known.tracking,
             previous=known.budget.written,
             now=self._clock(),
         )

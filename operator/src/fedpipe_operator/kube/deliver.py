@@ -2,9 +2,6 @@
 """`fedpipe-operator deliver`: fetches the adapter and writes it to spec.output, in the job's namespace."""
 
 import shutil
-import ssl
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +10,7 @@ from fedpipe_api.object_url import ObjectURL
 
 from ..export.upload import KEYS, upload
 from .get import LIMIT, adapter_files, unpack
+from .own_requests import OWN_ADAPTER_PATH, Coordinator
 
 REQUEST_SECONDS = 300
 
@@ -29,14 +27,12 @@ class Target:
     credentials: Path
 
 
-def deliver(
-    coordinator: str, token_file: Path, ca_file: Path, output: Path | None, target: Target | None
-) -> None:
+def deliver(coordinator: Coordinator, output: Path | None, target: Target | None) -> None:
     """Write the adapter in place of what `output` held and to `target`.
 
     In `output` it appears whole or not at all.
     """
-    body = _fetch(coordinator, token_file, ca_file)
+    body = coordinator.get(OWN_ADAPTER_PATH, limit=LIMIT, seconds=REQUEST_SECONDS)
     if output is not None:
         _write(body, output)
     if target is not None:
@@ -45,20 +41,6 @@ def deliver(
             upload(adapter_files(body), target.url, credentials, target.endpoint)
         except UserError as error:
             raise UserError(f"spec.output.url, with the Secret of spec.output.secretName: {error}") from None
-
-
-def _fetch(coordinator: str, token_file: Path, ca_file: Path) -> bytes:
-    token = token_file.read_text().strip()
-    request = urllib.request.Request(  # noqa: S310 - the URL is the operator's own
-        f"{coordinator}/v1/adapter", headers={"Authorization": f"Bearer {token}"}
-    )
-    context = ssl.create_default_context(cafile=ca_file)
-    try:
-        with urllib.request.urlopen(request, timeout=REQUEST_SECONDS, context=context) as response:  # noqa: S310
-            body: bytes = response.read(LIMIT)
-    except (urllib.error.URLError, OSError) as error:
-        raise UserError(f"{coordinator}: {error}") from None
-    return body
 
 
 def _write(body: bytes, output: Path) -> None:

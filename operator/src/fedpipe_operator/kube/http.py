@@ -16,11 +16,11 @@ from ..engine import Engine, Refused
 from ..engine.jobs import Job
 from ..export.archive import AdapterArchive
 from ..metrics import OperatorMetrics
+from ..tracking.page import page
 from .access import METRICS, Access, adapter_right, bearer
 
 log = logging.getLogger(__name__)
 
-OWN_ADAPTER_PATH = "/v1/adapter"
 SENT_AT_ONCE, SENT_AT_ONCE_OF_TENANT, SENT_AT_ONCE_OF_JOB = 64, 4, 2
 """Adapters being sent: to readers, and as many again to the Pods that write spec.output."""
 
@@ -78,23 +78,48 @@ def any_adapter(engine: Engine, access: Access) -> Handler:
     return adapter
 
 
-def own_adapter(engine: Engine, writer: Callable[[str], Awaitable[str | None]]) -> Handler:
-    """Return the coordinator's handler that gives a job's adapter to the Pod that writes it to spec.output.
+OwnPod = Callable[[str], Awaitable[str | None]]
+"""Returns the uid of the job that a token's Pod works for, if it is the Pod of the job's that may ask."""
 
-    `writer` returns the uid of the job that a token's Pod writes the output of.
-    """
+
+def own_adapter(engine: Engine, writer: OwnPod) -> Handler:
+    """Return the coordinator's handler that gives a job's adapter to its Pod that writes spec.output."""
     sending = _Sending(engine)
 
     async def adapter(request: web.Request) -> web.StreamResponse:
-        uid = await writer(bearer(request))
-        if uid is None:
-            raise Refused(401, "Unauthenticated", "no valid bearer token")
-        job = engine.jobs.get(uid)
-        if job is None or job.state.adapter is None:
+        job = await _own_job(engine, writer, request)
+        if job.state.adapter is None:
             raise Refused(404, "NoAdapter", "the job has no adapter")
         return await sending.send(request, job)
 
     return adapter
+
+
+def own_rounds(engine: Engine, tracker: OwnPod) -> Handler:
+    """Return the coordinator's handler that gives a job's rounds to the Pod that sends them to spec.tracking.
+
+    `?after=N` asks for those after round N, -1 for all; the answer is a `Page`.
+    """
+
+    async def rounds(request: web.Request) -> web.StreamResponse:
+        job = await _own_job(engine, tracker, request)
+        try:
+            after = int(request.query.get("after", "")[:10])
+        except ValueError:
+            raise Refused(400, "BadRequest", "after must be the number of a round, or -1") from None
+        return web.json_response(page(job.state, after).to_dict())
+
+    return rounds
+
+
+async def _own_job(engine: Engine, own_pod: OwnPod, request: web.Request) -> Job:
+    uid = await own_pod(bearer(request))
+    if uid is None:
+        raise Refused(401, "Unauthenticated", "no valid bearer token")
+    job = engine.jobs.get(uid)
+    if job is None:
+        raise Refused(404, "JobUnknown", "the job is gone")
+    return job
 
 
 class _Sending:

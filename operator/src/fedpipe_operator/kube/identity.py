@@ -14,7 +14,7 @@ from ..engine import Refused
 from .api import Api, ApiError
 from .fields import Unreadable
 from .token_review import AT_ONCE, Decisions, Unauthenticated, expiry, review
-from .views import PodView, pod_view
+from .views import PodView, own_pod_name, pod_view
 
 log = logging.getLogger(__name__)
 
@@ -85,12 +85,12 @@ class PodIdentities:
             return None
         return Identity(pod.job, pod.bound)
 
-    async def writer(self, token: str) -> str | None:
-        """Return the uid of the job whose output the presenter writes; None, logged, for anybody else."""
+    async def own_pod(self, component: str, token: str) -> str | None:
+        """Return the uid of the job whose WRITER or TRACKER presents the token; None, logged, for others."""
         try:
             pod, job = await self._pod(token)
-            if pod.name != child_name(job.name, ""):
-                raise Unauthenticated(f"Pod {pod.namespace}/{pod.name} writes no output")
+            if pod.name != own_pod_name(job.name, component):
+                raise Unauthenticated(f"Pod {pod.namespace}/{pod.name} is not the {component} Pod of its job")
         except Unauthenticated as reason:
             self._log(str(reason))
             return None

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from fedpipe_api.objects import ObjectMeta
+
 from .fields import FieldReader, Unreadable
 from .node_selection import ClusterNodes
-from .views import CapacityView, NodeView, PodView, capacity_view, node_view, pod_view
+from .views import AGENT, CapacityView, NodeView, PodView, capacity_view, node_view, own_pod_name, pod_view
 
 Body = Mapping[str, Any]
 View = TypeVar("View")
@@ -147,9 +149,14 @@ class Inventory:
         """Return a Pod by its name."""
         return self._by_name.get((namespace, name))
 
+    def own_pod(self, job: ObjectMeta, component: str) -> PodView | None:
+        """Return the job's WRITER or TRACKER; another Pod that has its name is none."""
+        found = self.pod(job.namespace, own_pod_name(job.name, component))
+        return found if found and (found.component, found.job) == (component, job.uid) else None
+
     def agents_of(self, namespace: str, uid: str) -> list[PodView]:
         """Return the agent Pods of a job."""
-        return [view for view in self.pods_of(namespace, uid) if not view.writer]
+        return [view for view in self.pods_of(namespace, uid) if view.component == AGENT]
 
     def pods_of(self, namespace: str, uid: str) -> list[PodView]:
         """Return all Pods of a job; one in another namespace is none, whatever it says of its owner."""

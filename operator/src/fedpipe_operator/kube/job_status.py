@@ -2,7 +2,7 @@
 """The status that the API server gets: the engine's, with what only Kubernetes knows; and when it is due."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from fedpipe_api.conditions import (
@@ -11,6 +11,7 @@ from fedpipe_api.conditions import (
     READY,
     RECONCILING,
     STALLED,
+    TRACKED,
     Condition,
     Reason,
     set_condition,
@@ -51,6 +52,15 @@ class OutputResult:
     message: str
 
 
+@dataclass(frozen=True)
+class TrackingResult:
+    """What became of spec.tracking; `at` is when that was last seen, in seconds since the epoch."""
+
+    reason: Reason
+    message: str
+    at: float = field(compare=False)
+
+
 def job_status(
     job: FedPipeJob,
     known: Job,
@@ -59,6 +69,7 @@ def job_status(
     choice: NodeSelection | None,
     refused: str | None,
     output: OutputResult | None,
+    tracking: TrackingResult | None,
     previous: FedPipeJobStatus | None,
     now: float,
 ) -> FedPipeJobStatus:
@@ -71,6 +82,7 @@ def job_status(
         choice: who may take part; those left out are shown with the reason.
         refused: why the API server refuses the job's Pods, if it does.
         output: what became of spec.output; None where it is not due or not asked for.
+        tracking: what became of spec.tracking; None likewise.
         previous: the status written last, whose transition times are kept.
         now: seconds since the epoch.
     """
@@ -93,6 +105,9 @@ def job_status(
             conditions,
             _condition(OUTPUT, (output.written, reason, output.message), job.metadata.generation, now),
         )
+    if tracking is not None:
+        fact = (tracking.reason is Reason.ROUNDS_TRACKED, tracking.reason, tracking.message)
+        conditions = set_condition(conditions, _condition(TRACKED, fact, job.metadata.generation, now))
     found = engine_status(state, wait, progress, conditions)
     changes: dict[str, object] = {
         "observed_generation": job.metadata.generation,

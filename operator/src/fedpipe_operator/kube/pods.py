@@ -25,7 +25,16 @@ from .merge import strategic_merge
 from .pod_resources import UNPLANNED
 from .settings import OperatorSettings
 from .taints import GPU_TOLERATION
-from .views import AGENT, GENERATION_ANNOTATION, TEMPLATE_ANNOTATION, WRITER, CapacityView, NodeView
+from .views import (
+    AGENT,
+    GENERATION_ANNOTATION,
+    TEMPLATE_ANNOTATION,
+    TRACKER,
+    WRITER,
+    CapacityView,
+    NodeView,
+    own_pod_name,
+)
 
 CA_KEY = "ca.crt"
 TOKEN_SECONDS = 3600
@@ -36,6 +45,13 @@ GRACE_SECONDS = 60
 IDENTITY_DIRECTORY = "/var/run/fedpipe"
 MODEL_DIRECTORY, DATA_DIRECTORY, CACHE_DIRECTORY = "/model", "/data", "/cache"
 OUTPUT_DIRECTORY, CREDENTIALS_DIRECTORY = "/output", "/var/run/credentials"
+EVENTS_DIRECTORY = "tensorboard_runs"
+"""Of event files, beside adapters that replace what is in their jobs' directories: no job has such a name."""
+
+MLFLOW_CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+"""Keys of a Secret, and the variables that MLflow's client reads."""
+
+OWN_REQUESTS = {"cpu": "100m", "memory": "256Mi"}
 TOKEN_KEY = "HF_TOKEN"  # noqa: S105 - a name
 """The key of a Secret, and the variable, with a token of the Hugging Face hub."""
 
@@ -90,13 +106,9 @@ def build_writer_pod(job: FedPipeJob, node: str, settings: OperatorSettings) -> 
     """
     output = job.spec.output
     assert output is not None
-    args = [
-        *("--coordinator", settings.coordinator),
-        *("--token-file", f"{IDENTITY_DIRECTORY}/token"),
-        *("--ca-file", f"{IDENTITY_DIRECTORY}/{CA_KEY}"),
-    ]
-    volumes = [identity_volume()]
-    mounts: list[Document] = [{"name": "identity", "mountPath": IDENTITY_DIRECTORY, "readOnly": True}]
+    pod = _own_pod(job, WRITER, ["fedpipe-operator", "deliver"], settings)
+    [container], volumes = pod["spec"]["containers"], pod["spec"]["volumes"]
+    args, mounts = container["args"], container["volumeMounts"]
     if output.url is not None:
         store = settings.store_of(output.url)
         args += ["--url", str(output_place(job)), "--credentials", CREDENTIALS_DIRECTORY]
@@ -106,19 +118,53 @@ def build_writer_pod(job: FedPipeJob, node: str, settings: OperatorSettings) -> 
         volumes.append({"name": "credentials", "secret": secret})
         mounts.append({"name": "credentials", "mountPath": CREDENTIALS_DIRECTORY, "readOnly": True})
     if output.volume is not None:
-        kind, directory = _output_volume(output.volume, job.metadata.name, node)
-        args += ["--output", directory]
-        volumes.append({"name": "output"} | kind)
-        mounts.append({"name": "output", "mountPath": OUTPUT_DIRECTORY})
+        args += ["--output", _mount_output(pod, output.volume, job.metadata.name, node)]
+    return pod
+
+
+def build_tracker_pod(job: FedPipeJob, node: str, settings: OperatorSettings) -> Document:
+    """Return the manifest of the Pod that sends rounds to spec.tracking.
+
+    A hostPath is one of `node`; a claim decides by itself where the Pod may run.
+    """
+    tracking = job.spec.tracking
+    assert tracking is not None
+    pod = _own_pod(job, TRACKER, ["fedpipe-operator", "track"], settings)
+    [container], volumes = pod["spec"]["containers"], pod["spec"]["volumes"]
+    # MLflow's client and Python's bytecode; the root is read-only.
+    volumes.append({"name": "tmp", "emptyDir": {}})
+    container["volumeMounts"].append({"name": "tmp", "mountPath": "/tmp"})  # noqa: S108 - in the Pod
+    if tracking.volume is not None:
+        place = f"{EVENTS_DIRECTORY}/{job.metadata.name}"
+        container["args"] += ["--tensorboard", _mount_output(pod, tracking.volume, place, node)]
+    if tracking.mlflow is not None:
+        experiment = tracking.mlflow.experiment or job.metadata.name
+        container["args"] += ["--mlflow", tracking.mlflow.uri, "--experiment", experiment]
+        # Optional: where it is missing the server says so, instead of the Pod never starting.
+        secret = {"name": tracking.mlflow.secret_name, "optional": True}
+        container["env"] = [
+            {"name": name, "valueFrom": {"secretKeyRef": secret | {"key": name}}}
+            for name in MLFLOW_CREDENTIALS
+            if tracking.mlflow.secret_name is not None
+        ]
+    return pod
+
+
+def _own_pod(job: FedPipeJob, component: str, command: list[str], settings: OperatorSettings) -> Document:
+    """Return a Pod of the operator's image that may ask the coordinator for what is of its job."""
     container: Document = {
-        "name": WRITER,
+        "name": component,
         "image": settings.operator_image,
-        "command": ["fedpipe-operator", "deliver"],
-        "args": args,
-        "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}},
+        "command": command,
+        "args": [
+            *("--coordinator", settings.coordinator),
+            *("--token-file", f"{IDENTITY_DIRECTORY}/token"),
+            *("--ca-file", f"{IDENTITY_DIRECTORY}/{CA_KEY}"),
+        ],
+        "resources": {"requests": dict(OWN_REQUESTS)},
         "securityContext": container_security(),
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": mounts,
+        "volumeMounts": [{"name": "identity", "mountPath": IDENTITY_DIRECTORY, "readOnly": True}],
     }
     spec: Document = {
         "restartPolicy": "OnFailure",
@@ -126,13 +172,11 @@ def build_writer_pod(job: FedPipeJob, node: str, settings: OperatorSettings) -> 
         "enableServiceLinks": False,
         "securityContext": pod_security(),
         "containers": [container],
-        "volumes": volumes,
+        "volumes": [identity_volume()],
     }
     if settings.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
-    if output.volume is not None and output.volume.host_path is not None:
-        _pin(spec, node)
-    metadata = _metadata(job, "", WRITER, settings)
+    metadata = _metadata(job, "", component, settings)
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
 
@@ -143,21 +187,36 @@ def output_place(job: FedPipeJob) -> ObjectURL:
     return ObjectURL.parse(job.spec.output.url) / job.metadata.name
 
 
-def _output_volume(volume: Volume, name: str, node: str) -> tuple[Document, str]:
-    """Return the volume to mount and the directory in it that the adapter is written to."""
+def volume_place(volume: Volume, name: str, node: str) -> str:
+    """Return where in a volume the directory `name` is, as people write it."""
     if volume.persistent_volume_claim is not None:
         claim = volume.persistent_volume_claim
-        directory = "/".join(filter(None, (OUTPUT_DIRECTORY, claim.path.strip("/"), name)))
-        return {"persistentVolumeClaim": {"claimName": claim.claim_name.replace("{node}", node)}}, directory
+        parts = (claim.claim_name.replace("{node}", node), claim.path, name)
+        return "claim " + "/".join(filter(None, parts))
     assert volume.host_path is not None
-    kind = {"hostPath": {"path": volume.host_path.path, "type": "Directory"}}
-    return kind, f"{OUTPUT_DIRECTORY}/{name}"
+    return f"{node}:{volume.host_path.path.rstrip('/')}/{name}"
+
+
+def _mount_output(pod: Document, volume: Volume, name: str, node: str) -> str:
+    """Mount a volume into an own Pod, on `node` where it is of that; return the directory `name` in it."""
+    spec, path = pod["spec"], ""
+    if volume.persistent_volume_claim is not None:
+        claim = volume.persistent_volume_claim
+        path = claim.path.strip("/")
+        kind: Document = {"persistentVolumeClaim": {"claimName": claim.claim_name.replace("{node}", node)}}
+    else:
+        assert volume.host_path is not None
+        kind = {"hostPath": {"path": volume.host_path.path, "type": "Directory"}}
+        _pin(spec, node)
+    spec["volumes"].append({"name": "output"} | kind)
+    spec["containers"][0]["volumeMounts"].append({"name": "output", "mountPath": OUTPUT_DIRECTORY})
+    return "/".join(filter(None, (OUTPUT_DIRECTORY, path, name)))
 
 
 def _metadata(job: FedPipeJob, node: str, component: str, settings: OperatorSettings) -> Document:
     name, namespace = job.metadata.name, job.metadata.namespace
     return {
-        "name": child_name(name, node),
+        "name": child_name(name, node) if component == AGENT else own_pod_name(name, component),
         "namespace": namespace,
         "labels": {
             JOB_LABEL: name,

@@ -7,6 +7,7 @@ import gc
 import logging
 import signal
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import kopf
 from aiohttp import web
@@ -24,16 +25,18 @@ from .events import EventRecorder
 from .handlers import kopf_settings, register
 from .http import (
     ADAPTER_PATH,
-    OWN_ADAPTER_PATH,
     any_adapter,
     health_application,
     metrics_application,
     own_adapter,
+    own_rounds,
 )
 from .identity import JobName, PodIdentities
 from .output import OutputWriter
+from .own_requests import OWN_ADAPTER_PATH, OWN_ROUNDS_PATH
 from .resync import Resync
 from .settings import OperatorSettings
+from .views import TRACKER, WRITER
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +131,8 @@ class Operator:
                 return
             identify = PodIdentities(self.api, self.controller.inventory.pod, self._job_name)
             adapters = {
-                OWN_ADAPTER_PATH: own_adapter(self.engine, identify.writer),
+                OWN_ADAPTER_PATH: own_adapter(self.engine, partial(identify.own_pod, WRITER)),
+                OWN_ROUNDS_PATH: own_rounds(self.engine, partial(identify.own_pod, TRACKER)),
                 ADAPTER_PATH: any_adapter(self.engine, access),
             }
             coordinator = application(self.engine, identify, adapters)

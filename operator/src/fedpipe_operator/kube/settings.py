@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How this operator is installed."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -29,6 +30,13 @@ class AllowedStore:
                 f"--output-allow {prefix}: the endpoint must be an http(s) URL, and gs:// has none"
             )
         return cls(place, endpoint or None)
+
+
+def parse_origin(text: str) -> str:
+    """Return the origin of a server; UserError for anything else."""
+    if not re.fullmatch(r"https?://[A-Za-z0-9.:_-]+/?", text):
+        raise UserError(f"--tracking-allow {text}: must be http(s)://HOST:PORT without a path")
+    return text.rstrip("/").lower()
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class OperatorSettings:
     image_pull_secrets: tuple[str, ...] = ()
     output_allowed: tuple[AllowedStore, ...] = ()
     """Object stores that jobs may name; empty: none."""
+    tracking_allowed: tuple[str, ...] = ()
+    """Origins (scheme://host:port) of MLflow servers that jobs may name; empty: none."""
 
     drop_unknown_jobs: bool = False
     """Start with a store none of whose jobs is in the cluster, and remove them."""

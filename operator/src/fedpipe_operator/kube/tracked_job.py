@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedpipe_api.conditions import OUTPUT
+from fedpipe_api.conditions import OUTPUT, TRACKED, Condition, Reason
 from fedpipe_api.job import FedPipeJob
 from fedpipe_api.status import FedPipeJobStatus
 
 from .failed_pods import FailedPods
-from .job_status import OutputResult, WriteBudget
+from .job_status import OutputResult, TrackingResult, WriteBudget
 from .node_selection import NodeSelection
 from .views import Body
 
@@ -35,6 +35,7 @@ class TrackedJob:
     refused: str | None = None
     refused_until: float = 0.0
     output: OutputResult | None = None
+    tracking: TrackingResult | None = None
     output_task: asyncio.Task[None] | None = None
     expected: dict[str, float] = field(default_factory=dict)
     failures: int = 0
@@ -50,7 +51,10 @@ class TrackedJob:
         written = _read_status(body.get("status"))
         budget = WriteBudget(written)
         names = str(meta["uid"]), str(meta["namespace"]), str(meta["name"])
-        return TrackedJob(*names, int(meta["generation"]), None, None, budget, output=_read_output(written))
+        return TrackedJob(
+            *names, int(meta["generation"]), None, None, budget,
+            output=_read_output(written), tracking=_read_tracking(written),
+        )  # fmt: skip
 
     @property
     def title(self) -> str:
@@ -66,5 +70,16 @@ def _read_status(document: Mapping[str, Any] | None) -> FedPipeJobStatus | None:
 
 
 def _read_output(status: FedPipeJobStatus | None) -> OutputResult | None:
-    found = next((c for c in (status.conditions if status else ()) if c.type == OUTPUT), None)
+    found = _condition(status, OUTPUT)
     return OutputResult(found.status == "True", found.message) if found else None
+
+
+def _read_tracking(status: FedPipeJobStatus | None) -> TrackingResult | None:
+    found = _condition(status, TRACKED)
+    if found is None or found.reason not in list(Reason):
+        return None
+    return TrackingResult(Reason(found.reason), found.message, found.last_transition_time.timestamp())
+
+
+def _condition(status: FedPipeJobStatus | None, kind: str) -> Condition | None:
+    return next((c for c in (status.conditions if status else ()) if c.type == kind), None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedpipe_api.base import USER_MISTAKE
-from fedpipe_api.names import COMPONENT_LABEL, GROUP, NODE_LABEL
+from fedpipe_api.names import COMPONENT_LABEL, GROUP, NODE_LABEL, child_name
 from fedpipe_api.node import READY, STALE_SECONDS
 
 from .fields import FieldReader, one_line
@@ -20,8 +20,12 @@ TEMPLATE_ANNOTATION = "fedpipe.io/template"
 GENERATION_ANNOTATION = "fedpipe.io/generation"
 """On agent Pods: the generation of the job that they were built for."""
 
-AGENT, WRITER = "agent", "output"
-"""Components: the Pod that trains on a node, and the one that writes the adapter to spec.output."""
+AGENT, WRITER, TRACKER = "agent", "output", "tracking"
+"""Components: the Pod that trains on a node, the one that writes the adapter to spec.output, and the one that
+sends rounds to spec.tracking."""
+
+_OWN_NAMES = {WRITER: "", TRACKER: ".tracking"}
+"""Of the Pods that stand for no node: what their names have in its place. No node can have such a name."""
 
 GPU = "nvidia.com/gpu"
 MIG = "nvidia.com/mig-"
@@ -102,8 +106,8 @@ class PodView:
     created: float
     until: float | None = None
     """When a Pod that is being deleted has to be gone."""
-    writer: bool = False
-    """Whether it writes the job's output; then it stands for no node."""
+    component: str = AGENT
+    """What it is of the job: an agent, or WRITER or TRACKER, which stand for no node."""
     trouble: str | None = None
     """Why its agent does not run, as a clause about the Pod."""
     restarted: str | None = None
@@ -180,6 +184,11 @@ def capacity_view(body: Body) -> CapacityView:
     )
 
 
+def own_pod_name(job: str, component: str) -> str:
+    """Return the name of a job's WRITER or TRACKER."""
+    return child_name(job, _OWN_NAMES[component])
+
+
 def pod_view(body: Body) -> PodView | None:
     """Return the view of an agent Pod; None for a Pod that no FedPipeJob controls.
 
@@ -193,11 +202,12 @@ def pod_view(body: Body) -> PodView | None:
         return None
     if owner.text("apiVersion").partition("/")[0] != GROUP:
         return None
-    writer = meta.texts("labels").get(COMPONENT_LABEL) == WRITER
+    label = meta.texts("labels").get(COMPONENT_LABEL)
+    component = label if label in _OWN_NAMES else AGENT
     bound = top.object("spec").text("nodeName", longest=253)
     made_for = meta.object("annotations").text(NODE_LABEL, longest=253)
     # A sidecar of the podTemplate may fail as it likes; one that must run first may not.
-    containers = [c for c in status.objects("containerStatuses") if c.text("name") in (AGENT, WRITER)]
+    containers = [c for c in status.objects("containerStatuses") if c.text("name") in (AGENT, *_OWN_NAMES)]
     containers += status.objects("initContainerStatuses")
     phase = _phase(top.object("spec"), status, containers)
     mistake = phase == "Failed" and _exit_code(containers) == USER_MISTAKE
@@ -209,14 +219,14 @@ def pod_view(body: Body) -> PodView | None:
         job=owner.name("uid"),
         owner=owner.name("name"),
         # An annotation is anybody's to edit who may edit the Pod; where it runs is not.
-        node=made_for if writer else bound or made_for,
+        node=bound or made_for if component == AGENT else made_for,
         bound=bound,
         template=meta.object("annotations").text(TEMPLATE_ANNOTATION, longest=253),
         generation=meta.object("annotations").text(GENERATION_ANNOTATION, longest=253),
         phase=phase,
         created=meta.time("creationTimestamp") or 0.0,
         until=meta.time("deletionTimestamp"),
-        writer=writer,
+        component=component,
         trouble=f"{trouble}; once that is right, delete Pod {meta.name('name')}" if mistake else trouble,
         restarted=_restarted(status, containers),
         mistake=mistake,
