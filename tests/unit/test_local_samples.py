@@ -115,6 +115,8 @@ def test_prompts_are_answered_without_the_adapter_and_with_it(run, tmp_path, mon
         assert sample["before"] != sample["after"]
         assert f"{sample['prompt']}\n  before: {sample['before']}\n  after:  {sample['after']}\n" in shown
         assert len(sample["after"].split()) <= 64
+    assert "in peft" not in shown, "the summary is what the run and a report without prompts print"
+    assert shown.endswith(f"report   {run.report}\n")
     text = run.report.read_text()
     assert "The most likely answers to 2 given prompts, after round 1" in text
     assert f"<td>{found[0]['after']}</td>" in text

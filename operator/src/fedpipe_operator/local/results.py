@@ -115,18 +115,22 @@ def write_results(directory: RunDirectory, history: History) -> None:
 def report_run(root: Path, prompts: Path | None) -> None:
     """Write a run's metrics, plots and report again, finished or not, and print its summary.
 
-    With a file of prompts the model answers them, without its adapter and with it: here and in the report.
+    With a file of prompts the model answers them, without its adapter and with it: in the report, and here in
+    place of the summary.
     """
     directory = RunDirectory(root)
     history = read(directory)
     answered = _answer(directory, history.state, prompts) if prompts is not None else ()
     write_results(directory, history)
-    print_summary(directory, history)
+    if prompts is None:
+        print_summary(directory, history)
+        return
     console = Console(highlight=False)
     for sample in answered:
-        lines = ("", sample.prompt, f"  before: {sample.before}", f"  after:  {sample.after}")
+        lines = (sample.prompt, f"  before: {sample.before}", f"  after:  {sample.after}", "")
         for line in lines:
             console.print(Text(line), soft_wrap=True)
+    console.print(Text(f"report   {directory.report}"), soft_wrap=True)
 
 
 def _answer(directory: RunDirectory, state: JobState, prompts: Path) -> tuple[samples.Sample, ...]:
