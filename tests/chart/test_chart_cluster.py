@@ -312,6 +312,13 @@ def test_uninstall_keeps_what_keep_says(
         assert plane.request("POST", f"/api/v1/namespaces/{path}", {"metadata": {"name": name}})[0] == 201
     job = plane.request("GET", f"{JOBS}/tickets")[1]
     assert job["metadata"]["finalizers"] == ["example.com/other", "fedpipe.io/finalizer"]
+    nodes = "/apis/fedpipe.io/v1alpha1/fedpipenodes"
+    found = [
+        {"type": kind, "status": "True", "reason": reason, "lastTransitionTime": "2026-01-01T00:00:00Z"}
+        for kind, reason in (("Ready", "CpuOnly"), ("DriverReady", "NoGpu"))
+    ]
+    status = {"status": {"conditions": found}}
+    assert plane.request("PATCH", f"{nodes}/edge-1/status", status, "application/merge-patch+json")[0] == 200
     with HookRunner(plane, NAMESPACE) as hooks:
         helm.uninstall("fedpipe", timeout=120)
     assert [done.returncode for done in hooks.ran.values()] == [0], hooks.ran
@@ -319,6 +326,10 @@ def test_uninstall_keeps_what_keep_says(
     after = plane.request("GET", f"{JOBS}/tickets")[1]
     assert after["metadata"]["uid"] == job["metadata"]["uid"]
     assert after["metadata"]["finalizers"] == ["example.com/other"]
+    left = plane.request("GET", f"{nodes}/edge-1")[1]["status"]["conditions"]
+    assert {one["type"]: (one["status"], one["reason"]) for one in left} == {
+        "Ready": ("Unknown", "ProbeUninstalled"), "DriverReady": ("True", "NoGpu")
+    }  # fmt: skip
     kept = {"FedPipeJob", "FedPipeNode", "CustomResourceDefinition", "PersistentVolumeClaim"}
     own = {"StorageClass  fast", "Node  edge-1", f"Pod {NAMESPACE} probe-of-edge-1",
            f"ServiceAccount {NAMESPACE} default", "ServiceAccount support default"}  # fmt: skip

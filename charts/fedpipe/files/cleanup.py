@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Before an uninstall: stop the operator, take away what it made, take its finalizer off every job.
+"""Before an uninstall: stop operator and probe, take away what they made, take the finalizer off every job.
 
+FedPipeNodes and jobs stay; the nodes say that nobody looks at them any more. Every step may be done twice.
 Arguments: namespace and name of the operator's Deployment; comma list of the jobs' namespaces (empty: all);
-the Secret of the operator's own certificate (empty: it has none). Jobs stay. Every step may be done twice.
+the Secret of the operator's own certificate (empty: it has none); comma list of the probe's DaemonSets
+(empty: there is no probe).
 """
 
 import json
@@ -17,6 +19,8 @@ import urllib.request
 ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 FINALIZER = "fedpipe.io/finalizer"
 STOP_SECONDS = 120
+PROBE_SECONDS = 20
+"""Most probes end sooner; one whose node is away ends when that is back, and holds up nothing."""
 
 with open(f"{ACCOUNT}/token") as file:
     TOKEN = file.read().strip()
@@ -43,13 +47,33 @@ def labelled(selector):
     return "?labelSelector=" + urllib.parse.quote(selector)
 
 
-namespace, operator, jobs_in, secret = sys.argv[1:]
+def pods_of(component):
+    """Return the release's Pods of a component."""
+    selector = f"app.kubernetes.io/component={component},app.kubernetes.io/instance={os.environ['RELEASE']}"
+    return call("GET", f"/api/v1/namespaces/{namespace}/pods" + labelled(selector)).get("items", [])
+
+
+def forget_nodes():
+    """Set Ready to Unknown: a node that still says READY would be believed by whoever looks."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    unknown = {
+        "type": "Ready", "status": "Unknown", "reason": "ProbeUninstalled", "lastTransitionTime": now,
+        "message": "the probe was uninstalled; nobody looks at this node",
+    }  # fmt: skip
+    for node in call("GET", "/apis/fedpipe.io/v1alpha1/fedpipenodes").get("items", []):
+        conditions = node.get("status", {}).get("conditions", [])
+        if any(one["type"] == "Ready" and one["status"] != "Unknown" for one in conditions):
+            rest = [one for one in conditions if one["type"] != "Ready"]
+            path = f"/apis/fedpipe.io/v1alpha1/fedpipenodes/{node['metadata']['name']}/status"
+            call("PATCH", path, {"status": {"conditions": [unknown, *rest]}})
+
+
+namespace, operator, jobs_in, secret, probes = sys.argv[1:]
 call("PATCH", f"/apis/apps/v1/namespaces/{namespace}/deployments/{operator}/scale", {"spec": {"replicas": 0}})
-pods = f"/api/v1/namespaces/{namespace}/pods" + labelled(
-    f"app.kubernetes.io/component=operator,app.kubernetes.io/instance={os.environ['RELEASE']}"
-)
+for probe in filter(None, probes.split(",")):
+    call("DELETE", f"/apis/apps/v1/namespaces/{namespace}/daemonsets/{probe}")
 end = time.monotonic() + STOP_SECONDS
-while call("GET", pods).get("items"):
+while pods_of("operator"):
     if time.monotonic() > end:
         sys.exit(f"the operator's Pod did not stop within {STOP_SECONDS} s")
     time.sleep(1)
@@ -71,4 +95,9 @@ for place in [f"/namespaces/{name}" for name in jobs_in.split(",") if name] or [
         call("DELETE", f"/api/v1/namespaces/{found['metadata']['namespace']}/configmaps/fedpipe-ca")
 if secret:
     call("DELETE", f"/api/v1/namespaces/{namespace}/secrets/{secret}")
+if probes:
+    end = time.monotonic() + PROBE_SECONDS
+    while pods_of("probe") and time.monotonic() < end:
+        time.sleep(1)
+    forget_nodes()
 print("the operator is stopped, agents are deleted, jobs carry no finalizer of FedPipe")  # noqa: T201

@@ -48,6 +48,7 @@ class NodeReason(StrEnum):
     MEMORY_FREE = "MemoryFree"
     MEMORY_IN_USE = "MemoryInUse"
     MEMORY_SHARED = "MemoryShared"
+    PROBE_UNINSTALLED = "ProbeUninstalled"
 
 
 NODE_ADVICE: dict[NodeReason, Advice] = {
@@ -99,6 +100,10 @@ NODE_ADVICE: dict[NodeReason, Advice] = {
     NodeReason.MEMORY_SHARED: Advice(
         "Several processes compute on one GPU and hold much of its memory.",
         "Nothing, or stop them: jobs get what is free, and run slower.",
+    ),
+    NodeReason.PROBE_UNINSTALLED: Advice(
+        "The chart was uninstalled; nobody looks at the node.",
+        "Nothing, or delete the FedPipeNode; a new install reports it again.",
     ),
 }
 """What each reason of a FedPipeNode means; the troubleshooting tables are written from it."""
