@@ -21,6 +21,25 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+FILE_LIMIT = 1024 * 1024
+"""Bytes of the largest manifest, as the API server limits them."""
+
+
+def mapping(path: Path) -> dict[str, Any]:
+    """Return the one mapping in a file; UserError names the file and, where it can, the line."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(FILE_LIMIT + 1)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if len(data) > FILE_LIMIT:
+        raise UserError(f"{path}: larger than {FILE_LIMIT >> 20} MiB; this is no manifest")
+    found = document(path, data)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a YAML mapping; a manifest has apiVersion, kind, metadata and spec")
+    return found
+
+
 def document(path: Path, data: bytes) -> Any:
     """Return the one document in a file's bytes; UserError names the file and, where it can, the line."""
     try:

@@ -10,7 +10,8 @@ import typer
 from fedpipe_api.base import UserError
 from fedpipe_api.files import expanded
 
-from .kube.get import get
+from .command_line import run_app
+from .kube.client_command import add_commands
 from .version_option import add_version
 
 app = typer.Typer(
@@ -24,7 +25,6 @@ app = typer.Typer(
 add_version(app)
 data = typer.Typer(name="data", help="Prepare data.", no_args_is_help=True)
 app.add_typer(data)
-app.add_typer(get)
 
 JobFile = Annotated[Path, typer.Argument(parser=expanded, metavar="JOB.yaml", help="A FedPipeJob.")]
 FleetFile = Annotated[
@@ -37,20 +37,8 @@ RunDir = Annotated[Path, typer.Argument(parser=expanded, metavar="RUN_DIR", help
 
 
 def main() -> int:
-    """Run the command line; exit 2 with one line for a mistake of the user, 130 when interrupted."""
-    try:
-        return app(standalone_mode=False) or 0
-    except UserError as error:
-        return _complain(str(error), 2)
-    except typer.TyperException as error:
-        return _complain(error.format_message(), 2)
-    except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted", 130)
-
-
-def _complain(message: str, status: int) -> int:
-    sys.stderr.write(f"{message}\n")
-    return status
+    """Run the command line of `fedpipe`."""
+    return run_app(app)
 
 
 @app.command()
@@ -174,6 +162,8 @@ def _say(message: str) -> int:
     sys.stdout.write(f"{message}\n")
     return 0
 
+
+add_commands(app)
 
 if __name__ == "__main__":
     sys.exit(main())

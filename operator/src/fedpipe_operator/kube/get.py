@@ -1,32 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fedpipe get`: fetches adapters from a cluster through the API server's service proxy.
+"""`fedpipe get adapter`: fetches adapters from a cluster through the API server's service proxy.
 
 What the user's kubeconfig logs in with never reaches the operator: the proxy does not hand it on, and a
 stolen operator must not collect it. The API server is asked for a token of the job's namespace's
 ServiceAccount fedpipe-adapter-reader, which lasts ten minutes and is good for adapters alone.
 """
 
-import asyncio
 import io
 import json
 import re
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import typer
-
 from fedpipe_api.base import UserError
-from fedpipe_api.files import expanded
 from fedpipe_api.logs import one_line
 from fedpipe_api.names import ADAPTER_AUDIENCE, ADAPTER_READER, CA_CONFIGMAP, OPERATOR_KEY, TOKEN_HEADER
 
 if TYPE_CHECKING:
     from kubernetes.aio import client
-
-get = typer.Typer(name="get", help="Fetch from a cluster.", no_args_is_help=True)
 
 LIMIT = 4 << 30
 """Bytes of the largest adapter accepted."""
@@ -40,43 +34,12 @@ TOKEN_SECONDS = 600
 FILES = {"adapter_model.safetensors", "adapter_config.json", "README.md"}
 """What a PEFT directory holds; nothing else is unpacked."""
 
-_NAME = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+NAMESPACE_NAME = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 
 
-@get.callback()
-def _several() -> None:
-    """Keep `adapter` a subcommand."""
-
-
-@get.command()
-def adapter(
-    job: Annotated[str, typer.Argument(metavar="JOB", help="Name of a FedPipeJob.")],
-    out: Annotated[
-        Path,
-        typer.Option("--out", "-o", parser=expanded, metavar="DIR", help="Where to write; must not exist."),
-    ],
-    namespace: Annotated[str, typer.Option("--namespace", "-n", help="Namespace of the job.")] = "default",
-    operator: Annotated[
-        str | None, typer.Option(metavar="NAMESPACE/SERVICE", help="The operator's; default: found.")
-    ] = None,
-    kubeconfig: Annotated[
-        Path | None,
-        typer.Option(parser=expanded, metavar="FILE", help="Default: KUBECONFIG or ~/.kube/config."),
-    ] = None,
-) -> int:
-    """Write a job's latest adapter as a PEFT directory."""
-    if out.exists():
-        raise UserError(f"{out}: exists already; give another --out")
-    if not re.fullmatch(_NAME, namespace):
-        raise UserError("--namespace: must be the name of a namespace")
-    where = None if operator is None else _service("--operator", operator)
-    unpack(asyncio.run(fetch(kubeconfig, namespace, job, where)), out)
-    typer.echo(str(out))
-    return 0
-
-
-def _service(source: str, text: str) -> tuple[str, str]:
-    if not re.fullmatch(f"{_NAME}/{_NAME}", text):
+def service_of(source: str, text: str) -> tuple[str, str]:
+    """Return namespace and name of a Service; UserError names the source of the text."""
+    if not re.fullmatch(f"{NAMESPACE_NAME}/{NAMESPACE_NAME}", text):
         raise UserError(f"{source}: must be NAMESPACE/SERVICE")
     namespace, _, service = text.partition("/")
     return namespace, service
@@ -125,7 +88,7 @@ async def _find_operator(api: "_Api", namespace: str) -> tuple[str, str]:
             f"namespace {namespace} has no ConfigMap {CA_CONFIGMAP} that names the operator, so no jobs; "
             f"check --namespace, or give --operator NAMESPACE/SERVICE"
         )
-    return _service(f"ConfigMap {namespace}/{CA_CONFIGMAP}: {OPERATOR_KEY}", place)
+    return service_of(f"ConfigMap {namespace}/{CA_CONFIGMAP}: {OPERATOR_KEY}", place)
 
 
 async def _token(api: "_Api", namespace: str, service: str) -> str:

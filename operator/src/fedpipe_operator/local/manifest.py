@@ -19,9 +19,6 @@ from fedpipe_api.rows.data_paths import locate
 
 M = TypeVar("M", bound=Model)
 
-FILE_LIMIT = 1024 * 1024
-"""Bytes of the largest manifest, as the API server limits them."""
-
 
 @dataclass(frozen=True)
 class Member:
@@ -59,26 +56,12 @@ def read(job_file: Path, fleet_file: Path) -> LocalJob:
 
 def load(path: Path, kind: type[M]) -> M:
     """Return the one YAML document of a file, validated; UserError names the file and the line or field."""
-    document = _document(path)
+    document = yaml_file.mapping(path)
     _check_kind(path, document, kind)
     try:
         return kind.model_validate(document)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error)}") from None
-
-
-def _document(path: Path) -> Mapping[str, Any]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(FILE_LIMIT + 1)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    if len(data) > FILE_LIMIT:
-        raise UserError(f"{path}: larger than {FILE_LIMIT >> 20} MiB; this is no manifest")
-    document = yaml_file.document(path, data)
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: not a YAML mapping; a manifest has apiVersion, kind, metadata and spec")
-    return document
 
 
 def _check_kind(path: Path, document: Mapping[str, Any], kind: type[Model]) -> None:
@@ -179,7 +162,9 @@ def _model_directory(directory: Path, named: str) -> Path:
         raise UserError(f"{named}: no directory {directory}")
     config = directory / "config.json"
     try:
-        if config.stat().st_size > FILE_LIMIT or "model_type" not in json.loads(config.read_bytes()):
+        if config.stat().st_size > yaml_file.FILE_LIMIT or "model_type" not in json.loads(
+            config.read_bytes()
+        ):
             raise UserError(f"{named}: {config} is not the configuration of a transformers model")
     except FileNotFoundError:
         raise UserError(f"{named}: {directory} is not a model: it has no config.json") from None
