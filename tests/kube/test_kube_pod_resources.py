@@ -96,14 +96,15 @@ def test_a_template_that_fits_no_pod_is_left_to_those_who_build_pods(spec: Any) 
 
 
 @pytest.fixture
-def cluster(control_plane: ControlPlane, tmp_path: Path) -> Iterator[Cluster]:
-    one = Cluster(control_plane, "resources", tmp_path)
+def cluster(control_plane: ControlPlane, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    one = Cluster(control_plane, request.param, tmp_path)
     for name in ("edge-1", "edge-2", "edge-3"):
         one.add_node(name)
     with one.running():
         yield one
 
 
+@pytest.mark.parametrize("cluster", ["resources"], indirect=True)
 def test_agents_request_what_their_plans_need_without_a_restart(cluster: Cluster, tmp_path: Path) -> None:
     gate = Gate(tmp_path / "gate")
     cluster.submit(podTemplate=gate.template)
@@ -123,6 +124,26 @@ def test_agents_request_what_their_plans_need_without_a_restart(cluster: Cluster
     for step in ("train-1", "upload-1", "train-2", "upload-2", "train-3", "upload-3"):
         gate.open(step)
     cluster.wait_phase("Succeeded")
+
+
+@pytest.mark.parametrize("cluster", ["refusal"], indirect=True)
+def test_a_node_whose_pod_is_not_resized_says_why(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.plane.needs("LimitRanges")
+    least = {"type": "Container", "min": {"memory": "1Gi"}}
+    path = f"/api/v1/namespaces/{cluster.namespace}/limitranges"
+    cluster.create(path, {"metadata": {"name": "large"}, "spec": {"limits": [least]}})
+    gate = Gate(tmp_path / "gate")
+    cluster.submit(podTemplate=gate.template)
+    for step in ("register", "profile"):
+        gate.open(step)
+
+    def messages() -> list[str]:
+        return [row.get("message", "") for row in cluster.status().get("nodeTable", ())]
+
+    refused = "its Pod keeps its requests, as it cannot be resized to cpu 500m, memory "
+    said = cluster.wait("why", lambda: [m for m in messages() if m.startswith(refused)], 60)
+    assert "minimum memory usage per Container is 1Gi, but request is" in said[0]
+    assert len(said[0]) < 600
 
 
 def requested(cluster: Cluster) -> dict[str, tuple[str, int]]:

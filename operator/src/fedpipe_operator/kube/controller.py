@@ -320,8 +320,8 @@ class Controller:
         return actions
 
     def _agents(self, known: TrackedJob) -> list[PodView]:
-        """Return the job's agent Pods, with what is known of failed ones and of those that do not start."""
-        found = map(known.failed.known, self.inventory.agents_of(known.namespace, known.uid))
+        """Return the job's agent Pods, with what is known of their failures, and why some do not start."""
+        found = map(known.with_history, self.inventory.agents_of(known.namespace, known.uid))
         return [replace(pod, trouble=pod.trouble or self._warnings.of(pod)) for pod in found]
 
     async def _change_engine(self, known: TrackedJob, actions: Actions) -> bool:

@@ -190,7 +190,7 @@ def _said(row: NodeStatus, pod: PodView | None) -> str | None:
         return row.message
     if row.state in ("lost", "starting"):
         return (pod.trouble or pod.restarted or row.message or "")[:1024] or None
-    return row.message or (pod.restarted or "")[:1024] or None
+    return row.message or (pod.restarted or pod.unresized or "")[:1024] or None
 
 
 class WriteBudget:

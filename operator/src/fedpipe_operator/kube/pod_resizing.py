@@ -5,7 +5,8 @@ import logging
 from collections.abc import Sequence
 
 from .api import Api, ApiError
-from .pod_resources import Resize
+from .fields import one_line
+from .pod_resources import Kept, Resize
 from .tracked_job import TrackedJob
 
 log = logging.getLogger(__name__)
@@ -13,8 +14,8 @@ log = logging.getLogger(__name__)
 
 async def resize_pods(api: Api, known: TrackedJob, resizes: Sequence[Resize]) -> None:
     """Resize Pods in place; one that the cluster does not resize keeps its requests, and is left alone."""
-    kept = {resize.pod.uid: resize.requests for resize in resizes}
-    known.kept = {uid: requests for uid, requests in known.kept.items() if kept.get(uid) == requests}
+    wanted = {resize.pod.uid: resize.requests for resize in resizes}
+    known.kept = {uid: kept for uid, kept in known.kept.items() if wanted.get(uid) == kept.wanted}
     for resize in resizes:
         pod = resize.pod
         if pod.uid in known.kept:
@@ -27,5 +28,5 @@ async def resize_pods(api: Api, known: TrackedJob, resizes: Sequence[Resize]) ->
             if not error.permanent and error.status not in (404, 405):
                 raise
             # A cluster before 1.33, or a quota.
-            known.kept[pod.uid] = resize.requests
-            log.warning("job %s: Pod %s keeps its requests: %s", known.title, pod.name, error)
+            known.kept[pod.uid] = Kept(resize.requests, why=one_line(str(error)))
+            log.warning("job %s: Pod %s %s", known.title, pod.name, known.kept[pod.uid])

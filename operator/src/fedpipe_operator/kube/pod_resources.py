@@ -37,6 +37,18 @@ class Resize:
     requests: Requests
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Requests that the API server refused to give a Pod, which keeps those it has, and why."""
+
+    wanted: Requests
+    why: str
+
+    def __str__(self) -> str:
+        wanted = ", ".join(f"{name} {size}" for name, size in sorted(self.wanted.items()))
+        return f"keeps its requests, as it cannot be resized to {wanted}: {self.why}"
+
+
 def planned(plan: NodePlan, device: DeviceFacts) -> Requests:
     """Return what a planned agent requests: its memory with a margin, and on a CPU half of its threads.
 

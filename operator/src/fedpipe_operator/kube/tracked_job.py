@@ -3,7 +3,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,7 +15,8 @@ from fedpipe_api.status import FedPipeJobStatus
 from .failed_pods import FailedPods
 from .job_status import OutputResult, TrackingResult, WriteBudget
 from .node_selection import NodeSelection
-from .views import Body
+from .pod_resources import Kept
+from .views import Body, PodView
 
 
 @dataclass
@@ -41,7 +42,7 @@ class TrackedJob:
     failures: int = 0
     failed: FailedPods = field(default_factory=FailedPods)
     quarantined: bool = False
-    kept: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    kept: dict[str, Kept] = field(default_factory=dict)
     """By uid of a Pod: the requests that the API server did not take."""
 
     @staticmethod
@@ -55,6 +56,11 @@ class TrackedJob:
             *names, int(meta["generation"]), None, None, budget,
             output=_read_output(written), tracking=_read_tracking(written),
         )  # fmt: skip
+
+    def with_history(self, pod: PodView) -> PodView:
+        """Return a Pod with how those of its node failed, and what the API server refused to change of it."""
+        kept = self.kept.get(pod.uid)
+        return replace(self.failed.known(pod), unresized=f"its Pod {kept}" if kept else None)
 
     @property
     def title(self) -> str:

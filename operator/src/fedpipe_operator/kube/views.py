@@ -112,6 +112,8 @@ class PodView:
     """Why its agent does not run, as a clause about the Pod."""
     restarted: str | None = None
     """Why its agent, which runs, had to be started again."""
+    unresized: str | None = None
+    """Why it does not request what its plan needs, as a clause about the Pod."""
     mistake: bool = False
     """Whether its agent ended because of a mistake that a person has to put right."""
     failures: int = 0
