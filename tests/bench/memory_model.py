@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predicted against measured peak memory of training, on CUDA where it is there, else on CPU.
 
-`OMP_NUM_THREADS=1 python tests/bench/memory_model.py [--out tests/bench/results/memory_model.json]`
+`OMP_NUM_THREADS=1 python tests/bench/memory_model.py [--out tests/bench/results/memory_model.json] [--without bf16]`
 
 The agent's own loading, adapters and loop train BERT-base- and GPT-2-sized models with random weights, over
 precision × micro-batch × rank, in one process per model and precision. Measured is the peak resident size
@@ -186,6 +186,13 @@ def apart(function: Any, *arguments: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="default: by the kind of device, in results")
+    parser.add_argument(
+        "--without",
+        type=Precision.of,
+        action="append",
+        default=[],
+        help="leave a precision out, as bf16 where the processor emulates it",
+    )
     arguments = parser.parse_args()
     results = multiprocessing.get_context("fork").SimpleQueue()
     apart(show, results)
@@ -200,7 +207,7 @@ def main() -> None:
             directory = Path(scratch) / name
             directory.mkdir()
             apart(write, name, directory)
-            for precision in grid.precisions:
+            for precision in (each for each in grid.precisions if each not in arguments.without):
                 if not any((point["model"], point["precision"]) == (name, precision) for point in kept):
                     apart(measure, name, directory, precision, facts, results)
                     fresh = results.get()
@@ -232,6 +239,7 @@ def main() -> None:
         "globalRank": GLOBAL_RANK,
         "threads": 1,
         "seed": 0,
+        "without": arguments.without,
     }
     if facts.kind == "cuda":
         summary |= {"nf4Base": nf4_shares(points), "nf4BaseLimit": NF4_BASE}

@@ -49,7 +49,7 @@ def test_committed_predictions_are_the_model_s(shapes: dict[str, wire.ModelShape
     report = json.loads((RESULTS / "memory_model.json").read_text())
     for point in report["points"]:
         assert memory_model.predicted(point, shapes[point["model"]]) == point
-    assert report["summary"]["points"] == len(report["points"]) == 48
+    assert report["summary"]["points"] == report["summary"]["withinTolerance"] == len(report["points"])
 
 
 def test_on_a_cpu_a_narrow_mlp_leaves_less_room_to_use_again(shapes: dict[str, wire.ModelShape]) -> None:

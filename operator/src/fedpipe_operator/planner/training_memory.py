@@ -15,9 +15,11 @@ from .workload import Configuration, Workload, compute_bytes
 
 TRAINABLE_BYTES = 16
 """Of one trainable parameter: float32 weight and gradient, two Adam moments."""
-CPU_SLACK, CUDA_SLACK = 112 * 2**20, 96 * 2**20
+CPU_SLACK, CUDA_SLACK = 72 * 2**20, 96 * 2**20
 """What the runtime takes only when training: modules and kernels loaded at first use, thread buffers; on CUDA
 the workspace of cuBLAS."""
+CPU_QUANTIZED = 40 * 2**20
+"""And what bitsandbytes takes beside, with the buffers that it unpacks into."""
 CPU_KERNELS = 12 * 2**20
 """What oneDNN's compiled bfloat16 kernels take: the agent keeps those of one layer (its train/device.py)."""
 CUDA_ROUNDING = 1.06
@@ -70,6 +72,8 @@ def fixed_bytes(work: Workload, device: wire.DeviceFacts, configuration: Configu
     slack = CUDA_SLACK if device.kind == "cuda" else CPU_SLACK
     if device.kind == "cpu" and precision.computes_in == "bfloat16":
         slack += CPU_KERNELS
+    if device.kind == "cpu" and precision.quantized:
+        slack += CPU_QUANTIZED
     per_parameter = TRAINABLE_BYTES + (4 if work.proximal else 0)
     base = base_bytes(work.shape, device, precision)
     return base + per_parameter * work.head + remainder + activations + slack
