@@ -8,6 +8,7 @@ import os
 import socket
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,13 +18,15 @@ import aiohttp
 import pytest
 from aiohttp import web, web_fileresponse
 
+from fedpipe_operator.coordinator import application
 from fedpipe_operator.engine.jobs import Job
 from fedpipe_operator.kube import http
+from fedpipe_operator.kube.own_requests import OWN_ROUNDS_PATH
 from fedpipe_operator.serving import listen, serve
 from standins.agents import model_shape
 from standins.local import Local, local, working
 from standins.raw_http import request
-from standins.server import UID, job
+from standins.server import UID, identify, job
 
 WIDE = model_shape(matrices=32, rows=1 << 16, columns=16)
 RANKS = {"ranks": {"min": 4, "max": 4}}
@@ -146,3 +149,27 @@ async def test_a_deleted_jobs_adapter_is_not_kept_by_who_reads_it_slowly(
                     await asyncio.sleep(0.05)
             # And the job may come again.
             await served.engine.submit(job(1, 1))
+
+
+async def test_a_namespace_that_reads_rounds_without_end_waits_between(tmp_path: Path) -> None:
+    async def tracker(token: str) -> str | None:
+        return UID if token == "tracker" else None
+
+    async with local(tmp_path, count=3) as served, working([served.agent(node) for node in served.nodes]):
+        await served.finish()
+        routes = {OWN_ROUNDS_PATH: http.own_rounds(served.engine, tracker)}
+        site = await serve(application(served.engine, identify, routes), listen("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{site.port}{OWN_ROUNDS_PATH}"
+        try:
+            async with aiohttp.ClientSession(headers={"Authorization": "Bearer tracker"}) as session:
+
+                async def status(after: int) -> int:
+                    async with session.get(f"{url}?after={after}") as answer:
+                        return answer.status
+
+                found = Counter([await status(-1) for _ in range(150)])
+                assert set(found) == {200, 429}
+                assert found[200] >= 100
+                assert await status(3) == 200, "to ask whether there is more costs next to nothing"
+        finally:
+            await site.close()

@@ -13,6 +13,7 @@ from fedpipe_api.names import ADAPTER_AUDIENCE
 
 from ..coordinator.http import cutting_off
 from ..engine import Engine, Refused
+from ..engine.allowances import Allowance
 from ..engine.jobs import Job
 from ..export.archive import AdapterArchive
 from ..metrics import OperatorMetrics
@@ -78,6 +79,12 @@ def any_adapter(engine: Engine, access: Access) -> Handler:
     return adapter
 
 
+class RoundPages(Allowance):
+    """How many pages of rounds a namespace may ask for: each is made by the event loop that serves all."""
+
+    SECONDS = 0.2
+
+
 OwnPod = Callable[[str], Awaitable[str | None]]
 """Returns the uid of the job that a token's Pod works for, if it is the Pod of the job's that may ask."""
 
@@ -100,6 +107,7 @@ def own_rounds(engine: Engine, tracker: OwnPod) -> Handler:
 
     `?after=N` asks for those after round N, -1 for all; the answer is a `Page`.
     """
+    pages = RoundPages()
 
     async def rounds(request: web.Request) -> web.StreamResponse:
         job = await _own_job(engine, tracker, request)
@@ -107,6 +115,8 @@ def own_rounds(engine: Engine, tracker: OwnPod) -> Handler:
             after = int(request.query.get("after", "")[:10])
         except ValueError:
             raise Refused(400, "BadRequest", "after must be the number of a round, or -1") from None
+        if after < job.state.done - 1 and not pages.take(job.state.namespace):
+            raise Refused(429, "TooManyRequests", "the namespace reads too many rounds", retry_after=5)
         return web.json_response(page(job.state, after).to_dict())
 
     return rounds

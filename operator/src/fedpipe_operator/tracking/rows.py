@@ -122,6 +122,11 @@ def _node(state: JobState, known: Round, name: str) -> RoundRow:
 
 def times(state: JobState) -> Times:
     """Return when each round was done."""
-    done = {number: known.result_at for number, known in state.rounds.items() if known.result_at is not None}
-    begun = state.rounds[1].opened_at if 1 in state.rounds else state.submitted_at
-    return {0: begun} | done
+    return {number: time_of(state, number) for number in numbers(state)}
+
+
+def time_of(state: JobState, number: int) -> float:
+    """Return when a round that there is a row of was done."""
+    if number == 0:
+        return state.rounds[1].opened_at if 1 in state.rounds else state.submitted_at
+    return state.rounds[number].result_at or 0.0
