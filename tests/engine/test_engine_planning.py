@@ -4,8 +4,9 @@
 import pytest
 
 from fedpipe_api.wire import NodePlan, ProfileReport
-from fedpipe_operator.engine.planning import importance, request_of
+from fedpipe_operator.engine.planning import importance, killed, request_of
 from fedpipe_operator.engine.records import (
+    AgentLost,
     AgentRegistered,
     Offered,
     PlanMade,
@@ -25,9 +26,12 @@ SHAPE = model_shape(4)
 NODES = ("a", "b")
 
 
-def profiled() -> JobState:
+def profiled(max_length: int | None = None) -> JobState:
     """A job of two nodes, b with three times the samples, planned and profiled."""
-    state = submitted("uid", Submitted(namespace="n", name="j", generation=1, spec=job(2, 5).spec), 0.0)
+    spec = job(2, 5).spec
+    if max_length is not None:
+        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"max_length": max_length})})
+    state = submitted("uid", Submitted(namespace="n", name="j", generation=1, spec=spec), 0.0)
     apply(state, Offered(sequence=1, nodes=NODES), 0.0)
     for node, samples in zip(NODES, (100, 300), strict=True):
         device = registration(SHAPE).device
@@ -118,6 +122,30 @@ def trained(
         )
         apply(state, UpdateAccepted(round=1, node=node, manifest=manifest), 10.0)
     apply(state, RoundClosed(round=1, stragglers=stragglers, bytes_down=0), closed)
+
+
+def test_a_node_killed_for_memory_is_planned_with_less_each_time_until_nothing_fits() -> None:
+    state = profiled(2048)
+    sizes = [plan(request_of(state)).nodes["a"].predicted_bytes]
+    for number in range(30):
+        apply(state, AgentLost(sequence=9 + number, node="a", reason="", killed_bytes=sizes[-1]), 4.0)
+        device = registration(SHAPE).device
+        apply(
+            state,
+            AgentRegistered(
+                sequence=10 + number, node="a", device=device, samples=100, evaluation_samples=1, model=SHAPE
+            ),
+            5.0,
+        )
+        made = plan(request_of(state))
+        assert "b" in made.nodes
+        if "a" in made.left_out:
+            break
+        sizes.append(made.nodes["a"].predicted_bytes)
+        assert sizes[-1] <= 0.8 * sizes[-2]
+    assert len(sizes) > 2
+    assert made.left_out["a"].startswith("needs ")
+    assert "; its agent was killed for memory at" in killed(state, "a")
 
 
 def test_an_update_calibrates_again() -> None:

@@ -95,6 +95,17 @@ class Kubelet:
                     known.process, known.phase = None, "Failed"
                     self._status(uid, {"phase": "Failed", "reason": "Evicted", "message": "low on memory"})
 
+    def kill_for_memory(self, node: str) -> None:
+        """Kill the node's agent as the kernel does one that uses more memory than its container may."""
+        with self._lock:
+            for uid, known in self._running.items():
+                if known.node == node and known.phase == "Running":
+                    _kill(known.process)
+                    known.process, known.phase = None, "Failed"
+                    ended = {"exitCode": 137, "reason": "OOMKilled", "finishedAt": _now()}
+                    container = _container(terminated=ended)
+                    self._status(uid, {"phase": "Failed", "containerStatuses": [container]})
+
     def agents(self) -> dict[str, Process]:
         """Return the running agents by node."""
         with self._lock:

@@ -15,6 +15,7 @@ from fedpipe_operator.kube.reconcile import reconcile
 from fedpipe_operator.kube.views import pod_view
 from kube.cluster import Cluster
 from kube.controlplane import ControlPlane
+from kube.gate import Gate
 from kube.kubelet import Process, start_process
 from kube.looks import fleet, look, state_of
 from kube.objects import NOW, job, pod, stamp
@@ -90,6 +91,61 @@ def test_the_pod_in_place_of_one_that_was_killed_for_memory_says_so() -> None:
     assert failed.known(first).trouble == why
     assert failed.known(second).restarted == f"before, {why}"
     assert failed.known(second).trouble is None
+
+
+def test_only_an_agent_that_ran_out_of_memory_and_does_not_run_is_said_to_be_killed_for_it() -> None:
+    one = job()
+    state = state_of(one, ("a", "b"), ("b",))
+    assert look(one, fleet("a", "b"), [exited(137), pod("b")], state).killed == {"a"}
+    assert look(one, fleet("a", "b"), [exited(1), pod("b")], state).killed == frozenset()
+    killed = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+    for now, expected in ({"waiting": {"reason": "CrashLoopBackOff"}}, True), ({"running": {}}, False):
+        status = {"name": "agent", "state": now, "lastState": killed}
+        view = pod_view(pod("a", phase="Running", containerStatuses=[status]))
+        assert view
+        assert view.killed is expected
+        sidecar = pod_view(pod("a", phase="Running", containerStatuses=[status | {"name": "proxy"}]))
+        assert sidecar
+        assert not sidecar.killed
+
+
+def test_an_agent_killed_for_memory_comes_back_with_less_and_finishes(
+    control_plane: ControlPlane, tmp_path: Path
+) -> None:
+    cluster, gate = Cluster(control_plane, "memory", tmp_path), Gate(tmp_path / "gate")
+    nodes = [cluster.add_node(f"edge-{number}") for number in (1, 2)]
+
+    def row() -> dict[str, Any]:
+        return next((r for r in cluster.status().get("nodeTable", ()) if r["name"] == nodes[0]), {})
+
+    try:
+        kubelet = cluster.start_kubelet()
+        cluster.start_operator()
+        data = {"volume": {"hostPath": {"path": "/srv/data"}}, "train": "train.jsonl", "maxLength": 2048}
+        cluster.submit(data=data, podTemplate=gate.template)
+        for step in ("register", "profile"):
+            gate.open(step)
+        # The round needs both updates, and one agent dies of what it was planned.
+        cluster.wait("they train", lambda: len(gate.at("train-1")) == 2)
+        before = cluster.wait("its plan", lambda: row().get("predictedBytes"))
+        kubelet.kill_for_memory(nodes[0])
+        cluster.wait("why", lambda: "(OOMKilled)" in row().get("message", ""), 30)
+        after = cluster.wait(
+            "less", lambda: (row().get("predictedBytes") or before) <= 0.8 * before and row()
+        )
+        cluster.wait("said", lambda: row().get("message", "").startswith("killed for memory at "), 90)
+        assert "; planned again with " in row()["message"]
+        assert after["microBatch"] >= 1
+        for number in (1, 2, 3):
+            gate.open(f"train-{number}")
+            gate.open(f"upload-{number}")
+        status = cluster.wait_phase("Succeeded")
+        assert [known["updates"] for known in status["history"]] == [2, 2, 2]
+        assert any(
+            "was killed for memory at" in text for reason, text in cluster.events() if reason == "Replanned"
+        )
+    finally:
+        cluster.tear_down()
 
 
 def test_a_node_without_its_file_is_tried_again_once_its_pod_is_deleted_or_the_job_edited(

@@ -31,7 +31,7 @@ from standins.world import PLAN, SHAPE, World, deliver, ready
 
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["register", "work", "work", "work", "lose", "tick", "suspend", "resume"]),
+        st.sampled_from(["register", "work", "work", "work", "lose", "kill", "tick", "suspend", "resume"]),
         st.integers(0, 3),
     ),
     max_size=120,
@@ -53,6 +53,8 @@ def test_any_order_of_events_keeps_the_rules(events: list[tuple[str, int]], mini
                 world.work(node)
             case "lose" if node in world.state.agents and node not in world.state.lost:
                 world.record(AgentLost(sequence=world.state.sequence + 1, node=node, reason="gone"))
+            case "kill" if node in world.state.live:
+                world.kill(node)
             case "tick":
                 world.now += 200
             case "suspend":
@@ -124,6 +126,81 @@ def test_a_lost_agent_is_not_waited_for_but_quorum_is() -> None:
     assert decide(world.state, world.now) == CloseRound(1)
 
 
+def test_a_node_killed_for_memory_is_planned_with_less_at_the_rounds_end() -> None:
+    world = ready()
+    for node in world.nodes[:2]:
+        deliver(world, node)
+    world.kill("node-2")
+    world.register("node-2")
+    assert assignment(world.state, "node-2", world.now) is None, "it would be killed again"
+    assert decide(world.state, world.now) == CloseRound(1)
+    world.act()
+    world.act()
+    assert decide(world.state, world.now) == MakePlan("node-2 was killed for memory at 10.0 GiB")
+    world.settle()
+    assert world.state.current
+    assert world.state.current.opened.round == 2
+    work = assignment(world.state, "node-2", world.now)
+    assert work
+    assert work.plan
+    assert work.plan.predicted_bytes == 8 << 30
+    [row] = [row for row in status(world.state, None, {}).node_table if row.name == "node-2"]
+    assert row.message == "killed for memory at 10.0 GiB; planned again with 8.0 GiB"
+    world.kill("node-2")
+    assert world.state.memory_limit("node-2") == int(0.8 * (8 << 30))
+    check_rules(world)
+
+
+def test_a_round_that_cannot_do_without_a_killed_node_is_opened_again_and_keeps_what_it_has() -> None:
+    world = ready(minimum=3)
+    deliver(world, "node-0")
+    deliver(world, "node-2")
+    kept = world.state.rounds[1].updates["node-0"]
+    world.kill("node-2")
+    world.settle()
+    assert world.state.plans.keys() == {1, 2}, "its agent is not back yet"
+    late = manifest_of(make_update(SHAPE, PLAN, "node-2", 1), PLAN)
+    world.kill("node-1")
+    for node in ("node-1", "node-2"):
+        world.register(node)
+    world.settle()
+    current = world.state.current
+    assert current
+    assert (current.opened.round, current.opened.plan, current.opened.again) == (1, 3, 1)
+    assert current.updates == {"node-0": kept}, "the update of node-2 has ranks that it is not asked for now"
+    claims = late.model_copy(update={"micro_batch": 5})
+    with pytest.raises(Refused, match="opened again by another plan") as refused:
+        accept.update(world.state, "node-2", 1, claims)
+    assert refused.value.status == 409
+    for node in ("node-1", "node-2"):
+        deliver(world, node)
+    assert decide(world.state, world.now) == CloseRound(1)
+    world.settle()
+    assert world.state.done == 1
+    check_rules(world)
+
+
+def test_a_node_killed_while_it_measures_measures_again_by_a_smaller_plan() -> None:
+    world = World(2, 2)
+    for node in world.nodes:
+        world.register(node)
+    world.settle()
+    world.work("node-0")
+    world.kill("node-1")
+    world.register("node-1")
+    world.settle()
+    assert not world.state.profiling_done
+    work = assignment(world.state, "node-1", world.now)
+    assert work
+    assert work.plan
+    assert (work.kind, work.plan.predicted_bytes) == (AssignmentKind.PROFILE, 8 << 30)
+    world.work("node-1")
+    world.settle()
+    assert world.state.profiling_done
+    assert world.state.profiled_by == {"node-0": 1, "node-1": 2}
+    check_rules(world)
+
+
 def test_the_deadline_closes_with_quorum_and_the_straggler_is_answered_with_409() -> None:
     world = ready()
     for node in world.nodes[:2]:
@@ -163,7 +240,7 @@ def test_stragglers_and_newcomers_lead_to_a_new_plan() -> None:
     world.settle()
     assert world.state.current
     assert world.state.current.opened.round == 2
-    world.record(Offered(sequence=50, nodes=("node-0", "node-1", "node-2", "node-9")))
+    world.record(Offered(sequence=world.state.sequence + 1, nodes=(*world.nodes, "node-9")))
     world.register("node-9")
     for node in world.nodes:
         deliver(world, node)

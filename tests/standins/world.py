@@ -14,8 +14,10 @@ from fedpipe_operator.engine.decide import (
     assignment,
     decide,
 )
+from fedpipe_operator.engine.order import check
 from fedpipe_operator.engine.records import (
     ADAPTER,
+    AgentLost,
     AgentRegistered,
     Evaluated,
     Finished,
@@ -32,7 +34,7 @@ from fedpipe_operator.engine.records import (
     UpdateAccepted,
 )
 from fedpipe_operator.engine.shapes import digest_of
-from fedpipe_operator.engine.state import apply, submitted
+from fedpipe_operator.engine.state import apply, standing_updates, submitted
 from standins.agents import make_update, manifest_of, model_shape, registration
 from standins.server import job
 
@@ -43,7 +45,7 @@ PLAN = NodePlan(
     accumulation=1,
     ranks={m.name: 2 for m in SHAPE.matrices},
     local_steps=2,
-    predicted_bytes=1,
+    predicted_bytes=10 << 30,
     predicted_step_seconds=1,
     predicted_round_seconds=2,
     limited_by="ranks",
@@ -71,6 +73,7 @@ class World:
     def record(self, record: Record) -> None:
         assert record.key not in {known.key for _, known in self.ledger}, "the ledger refuses duplicates"
         assert ADAPTER.validate_json(record.to_json()) == record, "what is written can be read"
+        check(self.state, record)
         self.ledger.append((self.now, record))
         apply(self.state, record, self.now)
 
@@ -88,6 +91,21 @@ class World:
             )
         )
 
+    def kill(self, node: str) -> None:
+        """Lose an agent that was killed for memory."""
+        plan = self.state.plan.nodes.get(node) if self.state.plan else None
+        size = plan.predicted_bytes if plan else None
+        self.record(
+            AgentLost(sequence=self.state.sequence + 1, node=node, reason="killed", killed_bytes=size)
+        )
+
+    def plan_of(self, node: str) -> NodePlan:
+        """Return what a planner would: lower ranks where an agent was killed for memory."""
+        limit = self.state.memory_limit(node)
+        if limit is None:
+            return PLAN
+        return PLAN.model_copy(update={"predicted_bytes": limit, "ranks": dict.fromkeys(PLAN.ranks, 1)})
+
     def act(self) -> bool:
         """Do what the engine would; False when it waits."""
         action = decide(self.state, self.now)
@@ -102,30 +120,37 @@ class World:
                         version=version,
                         reason=action.reason,
                         shape=self.state.shape,
-                        nodes=dict.fromkeys(self.state.live, PLAN),
+                        nodes={node: self.plan_of(node) for node in self.state.live},
                         left_out={},
                         selected=tuple(PLAN.ranks),
                         considered=self.state.live,
+                        unmeasured=action.unmeasured,
                     )
                 )
             case OpenRound():
                 assert self.state.plan is not None
-                self.record(
-                    RoundOpened(
-                        round=action.round,
-                        plan=self.state.plan.version,
-                        participants=self.state.planned,
-                        deadline=self.now + self.state.spec.rounds.deadline,
-                    )
+                known, stay = self.state.rounds.get(action.round), standing_updates(self.state, action.round)
+                opened = RoundOpened(
+                    round=action.round,
+                    plan=self.state.plan.version,
+                    participants=tuple(sorted({*self.state.planned, *stay})),
+                    deadline=self.now + self.state.spec.rounds.deadline,
+                    again=(known.opened.again or 0) + 1 if known else None,
                 )
+                self.record(opened)
             case CloseRound():
                 known = self.state.rounds[action.round]
                 assert len(known.updates) >= self.state.spec.rounds.min_updates
                 missing = set(known.opened.participants) - set(known.updates)
-                assert not (missing - set(self.state.lost)) or self.now >= known.deadline
-                self.record(
-                    RoundClosed(round=action.round, stragglers=dict.fromkeys(missing, 0), bytes_down=0)
+                away = set(self.state.lost) | set(self.state.outgrown)
+                assert not (missing - away) or self.now >= known.deadline
+                closed = RoundClosed(
+                    round=action.round,
+                    stragglers=dict.fromkeys(missing, 0),
+                    bytes_down=0,
+                    drops=sum(known.drops.values()) or None,
                 )
+                self.record(closed)
             case Aggregate():
                 self.record(
                     RoundAggregated(
@@ -161,10 +186,12 @@ class World:
             assert accept.evaluation(self.state, node, message) is Verdict.NEW
             self.record(Evaluated(node=node, evaluation=message))
         else:
-            body = make_update(SHAPE, PLAN, node, task.round)
-            manifest = manifest_of(body, PLAN, task.round, task.adapter)
+            assert task.plan is not None
+            body = make_update(SHAPE, task.plan, node, task.round)
+            manifest = manifest_of(body, task.plan, task.round, task.adapter)
             assert accept.update(self.state, node, task.round, manifest) is Verdict.NEW
-            self.record(UpdateAccepted(round=task.round, node=node, manifest=manifest))
+            drops = self.state.rounds[task.round].drops.get(node)
+            self.record(UpdateAccepted(round=task.round, node=node, manifest=manifest, drops=drops))
 
     def suspend(self, value: bool) -> None:
         if self.state.spec.suspend != value:

@@ -21,7 +21,7 @@ from fedpipe_api.wire import (
     UpdateManifest,
 )
 
-from .records import AgentRegistered
+from .records import AgentRegistered, RoundOpened
 from .shapes import MODELS, MODELS_PER_NODE, difference, digest_of
 from .state import JobState
 
@@ -114,7 +114,8 @@ def profile(state: JobState, node: str, report: ProfileReport) -> Verdict:
         return Verdict.KNOWN
     if state.plan is None or node not in state.plan.nodes or state.profiling_done:
         raise Refused(409, "NotProfiling", f"{node} was not asked for a profile")
-    _at_most(node, "microBatch", report.micro_batch, state.plan.nodes[node].micro_batch, "planned")
+    planned = max(plan.nodes[node].micro_batch for plan in state.plans.values() if node in plan.nodes)
+    _at_most(node, "microBatch", report.micro_batch, planned, "planned")
     candidates: set[str] = set()
     if state.spec.adapter.selection.mode == "importance":
         assert state.model is not None
@@ -178,7 +179,8 @@ def update(state: JobState, node: str, round_number: int, manifest: UpdateManife
     if known is None:
         raise Refused(409, "RoundUnknown", f"round {round_number} has not begun")
     if node not in known.opened.participants:
-        raise Refused(403, "NotAParticipant", f"{node} takes no part in round {round_number}")
+        text = f"{node} takes no part in round {round_number}"
+        raise misfit(known.opened, Refused(403, "NotAParticipant", text))
     accepted = known.updates.get(node)
     if accepted is not None and accepted.digest == manifest.digest:
         return Verdict.KNOWN
@@ -189,8 +191,19 @@ def update(state: JobState, node: str, round_number: int, manifest: UpdateManife
     if state.finished or state.spec.suspend:
         raise Refused(409, "RoundClosed", f"job {state.name} takes no updates now")
     _require_bound(state, node, round_number, manifest)
-    _require_done(state, node, state.plans[known.opened.plan].nodes[node], manifest)
+    try:
+        _require_done(state, node, state.plans[known.opened.plan].nodes[node], manifest)
+    except Refused as refusal:
+        raise misfit(known.opened, refusal) from None
     return Verdict.NEW
+
+
+def misfit(opened: RoundOpened, refusal: Refused) -> Refused:
+    """Return how an update is refused that is not what the plan asks for: it may be of the plan before."""
+    if opened.again is None:
+        return refusal
+    text = f"round {opened.round} was opened again by another plan ({refusal.message}); the update is dropped"
+    return Refused(409, "PlanChanged", text)
 
 
 def _require_bound(state: JobState, node: str, round_number: int, manifest: UpdateManifest) -> None:

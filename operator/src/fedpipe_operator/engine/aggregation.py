@@ -72,10 +72,10 @@ def _blob(file: StoredFile) -> Blob:
 
 def request_of(blobs: Blobs, state: JobState) -> AggregationRequest:
     """Return what the closed round asks of the worker; from the ledger alone, so a retry is the same."""
-    current, plan, spec = state.current, state.plan, state.spec
+    current, spec = state.current, state.spec
     counted = weights(state)
     assert current is not None
-    assert plan is not None
+    plan = state.plans[current.opened.plan]
     before = state.rounds.get(current.opened.round - 1)
     result = before.result if before else None
     norms = [

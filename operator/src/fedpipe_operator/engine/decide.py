@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from fedpipe_api import units
 from fedpipe_api.conditions import Reason
 from fedpipe_api.status import Phase
 from fedpipe_api.wire import Assignment, AssignmentKind
@@ -11,7 +12,7 @@ from fedpipe_api.wire import Assignment, AssignmentKind
 from ..planner import needs_replan
 from .learning_rate import learning_rate
 from .shapes import difference
-from .state import JobState, Round, evaluation_of
+from .state import JobState, Round, evaluation_of, standing_updates
 
 REGISTRATION_SECONDS = 60.0
 """How long planning waits for offered nodes whose agent has not registered, once enough others have."""
@@ -34,6 +35,7 @@ class MakePlan:
     """Plan again from what is known now."""
 
     reason: str
+    unmeasured: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Begin:
 
 @dataclass(frozen=True)
 class OpenRound:
-    """Begin a round."""
+    """Begin a round, or the open one again by another plan."""
 
     round: int
 
@@ -102,16 +104,31 @@ def _next(state: JobState, now: float) -> Action:
     stop = _stop(state)
     if stop is not None:
         return _evaluate_last(state, stop, now)
+    return _open(state, state.done + 1)
+
+
+def _open(state: JobState, number: int) -> Action:
+    """Open a round by a plan that fits."""
+    assert state.plan is not None
     newcomers = set(state.live) - set(state.plan.considered)
     if newcomers:
         return MakePlan(f"{_names(newcomers)} joined")
+    if state.outgrown:
+        return MakePlan(_killed(state))
     drift = _drift(state)
     if drift:
         return MakePlan(drift)
     required = quorum(state)
-    if len(state.planned) < required:
-        return Wait(Reason.QUORUM_LOST, f"{len(state.planned)} of {required} required nodes are ready")
-    return OpenRound(state.done + 1)
+    ready = set(state.planned) | standing_updates(state, number).keys()
+    if len(ready) < required:
+        return Wait(Reason.QUORUM_LOST, f"{len(ready)} of {required} required nodes are ready")
+    return OpenRound(number)
+
+
+def _killed(state: JobState) -> str:
+    node = state.outgrown[0]
+    more = f" and {len(state.outgrown) - 1} more" if len(state.outgrown) > 1 else ""
+    return f"{node}{more} was killed for memory at {units.memory(state.killed[node])}"
 
 
 def quorum(state: JobState) -> int:
@@ -171,6 +188,8 @@ def _profile(state: JobState, now: float) -> Action:
     """Wait for the planned nodes' measurements, then plan on them."""
     assert state.plan is not None
     assert state.plan_at is not None
+    if state.outgrown:
+        return MakePlan(_killed(state), unmeasured=True)
     waiting = set(state.planned) - set(state.profiles)
     reported = set(state.profiles) & set(state.plan.nodes)
     if not waiting and len(reported) >= state.spec.nodes.min:
@@ -191,10 +210,15 @@ def _collect(state: JobState, current: Round, now: float) -> Action:
     stop = _stop(state)
     if stop is not None and stop.reason is not Reason.ROUNDS_COMPLETED:
         return stop
-    waiting = set(opened.participants) - set(current.updates) - set(state.lost)
+    assert state.plan is not None
+    if opened.plan != state.plan.version:
+        return _open(state, opened.round)
+    waiting = set(opened.participants) - set(current.updates) - set(state.lost) - set(state.outgrown)
     have, need = len(current.updates), quorum(state)
     if have >= need and (not waiting or now >= current.deadline):
         return CloseRound(opened.round)
+    if len(waiting) + have < need and state.outgrown:
+        return MakePlan(_killed(state))  # without it the round would wait for ever
     if now >= current.deadline or len(waiting) + have < need:
         text = f"round {opened.round} has {have} of {need} required updates"
         return Wait(Reason.QUORUM_LOST, text, current.deadline if now < current.deadline else None)
@@ -229,7 +253,7 @@ def _stop(state: JobState) -> Finish | None:
 
 def awaited_evaluations(state: JobState, number: int) -> set[str]:
     """Return the running nodes that hold out samples and have not yet evaluated the round."""
-    able = {n for n in state.planned if state.agents[n].evaluation_samples}
+    able = {n for n in state.planned if state.agents[n].evaluation_samples} - set(state.outgrown)
     return able - set(state.evaluations.get(number, {}))
 
 
@@ -281,6 +305,10 @@ def assignment(state: JobState, node: str, now: float) -> Assignment | None:
         return None
     start = state.spec.aggregation.method.start
     current = state.current
+    if node in state.outgrown or (
+        current and not current.closed and current.opened.plan != state.plan.version
+    ):
+        return None  # until another plan, or the round is open again by it
     if not state.profiling_done:
         if node in state.profiles:
             return None

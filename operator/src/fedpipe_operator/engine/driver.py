@@ -18,7 +18,7 @@ from .jobs import Job, until
 from .journal import Journal
 from .planning import PlanInfeasible, make_plan
 from .records import Begun, Finished, Record, RoundClosed, RoundOpened, UpdateDropped
-from .state import blobs_in_use
+from .state import blobs_in_use, standing_updates
 from .worker import Worker
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,9 @@ class Driver:
             case Wait():
                 await self._stand(job, action, committed)
             case MakePlan():
-                record: Record = await make_plan(self._worker, job.state, action.reason)
+                record: Record = await make_plan(
+                    self._worker, job.state, action.reason, unmeasured=action.unmeasured
+                )
                 async with job.lock:
                     await self._journal.commit(job, record)
             case Begin():
@@ -96,21 +98,26 @@ class Driver:
             case Aggregate():
                 await self._aggregate(job, action.round, committed)
             case OpenRound() | CloseRound() | Finish():
-                async with job.lock:
+                async with job.lock, self._journal.store_lock:
                     # Something may have been committed while we waited for the lock.
                     if decide(job.state, self._journal.clock()) == action:
+                        before = blobs_in_use(job.state)
                         await self._journal.commit(job, self._record_of(job, action))
+                        # Those updates of an open round that another plan does not ask for.
+                        await self._journal.remove(before - blobs_in_use(job.state))
 
     def _record_of(self, job: Job, action: OpenRound | CloseRound | Finish) -> Record:
         state = job.state
         match action:
             case OpenRound():
                 assert state.plan is not None
+                current = state.rounds.get(action.round)
                 return RoundOpened(
                     round=action.round,
                     plan=state.plan.version,
-                    participants=state.planned,
+                    participants=tuple(sorted({*state.planned, *standing_updates(state, action.round)})),
                     deadline=self._journal.clock() + state.spec.rounds.deadline,
+                    again=(current.opened.again or 0) + 1 if current else None,
                 )
             case CloseRound():
                 opened = state.rounds[action.round]

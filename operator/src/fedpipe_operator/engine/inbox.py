@@ -148,11 +148,13 @@ class Inbox:
         if accept.update(state, node, round_number, manifest) is Verdict.KNOWN:
             return
         assert state.model is not None
-        assert state.plan is not None
-        shapes = update_shapes(state.model.matrices, state.model.head, state.plan.nodes[node].ranks)
+        opened = state.rounds[round_number].opened
+        ranks = state.plans[opened.plan].nodes[node].ranks
+        shapes = update_shapes(state.model.matrices, state.model.head, ranks)
         limit = sum(4 * math.prod(shape) for shape in shapes.values()) + HEADER_BYTES
         if manifest.size > limit:
-            raise Refused(413, "TooLarge", f"the update of {node} may have at most {limit} bytes")
+            text = f"the update of {node} may have at most {limit} bytes"
+            raise accept.misfit(opened, Refused(413, "TooLarge", text))
         with self._receiving(uid, node, manifest.size):
             incoming = self.blobs.incoming()
             try:
@@ -163,7 +165,8 @@ class Inbox:
                 try:
                     await asyncio.to_thread(check_update_file, incoming.path, shapes, limit)
                 except InvalidUpdateFile as error:
-                    raise Refused(422, error.reason, f"update of {node}: {error}") from None
+                    refusal = Refused(422, error.reason, f"update of {node}: {error}")
+                    raise accept.misfit(opened, refusal) from None
                 await self._count(uid, node, round_number, manifest, incoming)
             finally:
                 incoming.discard()
@@ -263,14 +266,26 @@ class Inbox:
                     job, known.model_copy(update={"sequence": sequence, "model": None})
                 )
 
-    async def mark_lost(self, uid: str, node: str, reason: str, *, failed: bool = False) -> None:
-        """Say that a node's agent is gone, or `failed` with an error; rounds stop waiting for it."""
+    async def mark_lost(
+        self, uid: str, node: str, reason: str, *, failed: bool = False, killed: bool = False
+    ) -> None:
+        """Say that a node's agent is gone, or `failed` with an error; rounds stop waiting for it.
+
+        One that was `killed` because it used more memory than it may is planned with less.
+        """
         job = self.job(uid)
         async with job.lock:
             state = job.state
             if node in state.offered and node not in state.lost and not state.finished:
                 sequence = state.sequence + 1
-                record = AgentLost(sequence=sequence, node=node, reason=reason[:1024], failed=failed)
+                plan = state.plan.nodes.get(node) if state.plan else None
+                record = AgentLost(
+                    sequence=sequence,
+                    node=node,
+                    reason=reason[:1024],
+                    failed=failed,
+                    killed_bytes=plan.predicted_bytes if killed and plan else None,
+                )
                 await self._journal.commit(job, record)
 
 

@@ -61,8 +61,12 @@ def _follows_in_round(
 ) -> bool:
     current = state.current
     if isinstance(record, RoundOpened):
-        ended = current is None or current.result is not None
-        return ended and record.round == state.done + 1 and record.plan in state.plans
+        if record.round != state.done + 1 or record.plan not in state.plans:
+            return False
+        if current is None or current.result is not None:
+            return record.again is None
+        again = record.again == (current.opened.again or 0) + 1
+        return again and current.closed is None and record.plan > current.opened.plan
     if current is None or current.opened.round != record.round or current.result is not None:
         return False
     match record:

@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from fedpipe_api import units
 from fedpipe_api.wire import NodePlan, ProfileReport
 
 from ..planner import Calibration, NodeFacts, PlanRequest, calibrate, plan
@@ -21,7 +22,7 @@ class PlanInfeasible(Exception):
     """Too few nodes fit the job; the message says why."""
 
 
-async def make_plan(worker: Worker, state: JobState, reason: str) -> PlanMade:
+async def make_plan(worker: Worker, state: JobState, reason: str, *, unmeasured: bool = False) -> PlanMade:
     """Return the record of the next plan.
 
     Raises PlanInfeasible when fewer nodes fit than spec.nodes.min, UserError when the spec cannot be planned.
@@ -29,7 +30,7 @@ async def make_plan(worker: Worker, state: JobState, reason: str) -> PlanMade:
     # What is registered while the planner works is for the next plan.
     request, shape, considered, odd = request_of(state), state.shape, state.live, _other_models(state)
     made = await worker.run(state.namespace, plan, request)
-    left_out = odd | {node: why[:REASON] for node, why in made.left_out.items()}
+    left_out = odd | {node: (why + killed(state, node))[:REASON] for node, why in made.left_out.items()}
     if len(made.nodes) < state.spec.nodes.min:
         why = "; ".join(f"{node}: {text}" for node, text in sorted(left_out.items())[:3])
         raise PlanInfeasible(f"{len(made.nodes)} nodes fit, spec.nodes.min is {state.spec.nodes.min}. {why}")
@@ -42,7 +43,14 @@ async def make_plan(worker: Worker, state: JobState, reason: str) -> PlanMade:
         selected=made.selected,
         scores=dict(request.importance or {}),
         considered=considered,
+        unmeasured=unmeasured,
     )
+
+
+def killed(state: JobState, node: str) -> str:
+    """Return how the node's agent was killed, as the end of a reason; empty if it was not."""
+    size = state.killed.get(node)
+    return "" if size is None else f"; its agent was killed for memory at {units.memory(size)}"
 
 
 def request_of(state: JobState) -> PlanRequest:
@@ -103,6 +111,7 @@ def _facts(state: JobState, node: str) -> NodeFacts:
         samples=agent.samples,
         evaluation_samples=agent.evaluation_samples,
         previous=state.plan.nodes.get(node) if state.plan else None,
+        limit=state.memory_limit(node),
     )
 
 
@@ -111,10 +120,11 @@ def _calibration(state: JobState, request: PlanRequest, node: str) -> Calibratio
     for number in reversed(state.rounds):
         known = state.rounds[number]
         plan = state.plans[known.opened.plan].nodes.get(node)
-        report = _report(known, node, plan) if plan else None
+        # An agent that was killed did not take the whole round for its steps.
+        report = _report(known, node, plan) if plan and not state.outgrew(node, plan) else None
         if plan and report:
             return calibrate(request, node, plan, report, remainder=number > 1)
-    profiled, first = state.profiles.get(node), state.plans.get(1)
+    profiled, first = state.profiles.get(node), state.plans.get(state.profiled_by.get(node, 1))
     if profiled is None or first is None or node not in first.nodes:
         return None
     return calibrate(request, node, first.nodes[node], profiled.report, remainder=False)

@@ -40,8 +40,8 @@ NODES = 5000
 MATRICES = 10_000
 
 
-def _again(drops: int | None) -> str:
-    return f"/{drops}" if drops else ""
+def _again(times: int | None) -> str:
+    return f"/{times}" if times else ""
 
 
 class Submitted(Model):
@@ -110,13 +110,17 @@ class AgentRegistered(Model):
 
 
 class AgentLost(Model):
-    """An agent is gone, or `failed` with an error; rounds do not wait for it until it registers again."""
+    """An agent is gone, or `failed` with an error; rounds do not wait for it until it registers again.
+
+    `killed_bytes` is what was planned for one that was killed because it used more memory than it may.
+    """
 
     kind: Literal["lost"] = "lost"
     sequence: Count
     node: Name
     reason: Text
     failed: bool = False
+    killed_bytes: Bytes | None = None
 
     @property
     def key(self) -> str:
@@ -138,6 +142,8 @@ class PlanMade(Model):
     scores: dict[ModuleName, Score] = Field(default_factory=dict, max_length=MATRICES)
     # Members that the plan knew, so that a newcomer differs from one that was left out.
     considered: tuple[Name, ...] = Field(max_length=NODES)
+    # Made again before the nodes have measured: they still do.
+    unmeasured: bool = False
 
     @property
     def key(self) -> str:
@@ -171,18 +177,22 @@ class Begun(Model):
 
 
 class RoundOpened(Model):
-    """A round began: who takes part, from which adapter, until when (seconds since the epoch)."""
+    """A round began: who takes part, from which adapter, until when (seconds since the epoch).
+
+    One that is open may begin `again`, by a later plan: updates of nodes that it asks for the same stay.
+    """
 
     kind: Literal["opened"] = "opened"
     round: RoundNumber
     plan: Positive
     participants: tuple[Name, ...] = Field(max_length=NODES)
     deadline: Moment
+    again: Positive | None = None
 
     @property
     def key(self) -> str:
         """Unique within the job."""
-        return f"opened/{self.round}"
+        return f"opened/{self.round}{_again(self.again)}"
 
 
 class UpdateAccepted(Model):

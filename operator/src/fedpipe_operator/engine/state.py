@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fedpipe_api.job import FedPipeJobSpec
 from fedpipe_api.wire import Blob, Evaluation, ModelShape, NodePlan, UpdateManifest
 
+from ..planner import limit_after_kill
 from .records import (
     AgentLost,
     AgentRegistered,
@@ -66,9 +67,13 @@ class JobState:
     agents: dict[str, AgentRegistered] = field(default_factory=dict)
     registered_at: dict[str, float] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
+    killed: dict[str, int] = field(default_factory=dict)
+    """The fewest planned bytes with which each node's agent was killed for memory."""
     plans: dict[int, PlanMade] = field(default_factory=dict)
     plan_at: float | None = None
     profiles: dict[str, Profiled] = field(default_factory=dict)
+    profiled_by: dict[str, int] = field(default_factory=dict)
+    """The plan in force when each node had measured."""
     given: Blob | None = None
     """The global adapter of round 0, where there is one; nodes download it as it is."""
     rounds: dict[int, Round] = field(default_factory=dict)
@@ -155,7 +160,24 @@ class JobState:
     @property
     def profiling_done(self) -> bool:
         """Whether the plan uses measurements: it is not the first one."""
-        return self.plan is not None and self.plan.version > 1
+        return self.plan is not None and self.plan.version > 1 and not self.plan.unmeasured
+
+    def memory_limit(self, node: str) -> int | None:
+        """Return the bytes that a node may be planned with; None where no agent was killed for memory."""
+        killed = self.killed.get(node)
+        return None if killed is None else limit_after_kill(killed)
+
+    def outgrew(self, node: str, plan: NodePlan) -> bool:
+        """Whether a node's agent was killed with that plan's bytes or fewer, so that it would be again."""
+        limit = self.memory_limit(node)
+        # The planner's arithmetic may miss its budget by a byte.
+        return limit is not None and plan.predicted_bytes > 1.01 * limit
+
+    @property
+    def outgrown(self) -> tuple[str, ...]:
+        """Live nodes whose agent would be killed for memory by the plan in force; they wait for another."""
+        plans = self.plan.nodes if self.plan else {}
+        return tuple(node for node in self.planned if self.outgrew(node, plans[node]))
 
 
 def submitted(uid: str, record: Submitted, at: float) -> JobState:
@@ -176,8 +198,7 @@ def apply(state: JobState, record: Record, at: float) -> None:
         case AgentRegistered():
             _register(state, record, at)
         case AgentLost():
-            state.lost[record.node] = record.reason
-            state.sequence = record.sequence
+            _lose(state, record)
         case PlanMade():
             # In a ledger of schema 0 every agent has the first one's model.
             known = (
@@ -190,8 +211,9 @@ def apply(state: JobState, record: Record, at: float) -> None:
             state.given = record.adapter
         case Profiled():
             state.profiles[record.node] = record
+            state.profiled_by[record.node] = state.plan.version if state.plan else 1
         case RoundOpened():
-            state.rounds[record.round] = Round(record, at, record.deadline)
+            _open(state, record, at)
         case UpdateAccepted():
             state.rounds[record.round].updates[record.node] = record.manifest
             state.accepted[record.manifest.digest] = record.round
@@ -220,6 +242,39 @@ def _plan(state: JobState, record: PlanMade, at: float) -> None:
         nothing: dict[str, object] = {"left_out": {}, "selected": (), "scores": {}, "considered": ()}
         state.plans[old.version] = old.model_copy(update=nothing)
     state.plans[record.version], state.plan_at = record, at
+
+
+def _lose(state: JobState, record: AgentLost) -> None:
+    state.lost[record.node] = record.reason
+    state.sequence = record.sequence
+    if record.killed_bytes is not None:
+        before = state.killed.get(record.node, record.killed_bytes)
+        state.killed[record.node] = min(before, record.killed_bytes)
+
+
+def _open(state: JobState, record: RoundOpened, at: float) -> None:
+    opened = Round(record, at, record.deadline, updates=standing_updates(state, record.round))
+    before = state.rounds.get(record.round)
+    if before is not None:
+        # The key of each node's next update is another one's.
+        gone = before.updates.keys() - opened.updates.keys()
+        opened.drops = before.drops | {node: before.drops.get(node, 0) + 1 for node in sorted(gone)}
+    state.rounds[record.round] = opened
+
+
+def standing_updates(state: JobState, round_number: int) -> dict[str, UpdateManifest]:
+    """Return the updates of an open round that the plan in force asks for too; none before it is open."""
+    known, plan = state.rounds.get(round_number), state.plan
+    if known is None or plan is None:
+        return {}
+    asked = state.plans[known.opened.plan].nodes
+    work = [
+        {name: (made.ranks, made.local_steps) for name, made in nodes.items() if name in known.updates}
+        for nodes in (asked, plan.nodes)
+    ]
+    return {
+        node: update for node, update in known.updates.items() if work[0].get(node) == work[1].get(node, ())
+    }
 
 
 def _sharing(plan: NodePlan, before: NodePlan | None) -> NodePlan:

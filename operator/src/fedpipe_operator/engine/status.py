@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from statistics import median
 
+from fedpipe_api import units
 from fedpipe_api.base import format_duration
 from fedpipe_api.conditions import (
     COMPLETE,
@@ -214,7 +215,7 @@ def _node(state: JobState, name: str, heard: Progress | None) -> NodeStatus:
         last_round=last,
         train_loss=manifest.train_loss if manifest else None,
         **_counted(state, name),
-        message=state.lost.get(name) or left_out or _capped(state, name),
+        message=state.lost.get(name) or left_out or _killed(state, name) or _capped(state, name),
     )
 
 
@@ -222,6 +223,17 @@ def _counted(state: JobState, name: str) -> dict[str, int]:
     """Return the counts of a node's rows that are not 0, by the names of their fields."""
     agent = state.agents.get(name)
     return {field: count for field, count in agent.notes.model_dump().items() if count} if agent else {}
+
+
+def _killed(state: JobState, name: str) -> str | None:
+    """Return with how much memory a node is planned again whose agent was killed."""
+    limit = state.memory_limit(name)
+    if limit is None:
+        return None
+    again = "to be planned" if name in state.outgrown else "planned"
+    return (
+        f"killed for memory at {units.memory(state.killed[name])}; {again} again with {units.memory(limit)}"
+    )
 
 
 def _capped(state: JobState, name: str) -> str | None:

@@ -327,7 +327,7 @@ class Controller:
     async def _change_engine(self, known: TrackedJob, actions: Actions) -> bool:
         """Return whether the engine's state changed, so that everything must be decided again."""
         for node, reason in actions.lost.items():
-            await self.engine.mark_lost(known.uid, node, reason)
+            await self.engine.mark_lost(known.uid, node, reason, killed=node in actions.killed)
         if actions.eligible is not None:
             await self.engine.set_eligible_nodes(
                 known.uid, actions.eligible.nodes, dict(actions.eligible.excluded)

@@ -29,6 +29,8 @@ class Actions:
 
     submit: bool = False
     lost: Mapping[str, str] = field(default_factory=dict)
+    killed: frozenset[str] = frozenset()
+    """Those of the lost nodes whose agent was killed for memory."""
     choice: NodeSelection | None = None
     """Who may take part; None when that is not asked now."""
     eligible: NodeSelection | None = None
@@ -105,6 +107,7 @@ def reconcile(
     )
     return Actions(
         lost=lost,
+        killed=frozenset(name for name in lost if name in by_node and by_node[name].killed),
         choice=choice,
         eligible=choice if fresh else None,
         # A job that cannot start yet keeps no GPU from those that can.

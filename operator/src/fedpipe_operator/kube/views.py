@@ -30,6 +30,9 @@ _OWN_NAMES = {WRITER: "", TRACKER: ".tracking"}
 GPU = "nvidia.com/gpu"
 MIG = "nvidia.com/mig-"
 
+OUT_OF_MEMORY = "OOMKilled"
+"""The kubelet's reason for a container that used more memory than it may."""
+
 _ENDED = ("Succeeded", "Failed")
 
 # Waiting reasons that end only when somebody fixes something.
@@ -114,6 +117,8 @@ class PodView:
     """Why its agent, which runs, had to be started again."""
     unresized: str | None = None
     """Why it does not request what its plan needs, as a clause about the Pod."""
+    killed: bool = False
+    """Whether its agent, which does not run, was killed because it used more memory than it may."""
     mistake: bool = False
     """Whether its agent ended because of a mistake that a person has to put right."""
     failures: int = 0
@@ -232,6 +237,7 @@ def pod_view(body: Body) -> PodView | None:
         trouble=f"{trouble}; once that is right, delete Pod {meta.name('name')}" if mistake else trouble,
         restarted=_restarted(status, containers),
         mistake=mistake,
+        killed=trouble is not None and _killed(containers),
         ended=_ended(status, containers) if phase in _ENDED else None,
         requests=agent_container(top.object("spec")).object("resources").texts("requests"),
     )
@@ -255,6 +261,13 @@ def _exit_code(containers: Iterable[FieldReader]) -> int | None:
     """Return the agent's exit status, None while it has not ended."""
     agents = [container for container in containers if container.text("name") == AGENT]
     return next((ended.count("exitCode") for ended in _terminated(agents)), None)
+
+
+def _killed(containers: Iterable[FieldReader]) -> bool:
+    """Whether the agent's last process, where none runs, was killed for memory."""
+    agents = [container for container in containers if container.text("name") == AGENT]
+    ends = _terminated(agents) or [agent.object("lastState").object("terminated") for agent in agents]
+    return any(end.text("reason", longest=63) == OUT_OF_MEMORY for end in ends)
 
 
 def _trouble(status: FieldReader, phase: str, containers: Iterable[FieldReader]) -> str | None:
@@ -292,7 +305,7 @@ def _last_end(container: FieldReader) -> str:
 def _end(ended: FieldReader) -> str:
     """Return why a process ended, empty if it had nothing to say."""
     reason = ended.text("reason", longest=63)
-    if reason == "OOMKilled":
+    if reason == OUT_OF_MEMORY:
         return "it was killed because it used more memory than it may (OOMKilled)"
     said = one_line(ended.text("message")).removeprefix("fedpipe-agent: ")
     return said or ("" if reason in ("Error", "Completed") else one_line(reason))

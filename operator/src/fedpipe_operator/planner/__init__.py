@@ -3,7 +3,7 @@
 
 from .calibration import Calibration
 from .fleet_plan import asked_steps, calibrate, plan
-from .replan import needs_replan
+from .replan import limit_after_kill, needs_replan
 from .request import NodeFacts, Plan, PlanRequest
 from .selection import select_matrices
 from .table import PlanRow, modules_line, rows, slow_line, summary_line
@@ -16,6 +16,7 @@ __all__ = [
     "PlanRow",
     "asked_steps",
     "calibrate",
+    "limit_after_kill",
     "modules_line",
     "needs_replan",
     "plan",

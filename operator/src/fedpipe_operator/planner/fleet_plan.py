@@ -67,7 +67,8 @@ def plan(request: PlanRequest) -> Plan:
         provisional=spec.adapter.selection.mode == "importance" and request.importance is None,
         deadline=spec.rounds.deadline,
         budgets={
-            facts.name: training_memory.budget(facts.device, request.headroom) for facts in request.nodes
+            facts.name: training_memory.budget(facts.device, request.headroom, facts.limit)
+            for facts in request.nodes
         },
         upload_bytes={name: speed.upload_bytes(work, node.ranks) for name, node in planned.items()},
         under_training=under_training(planned.values(), spec.rounds.deadline),
@@ -150,7 +151,7 @@ def _case(facts: NodeFacts, request: PlanRequest) -> Case:
     changes = {"name": name, "uuid": None, "free_memory": 0, "kernels": kernels, "link_rate": link}
     unit = training_memory.coarseness(device.overhead)
     overhead = -(-device.overhead // unit) * unit
-    budget = training_memory.budget(device, request.headroom)
+    budget = training_memory.budget(device, request.headroom, facts.limit)
     room, seen = budget - overhead, facts.calibration
     if seen:
         room = seen.uncorrected(room)

@@ -1,13 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """When a plan no longer meets the node it was made for."""
 
+import math
+
 from fedpipe_api import units, wire
 
 SLOWER, FASTER = 1.3, 0.6
 """Measured over predicted step time at which a plan is made again. The band is wide, and a new plan predicts
 with the measured time, so that noise does not change plans back and forth."""
+KILLED_SHARE = 0.8
+"""Of the bytes that were planned for an agent that was killed for memory, those it is planned with again."""
 PEAK = 1.1
 """Measured over predicted peak memory: beyond the headroom that plans leave."""
+
+
+def limit_after_kill(planned_bytes: int) -> int:
+    """Return the bytes that a node may be planned with once an agent with so many planned ones was killed."""
+    return math.floor(KILLED_SHARE * planned_bytes)
 
 
 def needs_replan(

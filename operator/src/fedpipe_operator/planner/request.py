@@ -21,6 +21,7 @@ class NodeFacts:
         evaluation_samples: held out; they are evaluated before training.
         calibration: from measured steps.
         previous: the plan it works by; kept unless another is clearly better.
+        limit: bytes it may use at most, runtime included, whatever is free; None for no such limit.
     """
 
     name: str
@@ -29,6 +30,7 @@ class NodeFacts:
     evaluation_samples: int = 0
     calibration: Calibration | None = None
     previous: wire.NodePlan | None = None
+    limit: int | None = None
 
 
 @dataclass(frozen=True)

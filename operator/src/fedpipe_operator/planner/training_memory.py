@@ -103,12 +103,15 @@ def peak_bytes(
     return device.overhead + (calibration.bytes(net) if calibration else net)
 
 
-def budget(device: wire.DeviceFacts, headroom: float) -> int:
+def budget(device: wire.DeviceFacts, headroom: float, limit: int | None = None) -> int:
     """Return the bytes a plan may use: free memory less the headroom, to 8 significant bits, downwards.
+
+    A limit is what it may use at most.
 
     The rounding (below 0.8 %) lets nodes that are the same for all purposes share one programme.
     """
     usable = math.floor(device.free_memory * (1 - headroom))
+    usable = usable if limit is None else min(usable, limit)
     return usable // coarseness(usable) * coarseness(usable)
 
 
