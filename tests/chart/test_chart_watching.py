@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 import yaml
 
-from chart.rendering import CHART, REPOSITORY
+from chart.rendering import CHART, REPOSITORY, rendered
 from chart.watched import PROMETHEUS, Prometheus, run
 from fedpipe_agent.probe import metrics as probe_metrics
 from fedpipe_operator.metrics import FAMILIES
@@ -110,6 +110,32 @@ def test_rules_are_valid_and_each_alert_fires_on_its_fault(tmp_path: Path) -> No
     tests = yaml.safe_load((tmp_path / "rules_test.yaml").read_text())["tests"]
     tested = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case["exp_alerts"]}
     assert tested == {rule["alert"] for rule in rules()}
+
+
+@needs_prometheus
+def test_the_scrape_configuration_is_valid_and_fits_the_chart(tmp_path: Path) -> None:
+    configuration = yaml.safe_load((CHART / "files/prometheus.yaml").read_text())
+    wanted = {job["job_name"].removeprefix("fedpipe-"): job for job in configuration["scrape_configs"]}
+    for job in wanted.values():
+        assert [found["role"] for found in job.pop("kubernetes_sd_configs")] == ["pod"]
+        job["static_configs"] = [{"targets": ["a:1"]}]  # Debian's promtool knows no Kubernetes
+    (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(configuration))
+    command = ["promtool", "check", "config", "--syntax-only", "--lint-fatal", tmp_path / "prometheus.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    offered = {}
+    for document in rendered("default"):
+        if document["kind"] not in ("Deployment", "DaemonSet"):
+            continue
+        meta, spec = (document["spec"]["template"][part] for part in ("metadata", "spec"))
+        assert document["metadata"]["namespace"] == "fedpipe-system"
+        assert meta["labels"]["app.kubernetes.io/instance"] == "fedpipe"
+        ports = {port["name"] for container in spec["containers"] for port in container.get("ports", ())}
+        offered[meta["labels"]["app.kubernetes.io/component"]] = ports
+    for component, job in wanted.items():
+        assert job["relabel_configs"][0]["regex"] in offered[component]
+        assert job["honor_labels"]
+    assert wanted["operator"]["tls_config"]["server_name"] == "fedpipe.fedpipe-system.svc"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
