@@ -26,6 +26,12 @@ def preload() -> None:
     worker.START_METHOD = "forkserver"
 
 
+def _started(given: tuple[Any, ...]) -> Any:
+    process = multiprocessing.get_context("forkserver").Process(target=_run, args=given)
+    process.start()
+    return process
+
+
 class Forked:
     """A function run as a program; of subprocess.Popen what tests use.
 
@@ -46,9 +52,12 @@ class Forked:
         directory: Path,
     ) -> None:
         given = (main, list(arguments), str(log), dict(environment), str(directory))
-        self._process = multiprocessing.get_context("forkserver").Process(target=_run, args=given)
         with _LOCK:
-            self._process.start()
+            try:
+                self._process = _started(given)
+            except (ConnectionError, EOFError):
+                # Python's fork server ends when a connection closes at once; the next start makes another.
+                self._process = _started(given)
         assert self._process.pid is not None
         self.pid: int = self._process.pid
 
