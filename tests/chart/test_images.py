@@ -76,6 +76,7 @@ for found in pkgutil.walk_packages(fedpipe_operator.__path__, "fedpipe_operator.
 # What the planner, the aggregation and the API client import only when they are called.
 from scipy.optimize import Bounds, LinearConstraint, milp
 milp([1.0], integrality=[1], bounds=Bounds(0, 1), constraints=LinearConstraint([[1.0]], 0, 1))
+from dp_accounting.rdp import RdpAccountant
 from kubernetes.aio import client, config
 client.ApiClient, client.Configuration, config.load_incluster_config
 print(json.dumps([m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)]))

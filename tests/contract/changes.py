@@ -53,6 +53,12 @@ FORBIDDEN_CHANGES = [
     Case("other method", {"spec.aggregation.method": "average"}, "spec.aggregation", "aggregation cannot"),
     Case("other output", {"spec.output.url": "s3://other"}, "spec.output", "output cannot"),
     Case("no output", {"spec.output": UNSET}, "spec.output", "output cannot"),
+    Case(
+        "privacy",
+        {"spec.privacy": {"epsilon": 8, "delta": 1e-5}, "spec.adapter.selection.mode": "all"},
+        "spec.privacy",
+        "privacy cannot",
+    ),
     Case("tracking", {"spec.tracking": {"tensorBoard": True}}, "spec.tracking", "tracking cannot"),
     Case("other seed", {"spec.seed": 1}, "spec.seed", "seed cannot"),
     Case(

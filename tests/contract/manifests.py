@@ -103,6 +103,10 @@ VALID = [
         "output to a partition",
         {"spec.output": {"url": "s3://bucket/day=2027-01-01/a.b~1+2_", "secretName": "writer"}},
     ),
+    Case(
+        "privacy",
+        {"spec.privacy": {"epsilon": 8, "delta": 1e-5}, "spec.adapter.selection.mode": "all"},
+    ),
     Case("TensorBoard", {"spec.tracking": {"tensorBoard": True}}),
     Case(
         "TensorBoard in a cluster",

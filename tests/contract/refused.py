@@ -3,6 +3,9 @@
 
 from contract.manifests import CAUSAL, CLAIM, UNSET, Case
 
+PRIVATE = {"epsilon": 8, "delta": 1e-5}
+PRIVATELY = {"spec.privacy": PRIVATE, "spec.adapter.selection.mode": "all"}
+
 INVALID = [
     # Types, bounds and closed objects.
     Case("unknown field", {"spec.rouds": {}}, "spec.rouds", "unknown field"),
@@ -173,6 +176,26 @@ INVALID = [
         {"spec.adapter.selection.matrices": ["a"]},
         "spec.adapter.selection.matrices",
         "mode list",
+        "cel",
+    ),
+    Case("epsilon 0", {"spec.privacy": {"epsilon": 0, "delta": 1e-5}}, "spec.privacy.epsilon"),
+    Case("delta 1", {"spec.privacy": {"epsilon": 8, "delta": 1}}, "spec.privacy.delta"),
+    Case("clip norm 0", {"spec.privacy": {**PRIVATE, "clipNorm": 0}}, "spec.privacy.clipNorm"),
+    Case("another level", {"spec.privacy": {**PRIVATE, "level": "node"}}, "spec.privacy.level"),
+    Case("privacy of scores", {"spec.privacy": PRIVATE}, "spec.adapter.selection.mode", "withheld", "cel"),
+    Case(
+        "privacy of a target",
+        {**PRIVATELY, "spec.rounds.until": {"metric": "loss", "patience": 1}},
+        "spec.rounds.until",
+        "withheld",
+        "cel",
+    ),
+    Case("privacy in int8", {**PRIVATELY, "spec.quantization": "int8"}, "spec.quantization", "int8", "cel"),
+    Case(
+        "privacy of packed rows",
+        {**PRIVATELY, **CAUSAL, "spec.data.packing": True},
+        "spec.data.packing",
+        "gradients",
         "cel",
     ),
     Case(

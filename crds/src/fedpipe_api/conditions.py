@@ -66,6 +66,7 @@ class Reason(StrEnum):
     TARGET_REACHED = "TargetReached"
     NO_IMPROVEMENT = "NoImprovement"
     ROUNDS_COMPLETED = "RoundsCompleted"
+    PRIVACY_BUDGET_SPENT = "PrivacyBudgetSpent"
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     STORE_FULL = "StoreFull"
     INTERNAL_ERROR = "InternalError"
@@ -160,6 +161,10 @@ ADVICE: dict[Reason, Advice] = {
     ),
     Reason.ROUNDS_COMPLETED: Advice(
         "All rounds are done.", "Nothing. To train longer, raise rounds.count before the last round ends."
+    ),
+    Reason.PRIVACY_BUDGET_SPENT: Advice(
+        "Another round would take nodes past spec.privacy.epsilon; the rounds done stand.",
+        "For more rounds create another job with a larger epsilon, or fewer rounds.localSteps.",
     ),
     Reason.DEADLINE_EXCEEDED: Advice(
         "The job ran longer than activeDeadlineSeconds and failed.",

@@ -22,6 +22,7 @@ from .objects import (
 )
 from .open_json import check_open_json
 from .precisions import AUTO, Precision, Quantization
+from .privacy import Privacy
 from .rules import IMMUTABLE, Rule, exactly_one, immutable, min_not_above_max
 from .status import (
     AdapterStatus,
@@ -78,6 +79,7 @@ __all__ = [
     "Output",
     "Phase",
     "Precision",
+    "Privacy",
     "Ranks",
     "Robust",
     "RoundStatus",
@@ -226,6 +228,37 @@ def _pod_template(template: dict[str, Any]) -> dict[str, Any]:
 _OPEN_OBJECT: dict[str, JsonValue] = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
 
 
+_PRIVACY_RULES = (
+    Rule(
+        field="data.packing",
+        message="packed rows have no gradients of their own, as privacy needs; set packing to false",
+        cel="!has(self.privacy) || !has(self.data.packing) || !self.data.packing",
+        holds=lambda spec: spec.privacy is None or not spec.data.packing,
+    ),
+    Rule(
+        field="adapter.selection.mode",
+        message="importance scores are withheld under privacy; set mode to all, list or random",
+        cel="!has(self.privacy) || (has(self.adapter) && has(self.adapter.selection) && "
+        "has(self.adapter.selection.mode) && self.adapter.selection.mode != 'importance')",
+        holds=lambda spec: spec.privacy is None or spec.adapter.selection.mode != "importance",
+    ),
+    Rule(
+        field="rounds.until",
+        message="evaluations are withheld under privacy; remove until",
+        cel="!has(self.privacy) || !has(self.rounds.until)",
+        holds=lambda spec: spec.privacy is None or spec.rounds.until is None,
+    ),
+    Rule(
+        field="quantization",
+        message="int8 of bitsandbytes rounds rows by others of their batch, which privacy forbids; "
+        "use auto, fp32, bf16 or nf4",
+        cel="!has(self.privacy) || !has(self.quantization) || self.quantization != 'int8'",
+        holds=lambda spec: spec.privacy is None or spec.quantization is not Precision.INT8,
+    ),
+)
+"""What DP-SGD cannot protect is refused."""
+
+
 class FedPipeJobSpec(Model):
     """What to train, on which data, on which nodes, for how long."""
 
@@ -240,6 +273,7 @@ class FedPipeJobSpec(Model):
     )
     optimizer: Optimizer = Optimizer()
     aggregation: Aggregation = Aggregation()
+    privacy: Privacy | None = None
     output: Output | None = None
     tracking: Tracking | None = None
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Seed of all random choices.")
@@ -291,7 +325,8 @@ class FedPipeJobSpec(Model):
             holds=lambda spec: spec.adapter.from_ is None or not spec.aggregation.method.averages_factors,
         ),
         *immutable("model", "data", "adapter", "quantization", "optimizer", "aggregation", "output", "seed"),
-        *immutable("tracking"),
+        *_PRIVACY_RULES,
+        *immutable("tracking", "privacy"),
     )
 
 

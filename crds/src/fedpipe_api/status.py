@@ -71,6 +71,7 @@ class NodeStatus(Model):
     measured_seconds: float | None = Field(default=None, description="Measured time of an optimizer step.")
     last_round: int | None = Field(default=None, description="Latest round its update was counted in.")
     train_loss: float | None = Field(default=None, description="Mean training loss of that round.")
+    epsilon: float | None = Field(default=None, description="Privacy budget that its rows have spent.")
     skipped_rows: int | None = Field(default=None, description="Rows that could not be used (data.onBadRow).")
     truncated_rows: int | None = Field(default=None, description="Rows cut to data.maxLength.")
     repeated_rows: int | None = Field(default=None, description="Held-out rows that are also train data.")
@@ -145,5 +146,8 @@ class FedPipeJobStatus(Model):
     )
     importance: tuple[MatrixScore, ...] = Field(
         default=(), max_length=500, json_schema_extra=keyed("matrix"), description="The highest scores."
+    )
+    epsilon: float | None = Field(
+        default=None, description="Privacy budget spent so far: the largest of the nodes'."
     )
     adapter: AdapterStatus | None = None

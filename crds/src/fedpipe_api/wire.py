@@ -17,6 +17,7 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from .accounting import NOISE_LIMIT
 from .base import (
     NANOSECOND,
     Bytes,
@@ -39,6 +40,7 @@ from .job import Adapter, DataSource, ModelSource, Optimizer
 from .lora.format import HEAD, MatrixShape, Side, TensorShape
 from .lora.methods import Start
 from .precisions import Precision
+from .privacy import Privacy
 
 MANIFEST_HEADER = "FedPipe-Manifest"
 """HTTP header of an update: the UpdateManifest as compact JSON."""
@@ -210,6 +212,7 @@ class AgentConfig(Model):
     data: DataSource
     optimizer: Optimizer
     adapter: Adapter
+    privacy: Privacy | None = None
     seed: int = Field(ge=0, le=2**31 - 1)
 
 
@@ -225,6 +228,9 @@ class NodePlan(Model):
     ranks: dict[ModuleName, Rank] = Field(max_length=10000)
     checkpointing: bool = False
     local_steps: Positive
+    noise_multiplier: float | None = Field(
+        default=None, gt=0, le=NOISE_LIMIT, description="Of private gradients, in clip norms."
+    )
     predicted_bytes: Bytes = Field(description="Peak, runtime included.")
     predicted_step_seconds: Seconds
     predicted_round_seconds: Seconds
@@ -319,7 +325,7 @@ class UpdateManifest(Model):
     steps: Count = Field(description="Optimizer steps done.")
     planned_steps: Positive
     micro_batch: Positive
-    train_loss: Loss
+    train_loss: Loss | None = Field(default=None, description="None where privacy withholds it.")
     step_seconds: Seconds
     peak_bytes: Bytes
     tokens: Count

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedpipe_api import wire
+from fedpipe_api.accounting import Steps, sampling_rate
 from fedpipe_api.base import UserError
 from fedpipe_api.lora.format import Encoding, trained_bytes
 from fedpipe_api.lora.methods import Start
@@ -31,6 +32,7 @@ from .adapters import Adapters, GlobalAdapter, save
 from .device import Device, is_out_of_memory
 from .heads import head_tensors, set_head
 from .packing import check_packing
+from .private_gradients import Budget, Noise, protectable
 from .shape import longest_input, read_shape
 
 log = logging.getLogger(__name__)
@@ -83,15 +85,22 @@ class Agent:
         tokenizer = base.read_tokenizer(self._source)
         self._config = base.read_config(self._source, job.model, tokenizer.pad_token_id)
         check_packing(job.data, self._config.model_type)
+        source = job.data
+        if job.privacy:
+            # Evaluations are withheld, so that no rows need be held out.
+            source = source.model_copy(update={"evaluation": None, "evaluation_share": 0.0})
         self._shape = read_shape(self._config, self._task, job.adapter.modules, self._source)
         self._samples, self._held_out, self._notes = data.load(
             directory,
-            job.data,
+            source,
             job.model,
             tokenizer,
             seed=job.seed,
             longest=longest_input(self._config),
         )
+        if job.privacy:
+            self._shape, self._notes = protectable(self._shape), wire.DataNotes()
+            self._budget = Budget(job.privacy, len(self._samples))
         log.info("%s: %d samples, %d held out", job.node, len(self._samples), len(self._held_out))
 
     def run(self, kernels: tuple[wire.KernelResult, ...]) -> None:
@@ -147,7 +156,7 @@ class Agent:
         with self._first_work():
             self._load(plan.precision)
             scores: dict[str, float] = {}
-            if assignment.importance:
+            if assignment.importance and not self._job.privacy:
                 steps = self._job.adapter.selection.warmup_steps
                 work.report(state="profiling", steps=steps)
                 self._install(None, {}, Start.FRESH, 0)
@@ -217,13 +226,15 @@ class Agent:
             _report(
                 work,
                 step=step.number,
-                loss=_reported(step.loss),
+                loss=None if step.loss is None else _reported(step.loss),
                 memory=self._device.used(),
                 tokens_per_second=step.tokens_per_second,
             )
             return time.monotonic() + step.seconds > deadline
 
         settings = self._settings(plan, plan.local_steps, assignment.learning_rate)
+        if settings.noise:
+            self._budget.spend(Steps(settings.noise.multiplier, self._rate(plan), plan.local_steps))
         order = self._order(plan, number)
         outcome = loop.train(self._model, self._samples, order, settings, self._device, after=after)
         work.report(state="uploading")
@@ -250,7 +261,7 @@ class Agent:
             steps=outcome.steps,
             planned_steps=plan.local_steps,
             micro_batch=outcome.micro_batch,
-            train_loss=_reported(outcome.loss),
+            train_loss=None if outcome.loss is None else _reported(outcome.loss),
             step_seconds=outcome.step_seconds,
             peak_bytes=outcome.peak_bytes,
             tokens=outcome.tokens,
@@ -264,8 +275,10 @@ class Agent:
         self._upload_seconds = time.monotonic() - begin
         if taken:
             log.info(
-                "round %d: %d of %d steps, loss %.4f, %.3f s per step, %.1f kB up",
-                *(number, outcome.steps, plan.local_steps, outcome.loss, outcome.step_seconds),
+                "round %d: %d of %d steps, loss %s, %.3f s per step, %.1f kB up",
+                *(number, outcome.steps, plan.local_steps),
+                "withheld" if outcome.loss is None else f"{outcome.loss:.4f}",
+                outcome.step_seconds,
                 manifest.size / 1000,
             )
 
@@ -331,8 +344,21 @@ class Agent:
         set_head(self._model, {**self._start_head, **(adapter.head() if adapter else {})})
 
     def _order(self, plan: wire.NodePlan, number: int) -> Any:
+        if self._job.privacy:
+            return data.private_order(self._samples, self._rate(plan))
         size = plan.micro_batch * plan.accumulation
         return data.step_order(self._samples, size, self._job.seed, number, self._job.node)
+
+    def _rate(self, plan: wire.NodePlan) -> float:
+        return sampling_rate(plan.micro_batch * plan.accumulation, len(self._samples))
+
+    def _noise(self, plan: wire.NodePlan) -> Noise | None:
+        privacy = self._job.privacy
+        if privacy is None:
+            return None
+        if plan.noise_multiplier is None:
+            raise Failure("assignment: the plan has no noise, which spec.privacy needs")
+        return Noise(privacy.clip_norm, plan.noise_multiplier, self._rate(plan) * len(self._samples))
 
     def _settings(self, plan: wire.NodePlan, steps: int, learning_rate: float) -> loop.Settings:
         optimizer = self._job.optimizer
@@ -346,6 +372,7 @@ class Agent:
             proximal=optimizer.proximal,
             checkpointing=plan.checkpointing,
             packed=self._job.data.max_length if self._job.data.packing else None,
+            noise=self._noise(plan),
         )
 
 

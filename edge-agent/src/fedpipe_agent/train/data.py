@@ -284,3 +284,14 @@ def step_order(samples: Samples, size: int, *parts: object) -> Iterator[np.ndarr
             left = np.concatenate([left, random.permutation(len(samples))])
         step, left = left[:size], left[size:]
         yield step[np.argsort(-samples.lengths[step], kind="stable")]
+
+
+def private_order(samples: Samples, rate: float) -> Iterator[np.ndarray]:
+    """Yield the samples of each optimizer step by Poisson sampling: each is in it with a chance of `rate`.
+
+    Of a seed that the operating system draws: who could tell the draws would have a weaker guarantee.
+    """
+    random = np.random.default_rng()
+    while True:
+        step = np.flatnonzero(random.random(len(samples)) < rate)
+        yield step[np.argsort(-samples.lengths[step], kind="stable")]

@@ -56,6 +56,7 @@ def _describe(
         from .agent import registration
         from .device import Device
         from .packing import check_packing
+        from .private_gradients import Budget, protectable
         from .shape import longest_input, read_shape
 
         source = base.Source(options.model)
@@ -65,6 +66,7 @@ def _describe(
         # A repository's weights are not fetched for a plan.
         stored = source if source.local else None
         shape = read_shape(config, spec.model.task, spec.adapter.modules, stored)
+        shape = protectable(shape) if spec.privacy else shape
         results = check.results() if check else _as_declared(precisions)
     finally:
         if check:
@@ -75,8 +77,17 @@ def _describe(
         device = Device(capacity)
         device.reset_peak()
         train, held_out, rows = counts[directory]
+        notes = rows.notes()
+        if spec.privacy:
+            # As the agent has it: nothing is held out, and what is counted of rows is withheld.
+            train, held_out, notes = (
+                train + (held_out if spec.data.evaluation is None else 0),
+                0,
+                wire.DataNotes(),
+            )
+            Budget(spec.privacy, train)
         facts = device.facts(tuple(kernels[precision] for precision in capacity.precisions))
-        found.append(registration(facts, shape, (train, held_out), rows.notes()))
+        found.append(registration(facts, shape, (train, held_out), notes))
     return found
 
 

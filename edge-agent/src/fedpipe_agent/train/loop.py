@@ -4,6 +4,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from statistics import fmean, median
@@ -19,6 +20,7 @@ from fedpipe_api.wire import CONFUSION_CLASSES
 from ..errors import Failure
 from .data import IGNORED, Batch, Samples
 from .device import Device, is_out_of_memory
+from .private_gradients import Noise, PrivateGradients, private_gradients
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Settings:
     """How to train: `steps` optimizer steps of micro_batch × accumulation samples each.
 
     With `packed` a step's samples are packed into sequences of at most so many tokens, and micro-batches are
-    of sequences. The gradients are the same.
+    of sequences. The gradients are the same. With `noise` they are private.
     """
 
     steps: int
@@ -38,6 +40,7 @@ class Settings:
     proximal: float = 0.0
     checkpointing: bool = False
     packed: int | None = None
+    noise: Noise | None = None
 
     @property
     def batch(self) -> int:
@@ -47,20 +50,23 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step done: loss per target, and the mean speed so far."""
+    """One optimizer step done: loss per target, and the mean speed so far; None where they are withheld."""
 
     number: int
-    loss: float
+    loss: float | None
     seconds: float
-    tokens_per_second: float
+    tokens_per_second: float | None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training came to. `loss` is the mean per target; `micro_batch` the one in use at the end."""
+    """What training came to. `loss` is the mean per target; `micro_batch` the one in use at the end.
+
+    Of private gradients loss and tokens are not told: they are sums over rows without noise.
+    """
 
     steps: int
-    loss: float
+    loss: float | None
     step_seconds: float
     tokens: int
     micro_batch: int
@@ -103,10 +109,12 @@ class MicroBatches:
         size: int,
         *,
         packed: int | None = None,
+        private: PrivateGradients | None = None,
     ):
         """Start with micro-batches of `size` samples; `parameters` are all that receive a gradient.
 
-        With `packed` the samples of a step are packed first, as `Settings` says.
+        With `packed` the samples of a step are packed first, as `Settings` says. With `private` the gradients
+        are kept there, and the loss is not computed.
         """
         self._model = model
         self._parameters = parameters
@@ -118,6 +126,7 @@ class MicroBatches:
             parameter.dtype != torch.float32 for parameter in model.parameters()
         )
         self._packed = packed
+        self._private = private
         self.size = size
 
     def accumulate(self, chosen: np.ndarray) -> tuple[float, int]:
@@ -143,6 +152,8 @@ class MicroBatches:
             # Outside the handler: the traceback would keep the activations alive.
             for parameter in self._parameters:
                 parameter.grad = None
+            if self._private:
+                self._private.forget()
             self._halve()
 
     def _accumulate(self, chosen: np.ndarray) -> tuple[float, int]:
@@ -156,9 +167,13 @@ class MicroBatches:
         done = 0
         while done < len(order):
             batch = samples.batch(order[done : done + self.size], self._device.torch)
-            loss = losses(self._model, batch)[0] / targets
-            loss.backward()
-            total += loss.detach()
+            if self._private:
+                self._private.backward(self._model, batch)
+                loss = total
+            else:
+                loss = losses(self._model, batch)[0] / targets
+                loss.backward()
+                total += loss.detach()
             tokens += batch.tokens
             done += self.size
             # And the graph with it: in that, bitsandbytes' int8 layers hold their inputs beyond backward.
@@ -207,33 +222,67 @@ def train(
     )
     checkpoint(model, settings.checkpointing)
     device.reset_peak()
-    work = MicroBatches(model, parameters, samples, device, settings.micro_batch, packed=settings.packed)
+    with private_gradients(model, parameters, settings.noise) if settings.noise else nullcontext() as private:
+        work = MicroBatches(
+            *(model, parameters, samples, device, settings.micro_batch),
+            packed=settings.packed,
+            private=private,
+        )
+        return _steps(
+            work,
+            private=private,
+            optimizer=optimizer,
+            origin=origin,
+            order=islice(order, settings.steps),
+            settings=settings,
+            device=device,
+            after=after,
+        )
+
+
+def _steps(
+    work: MicroBatches,
+    *,
+    private: PrivateGradients | None,
+    optimizer: torch.optim.Optimizer,
+    origin: list[torch.Tensor],
+    order: Iterator[np.ndarray],
+    settings: Settings,
+    device: Device,
+    after: Callable[[Step], object],
+) -> Outcome:
+    """Do the optimizer steps of a prepared training."""
+    parameters = optimizer.param_groups[0]["params"]
     history: list[float] = []
     times: list[float] = []
     tokens = 0
-    for number, chosen in enumerate(islice(order, settings.steps), 1):
+    for number, chosen in enumerate(order, 1):
         step_begin = time.perf_counter()
         loss, step_tokens = work.accumulate(chosen)
         if not math.isfinite(loss):
             raise Failure(f"the loss is not finite at local step {number}; lower spec.optimizer.learningRate")
+        if private:
+            private.finish()
         for parameter, first in zip(parameters, origin, strict=False):
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - first, alpha=settings.proximal)
-        nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        if not private:  # each sample's gradient was clipped
+            nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         device.stretch(time.perf_counter() - step_begin)
         history.append(loss)
         times.append(time.perf_counter() - step_begin)
         tokens += step_tokens
-        if after(Step(number, loss, times[-1], tokens / sum(times))):
+        speed = None if private else tokens / sum(times)
+        if after(Step(number, None if private else loss, times[-1], speed)):
             break
     return Outcome(
         steps=len(history),
-        loss=fmean(history),
+        loss=None if private else fmean(history),
         # The first step pays for allocation and kernel selection.
         step_seconds=median(times[1:] or times),
-        tokens=tokens,
+        tokens=0 if private else tokens,
         micro_batch=work.size,
         peak_bytes=device.peak(),
     )

@@ -11,6 +11,7 @@ from fedpipe_api.wire import Assignment, AssignmentKind
 
 from ..planner import needs_replan
 from .learning_rate import learning_rate
+from .privacy import overspending
 from .shapes import difference
 from .state import JobState, Round, evaluation_of, standing_updates
 
@@ -118,6 +119,9 @@ def _open(state: JobState, number: int) -> Action:
     drift = _drift(state)
     if drift:
         return MakePlan(drift)
+    short = overspending(state)
+    if short:
+        return MakePlan(f"{_names(short)} trained a round more than once, or rounds.count grew")
     required = quorum(state)
     ready = set(state.planned) | standing_updates(state, number).keys()
     if len(ready) < required:

@@ -17,6 +17,7 @@ from .integrity import Integrity
 from .jobs import Job, until
 from .journal import Journal
 from .planning import PlanInfeasible, make_plan
+from .privacy import BudgetSpent
 from .records import Begun, Finished, Record, RoundClosed, RoundOpened, UpdateDropped
 from .state import blobs_in_use, standing_updates
 from .worker import Worker
@@ -68,8 +69,13 @@ class Driver:
     async def _perform_or_end(self, job: Job, committed: asyncio.Event) -> None:
         try:
             await self._perform(job, decide(job.state, self._journal.clock()), committed)
-        except UserError as error:
-            end = Finished(phase=Phase.FAILED, reason=Reason.INVALID, message=str(error)[:1024])
+        except (UserError, BudgetSpent) as error:
+            done = isinstance(error, BudgetSpent)
+            end = Finished(
+                phase=Phase.SUCCEEDED if done and job.state.done else Phase.FAILED,
+                reason=Reason.PRIVACY_BUDGET_SPENT if done else Reason.INVALID,
+                message=str(error)[:1024],
+            )
             async with job.lock:
                 await self._journal.commit(job, end)
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from fedpipe_api import units
 from fedpipe_api.wire import NodePlan, ProfileReport
 
-from ..planner import Calibration, NodeFacts, PlanRequest, calibrate, plan
+from ..planner import Calibration, NodeFacts, PlanRequest, calibrate, plan, with_noise
+from .privacy import BudgetSpent, spent
 from .records import PlanMade
 from .shapes import difference
 from .state import JobState, Round
@@ -25,20 +26,33 @@ class PlanInfeasible(Exception):
 async def make_plan(worker: Worker, state: JobState, reason: str, *, unmeasured: bool = False) -> PlanMade:
     """Return the record of the next plan.
 
-    Raises PlanInfeasible when fewer nodes fit than spec.nodes.min, UserError when the spec cannot be planned.
+    Raises PlanInfeasible when fewer nodes fit than spec.nodes.min, BudgetSpent when as few have privacy
+    budget left, UserError when the spec cannot be planned.
     """
     # What is registered while the planner works is for the next plan.
     request, shape, considered, odd = request_of(state), state.shape, state.live, _other_models(state)
     made = await worker.run(state.namespace, plan, request)
-    left_out = odd | {node: (why + killed(state, node))[:REASON] for node, why in made.left_out.items()}
-    if len(made.nodes) < state.spec.nodes.min:
+    nodes, no_budget = made.nodes, dict[str, str]()
+    if state.spec.privacy:
+        samples = {facts.name: facts.samples for facts in request.nodes}
+        before = {node: spent(state, node) for node in made.nodes}
+        rounds = state.spec.rounds.count - state.done
+        nodes, no_budget = await worker.run(
+            state.namespace, with_noise, made.nodes, state.spec.privacy, samples, before, rounds
+        )
+    left_out = odd | {node: why[:REASON] for node, why in no_budget.items()}
+    left_out |= {node: (why + killed(state, node))[:REASON] for node, why in made.left_out.items()}
+    if no_budget and len(nodes) < state.spec.nodes.min:
+        node = min(no_budget)
+        raise BudgetSpent(f"{len(no_budget)} nodes cannot go on; {node}: {no_budget[node]}")
+    if len(nodes) < state.spec.nodes.min:
         why = "; ".join(f"{node}: {text}" for node, text in sorted(left_out.items())[:3])
-        raise PlanInfeasible(f"{len(made.nodes)} nodes fit, spec.nodes.min is {state.spec.nodes.min}. {why}")
+        raise PlanInfeasible(f"{len(nodes)} nodes fit, spec.nodes.min is {state.spec.nodes.min}. {why}")
     return PlanMade(
         version=state.plan.version + 1 if state.plan else 1,
         reason=reason,
         shape=shape,
-        nodes=made.nodes,
+        nodes=nodes,
         left_out=dict(sorted(left_out.items())),
         selected=made.selected,
         scores=dict(request.importance or {}),

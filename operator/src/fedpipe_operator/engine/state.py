@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fedpipe_api.job import FedPipeJobSpec
 from fedpipe_api.wire import Blob, Evaluation, ModelShape, NodePlan, UpdateManifest
 
-from ..planner import limit_after_kill
+from ..planner import limit_after_kill, steps_of
 from .records import (
     AgentLost,
     AgentRegistered,
@@ -85,6 +85,8 @@ class JobState:
     confusion: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Each node's confusion matrix of `confusion_round`, row by row; earlier rounds' are not kept."""
     confusion_round: int = -1
+    charged: dict[str, dict[tuple[float, float], int]] = field(default_factory=dict)
+    """Each node's private steps, by noise multiplier and sampling rate."""
     finished: Finished | None = None
     finished_at: float | None = None
     sequence: int = 0
@@ -214,11 +216,14 @@ def apply(state: JobState, record: Record, at: float) -> None:
             state.profiled_by[record.node] = state.plan.version if state.plan else 1
         case RoundOpened():
             _open(state, record, at)
+            for node in record.participants:
+                _charge(state, node)
         case UpdateAccepted():
             state.rounds[record.round].updates[record.node] = record.manifest
             state.accepted[record.manifest.digest] = record.round
         case UpdateDropped():
             _drop(state.rounds[record.round], record)
+            _charge(state, record.node)
         case Evaluated():
             _evaluated(state, record)
         case RoundClosed():
@@ -297,9 +302,28 @@ def _register(state: JobState, record: AgentRegistered, at: float) -> None:
     state.registered_at[record.node] = at
     state.lost.pop(record.node, None)
     state.sequence = record.sequence
+    current = state.current
+    # Without an update it trains the open round again.
+    if (
+        current
+        and current.closed is None
+        and record.node in {*current.opened.participants} - {*current.updates}
+    ):
+        _charge(state, record.node)
     if len(state.models) > MODELS:
         held = Counter(state.shapes.values())
         del state.models[min(state.models.keys() - {state.shape}, key=lambda model: (held[model], model))]
+
+
+def _charge(state: JobState, node: str) -> None:
+    """Count a round's private steps of a node; one that has not registered is charged when it does."""
+    current, agent = state.current, state.agents.get(node)
+    if state.spec.privacy is None or current is None or agent is None:
+        return
+    plan = state.plans[current.opened.plan].nodes[node]
+    noise, rate, steps = steps_of(plan, agent.samples)
+    known = state.charged.setdefault(node, {})
+    known[noise, rate] = known.get((noise, rate), 0) + steps
 
 
 def _finish_round(state: JobState, record: RoundAggregated, at: float) -> None:

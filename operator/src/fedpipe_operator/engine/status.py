@@ -33,6 +33,7 @@ from fedpipe_api.status import (
 from fedpipe_api.wire import STARTING, Progress
 
 from .decide import Wait, metric_value
+from .privacy import job_epsilon, node_epsilon
 from .state import JobState, Round, evaluation_of
 
 HISTORY = 50
@@ -69,6 +70,7 @@ def status(
             round_status(state, known) for known in list(state.rounds.values())[-HISTORY:] if known.result
         ),
         importance=_importance(state),
+        epsilon=job_epsilon(state),
         adapter=_adapter(state),
     )
 
@@ -214,6 +216,7 @@ def _node(state: JobState, name: str, heard: Progress | None) -> NodeStatus:
         measured_seconds=measured,
         last_round=last,
         train_loss=manifest.train_loss if manifest else None,
+        epsilon=node_epsilon(state, name),
         **_counted(state, name),
         message=state.lost.get(name) or left_out or _killed(state, name) or _capped(state, name),
     )

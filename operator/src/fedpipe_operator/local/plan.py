@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +20,7 @@ from fedpipe_api.precisions import Precision, allowed
 from fedpipe_api.wire import Registration
 
 from ..aggregate import read_given
-from ..planner import NodeFacts, Plan, PlanRequest, modules_line, plan, rows, summary_line
+from ..planner import NodeFacts, Plan, PlanRequest, modules_line, plan, rows, summary_line, with_noise
 from .agents import ask_agent, capacity_of
 from .interrupt import clean_interrupt
 from .live import stage
@@ -101,7 +102,16 @@ def make(local: LocalJob, registrations: list[Registration]) -> Plan:
     """Return the plan by what the members' agents would register with."""
     found = [(member.node.name, each) for member, each in zip(local.members, registrations, strict=True)]
     nodes = tuple(NodeFacts(name, each.device, each.samples, each.evaluation_samples) for name, each in found)
-    return plan(PlanRequest(model=found[0][1].model, spec=local.job.spec, nodes=nodes))
+    spec = local.job.spec
+    made = plan(PlanRequest(model=found[0][1].model, spec=spec, nodes=nodes))
+    if spec.privacy:
+        samples = {facts.name: facts.samples for facts in nodes}
+        noisy, left_out = with_noise(made.nodes, spec.privacy, samples, {}, spec.rounds.count)
+        if left_out and len(noisy) < spec.nodes.min:
+            node, why = next(iter(left_out.items()))
+            raise UserError(f"{local.job_file}: {why} (node {node})")
+        made = replace(made, nodes=noisy, left_out={**made.left_out, **left_out})
+    return made
 
 
 def describe(local: LocalJob, *, verify: bool = False) -> list[Registration]:

@@ -182,7 +182,14 @@ def _card_facts(state: JobState) -> str:
     if found.metric is not None:
         text += f", {found.metric.name} {found.metric.value:.4g} on the nodes' held-out data"
     precisions = sorted({str(node.precision) for node in state.plan.nodes.values()}) if state.plan else []
-    return f"{text}. Trained and evaluated on a base held in {', '.join(precisions)}, node by node."
+    text += f". Trained and evaluated on a base held in {', '.join(precisions)}, node by node."
+    privacy = state.spec.privacy
+    if privacy is not None:
+        text += (
+            f" Differentially private for each row of each node (DP-SGD): ε = {found.epsilon:.4g} "
+            f"at δ = {privacy.delta:g}."
+        )
+    return text
 
 
 def print_summary(directory: RunDirectory, history: History) -> None:

@@ -9,6 +9,7 @@ from fedpipe_api.wire import UpdateManifest
 
 from ..engine import Engine
 from ..engine.jobs import Job
+from ..engine.privacy import job_epsilon, node_epsilon
 from ..engine.state import JobState, evaluation_of
 from ..engine.status import eta_seconds, metric_of, phase_of
 from .exposition import Exposition
@@ -78,6 +79,7 @@ def _add_job(samples: Exposition, state: JobState, key: tuple[str, str]) -> None
         samples.add("fedpipe_job_loss", key, found.loss)
         samples.add("fedpipe_job_accuracy_ratio", key, found.accuracy)
         samples.add("fedpipe_job_evaluated_round", key, evaluated)
+    samples.add("fedpipe_job_epsilon", key, job_epsilon(state))
     metric = metric_of(state)
     if metric is not None:
         samples.add("fedpipe_job_best_metric", (*key, metric.name), metric.best)
@@ -153,6 +155,7 @@ def _add_node(
         samples.add("fedpipe_node_rank", (*key, "max"), max(plan.ranks.values(), default=None))
         samples.add("fedpipe_node_predicted_memory_bytes", key, plan.predicted_bytes)
         samples.add("fedpipe_node_predicted_step_seconds", key, plan.predicted_step_seconds)
+    samples.add("fedpipe_node_epsilon", key, node_epsilon(state, node))
     profile = state.profiles.get(node)
     if latest is not None:
         last, manifest = latest

@@ -49,6 +49,7 @@ FAMILIES: tuple[Family, ...] = (
     _gauge(
         "fedpipe_job_under_training_ratio", JOB, "Share of planned local steps not done when rounds closed."
     ),
+    _gauge("fedpipe_job_epsilon", JOB, "Privacy budget spent: the largest of its nodes'."),
     _counter("fedpipe_job_updates_total", JOB, "Updates counted."),
     _counter(
         "fedpipe_job_suspicious_updates_total", (*JOB, "verdict"), "Updates clipped, flagged or rejected."
@@ -90,6 +91,7 @@ FAMILIES: tuple[Family, ...] = (
     _gauge("fedpipe_node_step", NODE, "Step it is at in its present work."),
     _gauge("fedpipe_node_tokens_per_second", NODE, "Its speed in its present work."),
     _gauge("fedpipe_node_train_loss", NODE, "Mean training loss of its latest update."),
+    _gauge("fedpipe_node_epsilon", NODE, "Privacy budget that its rows have spent."),
     _gauge("fedpipe_node_update_round", NODE, "Round of its latest update."),
     _gauge("fedpipe_node_update_bytes", NODE, "Bytes of its latest update."),
     _gauge("fedpipe_node_update_norm", NODE, "Frobenius norm of its latest aggregated update."),

@@ -3,6 +3,7 @@
 
 from .calibration import Calibration
 from .fleet_plan import asked_steps, calibrate, plan
+from .private_noise import steps_of, with_noise
 from .replan import limit_after_kill, needs_replan
 from .request import NodeFacts, Plan, PlanRequest
 from .selection import select_matrices
@@ -23,5 +24,7 @@ __all__ = [
     "rows",
     "select_matrices",
     "slow_line",
+    "steps_of",
     "summary_line",
+    "with_noise",
 ]

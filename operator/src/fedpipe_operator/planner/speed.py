@@ -35,6 +35,8 @@ CUDA_RATE = (5e12, 1e13)
 """Of other GPUs."""
 LAYER_SECONDS = {"cpu": 1e-3, "cuda": 2.5e-3}
 """Per layer and micro-batch: launching kernels and Python."""
+PRIVATE_SLOWDOWN = 1.6
+"""Of steps with private gradients, at most; measured steps correct it."""
 LINK_RATE = 12_500_000
 """Bytes a second of a link nobody measured (100 Mbit/s)."""
 
@@ -96,7 +98,8 @@ def fixed_time(work: Workload, device: wire.DeviceFacts, configuration: Configur
     recomputed = 1.5 if configuration.checkpointing else 1.0
     pieces = math.ceil(work.batch / configuration.micro_batch)
     launching = pieces * shape.layers * LAYER_SECONDS[device.kind] / device.speed
-    return recomputed * (operations / rate(device, configuration.precision) + launching)
+    private = PRIVATE_SLOWDOWN if work.private else 1.0
+    return private * recomputed * (operations / rate(device, configuration.precision) + launching)
 
 
 def rank_time(work: Workload, device: wire.DeviceFacts, sides: int) -> float:

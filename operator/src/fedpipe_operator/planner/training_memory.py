@@ -75,6 +75,7 @@ def fixed_bytes(work: Workload, device: wire.DeviceFacts, configuration: Configu
     if device.kind == "cpu" and precision.quantized:
         slack += CPU_QUANTIZED
     per_parameter = TRAINABLE_BYTES + (4 if work.proximal else 0)
+    per_parameter += _private_bytes(work, configuration)
     base = base_bytes(work.shape, device, precision)
     return base + per_parameter * work.head + remainder + activations + slack
 
@@ -85,8 +86,14 @@ def rank_bytes(work: Workload, configuration: Configuration, sides: int) -> int:
     Its parameters, their copy in the compute type, and A·x kept for the backward pass.
     """
     per_parameter = TRAINABLE_BYTES + (4 if work.proximal else 0)
+    per_parameter += _private_bytes(work, configuration)
     tokens = configuration.micro_batch * work.length
     return (per_parameter + 2) * sides + 4 * tokens
+
+
+def _private_bytes(work: Workload, configuration: Configuration) -> int:
+    """Return the bytes of a parameter's private gradients: of each sample, their sum, and the noise."""
+    return 4 * configuration.micro_batch + 8 if work.private else 0
 
 
 def peak_bytes(

@@ -48,6 +48,7 @@ class Workload:
         download: encoding of its factors.
         upload: encoding of the factors trained.
         proximal: whether FedProx keeps a copy of the start.
+        private: whether each sample's gradients are held.
     """
 
     shape: wire.ModelShape
@@ -59,6 +60,7 @@ class Workload:
     download: Encoding
     upload: Encoding
     proximal: bool
+    private: bool = False
 
     @cached_property
     def head(self) -> int:
@@ -113,6 +115,7 @@ def workload(shape: wire.ModelShape, spec: FedPipeJobSpec, selected: tuple[Matri
         download=method.download,
         upload=method.start.upload,
         proximal=spec.optimizer.proximal > 0,
+        private=spec.privacy is not None,
     )
 
 
