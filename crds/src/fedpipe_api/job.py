@@ -251,7 +251,7 @@ _PRIVACY_RULES = (
     Rule(
         field="quantization",
         message="int8 of bitsandbytes rounds rows by others of their batch, which privacy forbids; "
-        "use auto, fp32, bf16 or nf4",
+        "use auto, none, bf16 or nf4",
         cel="!has(self.privacy) || !has(self.quantization) || self.quantization != 'int8'",
         holds=lambda spec: spec.privacy is None or spec.quantization != Precision.INT8.name,
     ),
