@@ -25,8 +25,9 @@ from fedpipe_api.wire import (
 )
 from fedpipe_operator.engine import accept
 from fedpipe_operator.engine.accept import Refused, Verdict
+from fedpipe_operator.engine.evaluations import evaluation_of
 from fedpipe_operator.engine.quota import held, quota
-from fedpipe_operator.engine.state import JobState, evaluation_of
+from fedpipe_operator.engine.state import JobState
 from fedpipe_operator.engine.weights import CAP, capped
 from property.test_accept_models import BOGUS, gathered
 from standins.agents import make_update, manifest_of, registration

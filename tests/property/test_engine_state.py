@@ -17,13 +17,14 @@ from fedpipe_operator.engine.decide import (
     decide,
     learning_rate,
 )
+from fedpipe_operator.engine.evaluations import evaluation_of
 from fedpipe_operator.engine.records import (
     AgentLost,
     Evaluated,
     Offered,
     SpecChanged,
 )
-from fedpipe_operator.engine.state import apply, blobs_in_use, evaluation_of, submitted
+from fedpipe_operator.engine.state import apply, blobs_in_use, submitted
 from fedpipe_operator.engine.status import phase_of, status
 from standins.agents import make_update, manifest_of, registration
 from standins.server import job

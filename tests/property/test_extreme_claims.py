@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fedpipe_api.wire import Evaluation, KernelResult, Precision, ProfileReport, Registration, UpdateManifest
 from fedpipe_operator.engine import accept
 from fedpipe_operator.engine.accept import Refused
+from fedpipe_operator.engine.evaluations import evaluation_of
 from fedpipe_operator.engine.planning import importance, request_of
 from fedpipe_operator.engine.records import (
     AgentRegistered,
@@ -22,7 +23,7 @@ from fedpipe_operator.engine.records import (
     UpdateAccepted,
 )
 from fedpipe_operator.engine.shapes import digest_of
-from fedpipe_operator.engine.state import JobState, apply, evaluation_of, submitted
+from fedpipe_operator.engine.state import JobState, apply, submitted
 from fedpipe_operator.engine.status import status
 from fedpipe_operator.planner import plan
 from standins.agents import manifest_of, model_shape, registration

@@ -7,7 +7,7 @@ Operator and agent count with this module; the formulas are the library's (METHO
 import math
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 NOISE_LIMIT = 64.0
 """The largest noise multiplier: beyond it a step is noise and nothing else."""
@@ -37,14 +37,24 @@ def epsilon(spent: Iterable[Steps], delta: float) -> float:
 
 @lru_cache(4096)
 def _epsilon(spent: tuple[Steps, ...], delta: float) -> float:
+    from dp_accounting.rdp import compute_epsilon
+
+    if not any(steps for _, _, steps in spent):
+        return 0.0
+    # Steps compose by adding their divergences.
+    total = sum(steps * divergences(noise, rate) for noise, rate, steps in spent)
+    return float(compute_epsilon(ORDERS, total, delta)[0])
+
+
+@lru_cache(1 << 16)
+def divergences(noise_multiplier: float, rate: float) -> Any:
+    """Return the Rényi divergences of one step at `ORDERS`, an array; ten milliseconds the first time."""
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
 
     accountant = RdpAccountant(ORDERS)
-    for noise, rate, steps in spent:
-        if steps:
-            accountant.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), steps)
-    return float(accountant.get_epsilon(delta)) if any(steps for _, _, steps in spent) else 0.0
+    accountant.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(noise_multiplier)))
+    return accountant.rdp
 
 
 def noise_multiplier(

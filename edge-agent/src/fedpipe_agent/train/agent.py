@@ -32,7 +32,7 @@ from .adapters import Adapters, GlobalAdapter, save
 from .device import Device, is_out_of_memory
 from .heads import head_tensors, set_head
 from .packing import check_packing
-from .private_gradients import Budget, Noise, protectable
+from .private_gradients import Budget, noise_of, protectable
 from .shape import longest_input, read_shape
 
 log = logging.getLogger(__name__)
@@ -352,14 +352,6 @@ class Agent:
     def _rate(self, plan: wire.NodePlan) -> float:
         return sampling_rate(plan.micro_batch * plan.accumulation, len(self._samples))
 
-    def _noise(self, plan: wire.NodePlan) -> Noise | None:
-        privacy = self._job.privacy
-        if privacy is None:
-            return None
-        if plan.noise_multiplier is None:
-            raise Failure("assignment: the plan has no noise, which spec.privacy needs")
-        return Noise(privacy.clip_norm, plan.noise_multiplier, self._rate(plan) * len(self._samples))
-
     def _settings(self, plan: wire.NodePlan, steps: int, learning_rate: float) -> loop.Settings:
         optimizer = self._job.optimizer
         return loop.Settings(
@@ -372,7 +364,7 @@ class Agent:
             proximal=optimizer.proximal,
             checkpointing=plan.checkpointing,
             packed=self._job.data.max_length if self._job.data.packing else None,
-            noise=self._noise(plan),
+            noise=noise_of(self._job.privacy, plan, self._rate(plan) * len(self._samples)),
         )
 
 

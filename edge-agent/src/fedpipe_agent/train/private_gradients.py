@@ -21,7 +21,7 @@ from fedpipe_api.accounting import Steps, epsilon
 from fedpipe_api.base import UserError
 from fedpipe_api.precisions import Precision
 from fedpipe_api.privacy import Privacy
-from fedpipe_api.wire import ModelShape
+from fedpipe_api.wire import ModelShape, NodePlan
 
 from ..errors import Failure
 from .data import IGNORED, Batch
@@ -45,6 +45,15 @@ class Noise:
     clip_norm: float
     multiplier: float
     expected_batch: float
+
+
+def noise_of(privacy: Privacy | None, plan: NodePlan, expected_batch: float) -> Noise | None:
+    """Return the noise of a plan's steps, None without privacy; raise Failure where the plan has none."""
+    if privacy is None:
+        return None
+    if plan.noise_multiplier is None:
+        raise Failure("assignment: the plan has no noise, which spec.privacy needs")
+    return Noise(privacy.clip_norm, plan.noise_multiplier, expected_batch)
 
 
 class Budget:

@@ -10,10 +10,11 @@ from fedpipe_api.status import Phase
 from fedpipe_api.wire import Assignment, AssignmentKind
 
 from ..planner import needs_replan
+from .evaluations import evaluation_of
 from .learning_rate import learning_rate
 from .privacy import overspending
 from .shapes import difference
-from .state import JobState, Round, evaluation_of, standing_updates
+from .state import JobState, Round, standing_updates
 
 REGISTRATION_SECONDS = 60.0
 """How long planning waits for offered nodes whose agent has not registered, once enough others have."""

@@ -8,6 +8,7 @@ from fedpipe_api.conditions import Reason
 from fedpipe_api.status import Phase
 
 from ..planner import slow_line
+from .evaluations import evaluation_of
 from .records import (
     AgentLost,
     AgentRegistered,
@@ -19,7 +20,7 @@ from .records import (
     SpecChanged,
     UpdateDropped,
 )
-from .state import JobState, evaluation_of
+from .state import JobState
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a job's state to its next plan: what the planner is asked, and what of its answer is recorded."""
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 
 from fedpipe_api import units
+from fedpipe_api.accounting import Steps, divergences
 from fedpipe_api.wire import NodePlan, ProfileReport
 
-from ..planner import Calibration, NodeFacts, PlanRequest, calibrate, plan, with_noise
+from ..planner import Calibration, NodeFacts, PlanRequest, calibrate, plan, steps_of, with_noise
 from .privacy import BudgetSpent, spent
 from .records import PlanMade
 from .shapes import difference
@@ -21,6 +23,11 @@ REASON = 1024
 
 class PlanInfeasible(Exception):
     """Too few nodes fit the job; the message says why."""
+
+
+def _count(steps: list[Steps]) -> None:
+    for each in steps:
+        divergences(each.noise_multiplier, each.sampling_rate)
 
 
 async def make_plan(worker: Worker, state: JobState, reason: str, *, unmeasured: bool = False) -> PlanMade:
@@ -40,6 +47,8 @@ async def make_plan(worker: Worker, state: JobState, reason: str, *, unmeasured:
         nodes, no_budget = await worker.run(
             state.namespace, with_noise, made.nodes, state.spec.privacy, samples, before, rounds
         )
+        # In a thread, so that the event loop finds them known when it counts what is spent.
+        await asyncio.to_thread(_count, [steps_of(each, samples[node]) for node, each in nodes.items()])
     left_out = odd | {node: why[:REASON] for node, why in no_budget.items()}
     left_out |= {node: (why + killed(state, node))[:REASON] for node, why in made.left_out.items()}
     if no_budget and len(nodes) < state.spec.nodes.min:

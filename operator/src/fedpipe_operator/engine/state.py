@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of a job: a pure fold over its records."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -9,6 +8,7 @@ from fedpipe_api.job import FedPipeJobSpec
 from fedpipe_api.wire import Blob, Evaluation, ModelShape, NodePlan, UpdateManifest
 
 from ..planner import limit_after_kill, steps_of
+from .evaluations import Evaluations, evaluation_of
 from .records import (
     AgentLost,
     AgentRegistered,
@@ -28,7 +28,6 @@ from .records import (
     UpdateDropped,
 )
 from .shapes import MODELS, digest_of, majority
-from .weights import capped
 
 
 @dataclass
@@ -396,39 +395,3 @@ def kept_blobs(state: JobState) -> dict[str, int]:
     if current and current.result is None:
         keep |= {manifest.digest: manifest.size for manifest in current.updates.values()}
     return keep
-
-
-@dataclass(frozen=True)
-class Evaluations:
-    """The evaluations of one round added over its nodes."""
-
-    loss: float
-    accuracy: float | None
-    perplexity: float
-    samples: int
-    nodes: int
-
-
-def evaluation_of(state: JobState, round_number: int) -> Evaluations | None:
-    """Return the loss per predicted token (natural log) and accuracy over the held-out samples of a round.
-
-    No node counts for more than its capped share of them.
-    """
-    if round_number in state.added:
-        return state.added[round_number]
-    found = dict(sorted(state.evaluations.get(round_number, {}).items()))
-    if not found:
-        return None
-    tokens = capped({node: e.tokens for node, e in found.items()})
-    samples = capped({node: e.samples for node, e in found.items()})
-    loss = sum(e.loss_sum * (tokens[node] / e.tokens) for node, e in found.items()) / sum(tokens.values())
-    accuracy = None
-    if all(e.correct is not None for e in found.values()):
-        right = sum((e.correct or 0) * (samples[node] / e.samples) for node, e in found.items())
-        accuracy = right / sum(samples.values())
-    return Evaluations(loss, accuracy, perplexity(loss), sum(e.samples for e in found.values()), len(found))
-
-
-def perplexity(loss: float) -> float:
-    """Return exp(loss), at most what a float can hold."""
-    return math.exp(min(loss, 700.0))

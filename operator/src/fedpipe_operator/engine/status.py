@@ -33,8 +33,9 @@ from fedpipe_api.status import (
 from fedpipe_api.wire import STARTING, Progress
 
 from .decide import Wait, metric_value
+from .evaluations import evaluation_of
 from .privacy import job_epsilon, node_epsilon
-from .state import JobState, Round, evaluation_of
+from .state import JobState, Round
 
 HISTORY = 50
 """Rounds kept in status; the ledger has all."""

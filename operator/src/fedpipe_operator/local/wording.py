@@ -5,7 +5,8 @@ from fedpipe_api.job import Task
 from fedpipe_api.status import NodeStatus
 
 from ..engine.decide import awaited_evaluations, metric_value
-from ..engine.state import JobState, evaluation_of
+from ..engine.evaluations import evaluation_of
+from ..engine.state import JobState
 from ..engine.status import metric_name
 
 

@@ -8,9 +8,10 @@ from fedpipe_api.status import Phase
 from fedpipe_api.wire import UpdateManifest
 
 from ..engine import Engine
+from ..engine.evaluations import evaluation_of
 from ..engine.jobs import Job
 from ..engine.privacy import job_epsilon, node_epsilon
-from ..engine.state import JobState, evaluation_of
+from ..engine.state import JobState
 from ..engine.status import eta_seconds, metric_of, phase_of
 from .exposition import Exposition
 from .job_totals import Totals

@@ -6,7 +6,8 @@ from typing import Any
 
 from fedpipe_api.wire import NodePlan
 
-from ..engine.state import JobState, Round, evaluation_of, perplexity
+from ..engine.evaluations import evaluation_of, perplexity
+from ..engine.state import JobState, Round
 
 RoundRow = dict[str, Any]
 
