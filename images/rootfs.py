@@ -28,7 +28,7 @@ STDLIB_UNUSED = {
 # class per kind.
 PACKAGES_UNUSED = re.compile(
     r"scipy/(cluster|datasets|differentiate|fftpack|io|misc|odr)/"
-    r"|scipy/special/cython_special\.|(setuptools|pkg_resources|_distutils_hack)/|distutils-precedence"
+    r"|(setuptools|pkg_resources|_distutils_hack)/|distutils-precedence"
     r"|pygments/lexers/(?!__init__|_mapping)"
     r"|kubernetes/(aio/)?client/(apis?|models)/(?!__init__|v1_(managed|object_meta|owner))|kubernetes/e2e_test/"
 )

@@ -95,6 +95,8 @@ def test_every_metric_of_the_operator_is_shown_or_alerted_on() -> None:
     # Facts for queries by hand: what a job is, and when it began and ended.
     by_hand = {"fedpipe_job_info", "fedpipe_job_submitted_timestamp_seconds", "fedpipe_job_updates_total",
                "fedpipe_job_finished_timestamp_seconds", "fedpipe_job_evaluated_round"}  # fmt: skip
+    # And of private jobs alone.
+    by_hand |= {"fedpipe_job_epsilon", "fedpipe_node_epsilon"}
     assert {family.name for family in FAMILIES} - shown == by_hand
 
 
@@ -150,8 +152,9 @@ async def watched(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pro
 @pytest.mark.asyncio(loop_scope="module")
 async def test_every_metric_of_the_table_is_present(watched: Prometheus) -> None:
     known = offered()
-    # What nobody has measured.
-    assert known - watched.names() == {"fedpipe_node_link_bytes_per_second"}
+    # What nobody has measured, and what only a job with privacy has.
+    missing = {"fedpipe_node_link_bytes_per_second", "fedpipe_job_epsilon", "fedpipe_node_epsilon"}
+    assert known - watched.names() == missing
 
 
 @needs_prometheus

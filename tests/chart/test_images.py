@@ -96,7 +96,7 @@ def test_a_root_holds_what_its_interpreter_needs(rootfs: ModuleType, tmp_path: P
     for name in (
         "optimize/a.py",
         "optimize/tests/test_a.py",
-        "stats/b.py",
+        "cluster/b.py",
         "optimize/__pycache__/a.pyc",
         "a.pyi",
     ):

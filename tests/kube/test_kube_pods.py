@@ -272,6 +272,12 @@ def test_no_agent_and_no_node_has_the_name_of_an_own_pod() -> None:
     assert len({*names, *agents}) == len(names) + len(agents)
 
 
+def test_a_container_that_a_template_names_twice_is_merged_or_named() -> None:
+    twice = [{"name": "side", "env": True}, {"name": "side", "env": []}]
+    with pytest.raises(UserError, match=r"^spec.podTemplate.spec.containers\[1\].env: must be a list"):
+        build(job(podTemplate={"spec": {"containers": twice}}))
+
+
 def test_null_takes_a_field_away_and_other_lists_are_replaced() -> None:
     merged = strategic_merge({"a": {"b": 1, "c": 2}, "args": ["x"]}, {"a": {"b": None}, "args": ["y"]}, "t")
     assert merged == {"a": {"c": 2}, "args": ["y"]}

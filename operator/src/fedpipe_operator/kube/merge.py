@@ -40,7 +40,8 @@ def strategic_merge(base: Mapping[str, Any], patch: Mapping[str, Any], path: str
                 raise UserError(f"{where}: must be an object")
             merged[key] = strategic_merge(old, new, where)
         elif isinstance(old, list) or key in MERGE_KEYS or key in APPENDED:
-            if not isinstance(new, list):
+            # A template may name a container twice; then `old` is its own.
+            if not isinstance(new, list) or not isinstance(old, list | None):
                 raise UserError(f"{where}: must be a list")
             merged[key] = _merge_list(key, old or [], new, where)
         else:
