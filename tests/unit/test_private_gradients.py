@@ -8,32 +8,18 @@ import pytest
 import torch
 from torch.nn import functional
 
-from agent_fixtures import save_tiny_model
 from fedpipe_agent.errors import Failure
 from fedpipe_agent.train import loop
 from fedpipe_agent.train.data import private_order
-from fedpipe_agent.train.device import Device
 from fedpipe_agent.train.loop import MicroBatches, Settings, checkpoint, train
-from fedpipe_agent.train.model import Source
 from fedpipe_agent.train.private_gradients import Noise, private_gradients
 from fedpipe_api.base import UserError
 from fedpipe_api.job import Precision, Task
-from fedpipe_api.node import Capacity
-from unit.test_agent_loop import KIND, prepared, samples_of, trained
+from unit.test_agent_loop import device, prepared, samples_of, sources, trained
+
+__all__ = ["device", "sources"]
 
 SILENT = Noise(clip_norm=0.5, multiplier=0.0, expected_batch=8.0)
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    return {
-        task: Source(str(save_tiny_model(kind, tmp_path_factory.mktemp(kind)))) for task, kind in KIND.items()
-    }
-
-
-@pytest.fixture
-def device():
-    return Device(Capacity(threads=1))
 
 
 def private_sum(model, samples, chosen, device, size, noise=SILENT, seed=0):

@@ -35,7 +35,7 @@ def test_pages_are_the_rounds_of_the_report(state, monkeypatch, room):
         assert one.subject.uid == state.uid
         found += one.rounds
         when |= one.times
-        assert (one.phase is None) == one.more, "the end is told with the last of them"
+        assert (one.phase is None) == one.more, "the end is reported with the last of them"
         if not one.more:
             break
         assert one.rounds, "each page brings the reader forward"

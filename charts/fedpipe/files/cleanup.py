@@ -54,7 +54,7 @@ def pods_of(component):
 
 
 def forget_nodes():
-    """Set Ready to Unknown: a node that still says READY would be believed by whoever looks."""
+    """Set Ready to Unknown: what the last report said is no longer checked by anything."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     unknown = {
         "type": "Ready", "status": "Unknown", "reason": "ProbeUninstalled", "lastTransitionTime": now,

@@ -104,6 +104,11 @@ class Task(StrEnum):
 class HuggingFace(Model):
     """A model repository of the Hugging Face hub, pinned to a revision."""
 
+    @property
+    def name(self) -> str:
+        """REPOSITORY@REVISION, as agents load it."""
+        return f"{self.repo}@{self.revision}"
+
     repo: str = Field(
         min_length=1,
         max_length=256,

@@ -9,7 +9,7 @@ from .base import Model
 
 
 class Privacy(Model):
-    """Differential privacy of each row of each node, whoever runs the coordinator (METHOD §6).
+    """Differential privacy of each row of each node, also against the coordinator (METHOD §6).
 
     Importance scores, evaluations, losses and counts of rows but their number are withheld.
     """

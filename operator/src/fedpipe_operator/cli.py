@@ -10,19 +10,14 @@ import typer
 from fedpipe_api.base import UserError
 from fedpipe_api.files import expanded
 
-from .command_line import run_app
+from .command_line import command_app, run_app
 from .kube.client_command import add_commands
-from .version_option import add_version
 
-app = typer.Typer(
-    name="fedpipe",
-    help="Fine-tune one language model over many unequal machines whose data stays where it is.",
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
+app = command_app(
+    "fedpipe",
+    "Fine-tune one language model over many unequal machines whose data stays where it is.",
+    completion=True,
 )
-add_version(app)
 data = typer.Typer(name="data", help="Prepare data.", no_args_is_help=True)
 app.add_typer(data)
 

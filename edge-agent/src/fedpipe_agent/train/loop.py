@@ -62,7 +62,7 @@ class Step:
 class Outcome:
     """What training came to. `loss` is the mean per target; `micro_batch` the one in use at the end.
 
-    Of private gradients loss and tokens are not told: they are sums over rows without noise.
+    Of private gradients loss and tokens are not reported: they are sums over rows without noise.
     """
 
     steps: int

@@ -25,7 +25,7 @@ class PlanInfeasible(Exception):
     """Too few nodes fit the job; the message says why."""
 
 
-def _count(steps: list[Steps]) -> None:
+def _compute_divergences(steps: list[Steps]) -> None:
     for each in steps:
         divergences(each.noise_multiplier, each.sampling_rate)
 
@@ -48,7 +48,9 @@ async def make_plan(worker: Worker, state: JobState, reason: str, *, unmeasured:
             state.namespace, with_noise, made.nodes, state.spec.privacy, samples, before, rounds
         )
         # In a thread, so that the event loop finds them known when it counts what is spent.
-        await asyncio.to_thread(_count, [steps_of(each, samples[node]) for node, each in nodes.items()])
+        await asyncio.to_thread(
+            _compute_divergences, [steps_of(each, samples[node]) for node, each in nodes.items()]
+        )
     left_out = odd | {node: why[:REASON] for node, why in no_budget.items()}
     left_out |= {node: (why + killed(state, node))[:REASON] for node, why in made.left_out.items()}
     if no_budget and len(nodes) < state.spec.nodes.min:

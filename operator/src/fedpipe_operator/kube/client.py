@@ -5,24 +5,21 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from fedpipe_api.base import UserError, explain
-from fedpipe_api.conditions import Reason
+from fedpipe_api.conditions import ACCEPTED, Reason
 from fedpipe_api.job import FedPipeJob, Phase
 from fedpipe_api.logs import one_line
 from fedpipe_api.names import COMPONENT_LABEL, GROUP, JOB_LABEL, JOBS, NODE_LABEL, VERSION
 
 from .get import NAMESPACE_NAME, fetch, unpack
 from .views import AGENT
-
-if TYPE_CHECKING:
-    pass
 
 MANAGER = "fedpipe"
 """Owns, in server-side apply, the fields that users give with this client."""
@@ -117,12 +114,11 @@ class Client:
         table = json.loads(body)
         shown = [i for i, column in enumerate(table["columnDefinitions"]) if not column.get("priority")]
         names = [table["columnDefinitions"][i]["name"].upper() for i in shown]
-        cells = [
-            ["" if row["cells"][i] is None else str(row["cells"][i]) for i in shown] for row in table["rows"]
-        ]
-        return names, cells
+        rows = [[row["cells"][i] for i in shown] for row in table["rows"]]
+        # As of all that a cluster says: no cell moves the cursor of a terminal.
+        return names, [["" if cell is None else one_line(str(cell)) for cell in row] for row in rows]
 
-    def watch(self, name: str, sleep: Callable[[float], None] = time.sleep) -> Iterator[FedPipeJob]:
+    def watch(self, name: str) -> Iterator[FedPipeJob]:
         """Yield a job as it is and after each change of its status, until it has ended or cannot be run."""
         before: Any = False
         while True:
@@ -132,7 +128,7 @@ class Client:
                 yield job
             if has_ended(job) or refused(job) is not None:
                 return
-            sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def suspend(self, name: str) -> FedPipeJob:
         """Have a job stop after what it does; nothing is lost."""
@@ -212,7 +208,7 @@ def has_ended(job: FedPipeJob) -> bool:
 def refused(job: FedPipeJob) -> str | None:
     """Return why a job cannot be run as its spec is now, None if it can."""
     conditions = job.status.conditions if job.status else ()
-    found = next((one for one in conditions if one.type == "Accepted" and one.reason == Reason.INVALID), None)
+    found = next((one for one in conditions if one.type == ACCEPTED and one.reason == Reason.INVALID), None)
     return found.message if found and found.observed_generation == job.metadata.generation else None
 
 

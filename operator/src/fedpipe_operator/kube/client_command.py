@@ -16,8 +16,7 @@ from fedpipe_api.files import expanded
 from fedpipe_api.job import FedPipeJob, Phase
 from fedpipe_api.logs import one_line
 
-from ..command_line import run_app
-from ..version_option import add_version
+from ..command_line import command_app, run_app
 from .get import service_of
 
 get = typer.Typer(name="get", help="Fetch from a cluster.", no_args_is_help=True)
@@ -131,16 +130,7 @@ def add_commands(app: typer.Typer) -> None:
 
 def plugin() -> int:
     """Run `kubectl fedpipe`."""
-    app = typer.Typer(
-        name="kubectl fedpipe",
-        help="Submit and follow federated fine-tuning jobs.",
-        no_args_is_help=True,
-        add_completion=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-    )
-    add_version(app)
+    app = command_app("kubectl fedpipe", "Submit and follow federated fine-tuning jobs.")
     add_commands(app)
     return run_app(app)
 

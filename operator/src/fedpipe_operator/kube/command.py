@@ -16,20 +16,11 @@ from fedpipe_api.files import replaced
 from fedpipe_api.logs import LINE_FORMAT, LineFormatter
 from fedpipe_api.object_url import ObjectURL
 
-from ..version_option import add_version
+from ..command_line import command_app
 from .api import own_namespace
 from .settings import AllowedStore, OperatorSettings, parse_origin
 
-app = typer.Typer(
-    name="fedpipe-operator",
-    help="The Kubernetes operator of FedPipe.",
-    no_args_is_help=True,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-add_version(app)
+app = command_app("fedpipe-operator", "The Kubernetes operator of FedPipe.")
 
 
 def main() -> int:

@@ -27,7 +27,7 @@ class Coordinator:
     def get(self, path: str, *, limit: int, seconds: float) -> bytes:
         """Return what is at a path, at most `limit` bytes of it; Away or UserError says what keeps it.
 
-        The token is read anew: the kubelet renews it.
+        The token is read again each time: the kubelet renews it.
         """
         token = self.token_file.read_text().strip()
         request = urllib.request.Request(  # noqa: S310 - the URL is the operator's own

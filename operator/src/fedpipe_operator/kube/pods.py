@@ -351,7 +351,7 @@ def _model(
         reference = {"name": source.hugging_face.token_secret, "key": TOKEN_KEY, "optional": True}
         environment.append({"name": TOKEN_KEY, "valueFrom": {"secretKeyRef": reference}})
     mount = {"name": "cache", "mountPath": CACHE_DIRECTORY}
-    name = f"{source.hugging_face.repo}@{source.hugging_face.revision}"
+    name = source.hugging_face.name
     return name, [{"name": "cache"} | kind], [mount], environment
 
 

@@ -20,6 +20,9 @@ from .settings import OperatorSettings
 from .tracked_job import TrackedJob
 from .views import TRACKER
 
+RECOVERY_SECONDS = 90.0
+"""A Pod that was started again works once it has run so long; a server that is away ends it sooner."""
+
 
 def refusal(tracking: Tracking, settings: OperatorSettings) -> str | None:
     """Return why a cluster does not take a job's spec.tracking, None if it does."""
@@ -37,10 +40,6 @@ def refusal(tracking: Tracking, settings: OperatorSettings) -> str | None:
         f"spec.tracking.mlflow.uri: this cluster allows {some}; "
         "its administrator adds it to tracking.allowed in the values of the chart"
     )
-
-
-RECOVERY_SECONDS = 90.0
-"""A Pod that was started again works once it has run so long; a server that is away ends it sooner."""
 
 
 class JobTracking:
@@ -66,7 +65,8 @@ class JobTracking:
         if job.spec.tracking is None or state.plan is None or complete:
             return
         pod = self._inventory.own_pod(job.metadata, TRACKER)
-        node = min(state.plan.nodes, default="")
+        # A hostPath stays where the Pod runs, although a later plan has other nodes.
+        node = (pod.bound if pod else "") or min(state.plan.nodes, default="")
         try:
             if pod is None:
                 await self._api.create_pod(build_tracker_pod(job, node, self._settings))

@@ -142,7 +142,7 @@ def model_of(spec: FedPipeJobSpec, fleet: Fleet, job_file: Path, fleet_file: Pat
     if source.host_path is not None:
         return str(_model_directory(expanded(source.host_path.path), f"{job_file}: spec.model.hostPath"))
     if source.hugging_face is not None:
-        return f"{source.hugging_face.repo}@{source.hugging_face.revision}"
+        return source.hugging_face.name
     raise UserError(f"{fleet_file}: model: required, because the job's model is stored in a claim")
 
 

@@ -65,7 +65,7 @@ def _subject(state: JobState) -> Subject:
 def _model_name(spec: FedPipeJobSpec) -> str:
     model = spec.model
     if model.hugging_face is not None:
-        return f"{model.hugging_face.repo}@{model.hugging_face.revision}"
+        return model.hugging_face.name
     if model.host_path is not None:
         return model.host_path.path
     assert model.persistent_volume_claim is not None
