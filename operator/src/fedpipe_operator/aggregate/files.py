@@ -165,6 +165,11 @@ class TensorFile:
         self._fill(name, _bytes(stored), entry.start + encoding.width * first)
         decode(stored, encoding, target)
 
+    def elements(self, name: str, first: int, scratch: Float32) -> Float32:
+        """Return as many elements as `scratch` has, from the `first` on; read into it where not in memory."""
+        self.read_into(name, first, scratch)
+        return scratch
+
     def _fill(self, name: str, view: memoryview, position: int) -> None:
         descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -188,9 +193,9 @@ class HeldTensors(TensorFile):
         """Return a tensor; callers share it and must not change it."""
         return self._held[name]
 
-    def read_into(self, name: str, first: int, target: Float32) -> None:
-        """Fill a contiguous vector with the tensor's elements from the `first` on."""
-        target[:] = self._held[name].reshape(-1)[first : first + target.size]
+    def elements(self, name: str, first: int, scratch: Float32) -> Float32:
+        """Return as many elements as `scratch` has, from the `first` on; callers must not change them."""
+        return self._held[name].reshape(-1)[first : first + scratch.size]
 
 
 class TensorWriter:

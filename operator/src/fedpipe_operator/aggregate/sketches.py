@@ -44,8 +44,8 @@ def probed_sum(matrix: Matrix) -> Float64:
     found = np.zeros((matrix.shape[0], _PROBES))
     for part in matrix.contributions:
         right = part.file.read(matrix.name + LORA_A) @ omega
-        product = part.file.read(matrix.name + LORA_B) @ right
-        found += part.weight * part.clip * part.scale * product.astype(np.float64)
+        right *= np.float32(part.weight * part.clip * part.scale)
+        found += part.file.read(matrix.name + LORA_B) @ right
     return found
 
 

@@ -83,8 +83,7 @@ def average(
     moved = np.empty(shape, np.float32) if stateful else momentum
     moved_second = np.empty(shape, np.float32) if optimizer.has_second_moment(server) else second
     gram = np.zeros((len(sources), len(sources)))
-    for rows, change in _changes(sources, previous, shape, gram, statistic):
-        before = 0.0 if previous is None else previous[rows].astype(np.float64)
+    for rows, before, change in _changes(sources, previous, shape, gram, statistic):
         mean[rows] = before + change
         if not moves:
             continue
@@ -109,8 +108,8 @@ def _changes(
     shape: tuple[int, int],
     gram: Float64,
     statistic: Statistic | None,
-) -> Iterator[tuple[slice, Float64]]:
-    """Yield the mean's change from `previous` (from zero without one), block of rows by block of rows.
+) -> Iterator[tuple[slice, Float64 | float, Float64]]:
+    """Yield `previous` (zero without one) and the mean's change from it, block of rows by block of rows.
 
     The inner products of the sources' changes are added to `gram` on the way.
     """
@@ -124,43 +123,38 @@ def _changes(
         rows = slice(first, min(first + step, height))
         count = rows.stop - first
         block = buffer[:, :count]
+        before = None if previous is None else previous[rows].astype(np.float64)
+        start = 0.0 if before is None else before
         for index, source in enumerate(sources):
-            _load(source, first, block[index], previous, scratch)
+            _load(source, first, block[index], before, scratch)
         flat = block.reshape(len(sources), -1)
         gram += flat @ flat.T
         for source, square in zip(sources, np.diag(gram), strict=True):
             if not np.isfinite(square):
                 raise NotFiniteError(source.node)
         if statistic is not None:
-            yield rows, statistic(flat * clips[:, None]).reshape(count, width)
+            yield rows, start, statistic(flat * clips[:, None]).reshape(count, width)
             continue
         change = ((weights * clips) @ flat).reshape(count, width)
         uncovered = _uncovered(sources, weights, rows, width)
-        if previous is not None and uncovered is not None:
-            change -= uncovered * previous[rows]
-        yield rows, change
+        if before is not None and uncovered is not None:
+            change -= uncovered * before
+        yield rows, start, change
 
 
-def _load(
-    source: TensorSource, first: int, block: Float64, previous: Float32 | None, scratch: Float32
-) -> None:
+def _load(source: TensorSource, first: int, block: Float64, before: Float64 | None, scratch: Float32) -> None:
     """Fill a block (rows, width) with the node's change, zero where it has no entries."""
     count = max(0, min(len(block), source.rows - first))
     if count < len(block) or source.width < block.shape[1]:
         block[:] = 0
-    read = scratch[: count * source.width]
-    source.file.read_into(source.name, first * source.width, read)
-    sent = read.reshape(count, source.width)
+    sent = source.file.elements(source.name, first * source.width, scratch[: count * source.width])
     inner = block[:count, : source.width]
-    if previous is None:
-        np.multiply(sent, source.scale, out=inner, dtype=np.float64)
-        return
-    before = previous[first : first + count, : source.width]
-    if source.scale == 1:
-        np.subtract(sent, before, out=inner, dtype=np.float64)
-    else:
-        np.multiply(sent, source.scale, out=inner, dtype=np.float64)
-        inner -= before
+    # Widened first: numpy's arithmetic over two types takes twice as long.
+    inner[...] = sent.reshape(count, source.width)
+    if source.scale != 1:
+        inner *= source.scale
+    if before is not None:
+        inner -= before[:count, : source.width]
 
 
 def _uncovered(sources: Sequence[TensorSource], weights: Float64, rows: slice, width: int) -> Float64 | None:
