@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ from fedpipe_api.names import COMPONENT_LABEL, GROUP, JOB_LABEL, JOBS, NODE_LABE
 from .get import NAMESPACE_NAME, fetch, unpack
 from .views import AGENT
 
+log = logging.getLogger(__name__)
+
 MANAGER = "fedpipe"
 """Owns, in server-side apply, the fields that users give with this client."""
 
@@ -30,8 +33,18 @@ STRICT = "Strict"
 POLL_SECONDS = 2.0
 """Pause between two looks at a job that is watched; its status is written no more often."""
 
+PATIENCE_SECONDS = 300.0
+"""How long a watch goes on without an answer: an API server is upgraded or fails over in less."""
+
+TIMEOUT = (10.0, 60.0)
+"""Seconds to connect, and to wait for what comes next of an answer."""
+
 ENDED = (Phase.SUCCEEDED, Phase.FAILED)
 _TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"
+
+
+class Unavailable(UserError):
+    """The API server does not answer, or asks to come back later; the same request may succeed then."""
 
 
 class Client:
@@ -52,6 +65,7 @@ class Client:
         except (config.ConfigException, OSError) as error:
             text = one_line(str(error))
             raise UserError(f"kubeconfig: {text}; set KUBECONFIG or give --kubeconfig") from None
+        configuration.retries = 0  # like kubectl: one try, whose failure is reported
         self.namespace = namespace or _context_namespace(given)
         if not re.fullmatch(NAMESPACE_NAME, self.namespace):
             raise UserError("--namespace: must be the name of a namespace")
@@ -69,6 +83,7 @@ class Client:
             self._jobs.patch_namespaced_custom_object(
                 GROUP, VERSION, self.namespace, JOBS, name, _whole(job),
                 field_manager=MANAGER, field_validation=STRICT, _content_type="application/apply-patch+yaml",
+                _request_timeout=TIMEOUT,
             )  # fmt: skip
         # The generated client drops the answer to an apply that creates.
         return self.get(name)
@@ -85,18 +100,25 @@ class Client:
                 _whole(job),
                 field_manager=MANAGER,
                 field_validation=STRICT,
+                _request_timeout=TIMEOUT,
             )
         return _read(found)
 
     def get(self, name: str) -> FedPipeJob:
         """Return a job with its status."""
         with self._refusals(name):
-            return _read(self._jobs.get_namespaced_custom_object(GROUP, VERSION, self.namespace, JOBS, name))
+            return _read(
+                self._jobs.get_namespaced_custom_object(
+                    GROUP, VERSION, self.namespace, JOBS, name, _request_timeout=TIMEOUT
+                )
+            )
 
     def jobs(self) -> list[FedPipeJob]:
         """Return all jobs of the namespace."""
         with self._refusals():
-            found: Any = self._jobs.list_namespaced_custom_object(GROUP, VERSION, self.namespace, JOBS)
+            found: Any = self._jobs.list_namespaced_custom_object(
+                GROUP, VERSION, self.namespace, JOBS, _request_timeout=TIMEOUT
+            )
         return [_read(one) for one in found["items"]]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -106,7 +128,8 @@ class Client:
                 *self._api.param_serialize(
                     "GET", f"/apis/{GROUP}/{VERSION}/namespaces/{self.namespace}/{JOBS}",
                     header_params={"Accept": _TABLE}, auth_settings=["BearerToken"],
-                )[:5]
+                )[:5],
+                _request_timeout=TIMEOUT,
             )  # fmt: skip
             body = answer.read()
             if answer.status >= 400:
@@ -119,10 +142,24 @@ class Client:
         return names, [["" if cell is None else one_line(str(cell)) for cell in row] for row in rows]
 
     def watch(self, name: str) -> Iterator[FedPipeJob]:
-        """Yield a job as it is and after each change of its status, until it has ended or cannot be run."""
+        """Yield a job as it is and after each change of its status, until it has ended or cannot be run.
+
+        Once it was seen, an API server that does not answer for less than PATIENCE_SECONDS is waited for.
+        """
         before: Any = False
+        answered, waiting = None, False
         while True:
-            job = self.get(name)
+            try:
+                job = self.get(name)
+            except Unavailable as error:
+                if answered is None or time.monotonic() - answered > PATIENCE_SECONDS:
+                    raise
+                if not waiting:
+                    log.warning("%s; waiting for it", error)
+                waiting = True
+                time.sleep(POLL_SECONDS)
+                continue
+            answered, waiting = time.monotonic(), False
             if job.status != before:
                 before = job.status
                 yield job
@@ -142,7 +179,9 @@ class Client:
         """Yield (node, line) of the agents' logs, node after node; `follow` goes on with one node's."""
         labels = f"{JOB_LABEL}={name},{COMPONENT_LABEL}={AGENT}"
         with self._refusals(name):
-            found: Any = self._core.list_namespaced_pod(self.namespace, label_selector=labels).items
+            found: Any = self._core.list_namespaced_pod(
+                self.namespace, label_selector=labels, _request_timeout=TIMEOUT
+            ).items
         pods = {pod.metadata.annotations.get(NODE_LABEL, ""): pod.metadata.name for pod in found}
         if node is not None:
             pods = {one: pod for one, pod in pods.items() if one == node}
@@ -154,8 +193,9 @@ class Client:
         for one, pod in sorted(pods.items()):
             with self._refusals(name):
                 lines: Any = self._core.read_namespaced_pod_log(
-                    pod, self.namespace, container=AGENT, follow=follow, _preload_content=False
-                )
+                    pod, self.namespace, container=AGENT, follow=follow, _preload_content=False,
+                    _request_timeout=None if follow else TIMEOUT,
+                )  # fmt: skip
                 for line in lines:
                     yield one, line.decode(errors="replace").rstrip("\n")
 
@@ -172,7 +212,7 @@ class Client:
         with self._refusals(name):
             found = self._jobs.patch_namespaced_custom_object(
                 GROUP, VERSION, self.namespace, JOBS, name, {"spec": spec},
-                field_manager=MANAGER, _content_type="application/merge-patch+json",
+                field_manager=MANAGER, _content_type="application/merge-patch+json", _request_timeout=TIMEOUT,
             )  # fmt: skip
         return _read(found)
 
@@ -195,9 +235,11 @@ class Client:
         try:
             yield
         except ApiException as error:
-            raise UserError(f"{where}: {_reason(error.body) or error.reason} ({error.status})") from None
+            kind = Unavailable if error.status == 429 or error.status >= 500 else UserError
+            raise kind(f"{where}: {_reason(error.body) or error.reason} ({error.status})") from None
         except HTTPError as error:
-            raise UserError(f"the API server does not answer: {one_line(str(error))}") from None
+            text = one_line(str(getattr(error, "reason", None) or error))
+            raise Unavailable(f"the API server does not answer: {text}") from None
 
 
 def has_ended(job: FedPipeJob) -> bool:
