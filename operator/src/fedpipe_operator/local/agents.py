@@ -26,6 +26,9 @@ RESTARTS = 3
 GRACE_SECONDS = 5.0
 """How long an agent may take to end before it is killed."""
 
+VMSTAT = Path("/proc/vmstat")
+"""The kernel's counters; a kernel without them is taken for one that kills nothing for memory."""
+
 _MESSAGE_PREFIX = "fedpipe-agent: "
 _TAIL = 4096
 _PR_SET_PDEATHSIG = 1
@@ -99,14 +102,19 @@ class Agents:
         node, failures = member.node.name, 0
         while not self._ending:
             counted = self._counted(node)
+            kills = oom_kills()
             status, message = await self._run_once(member)
+            # The kernel counts its kills and not whose they were: this SIGKILL is taken for one of them.
+            killed = status == -signal.SIGKILL and oom_kills() > kills
             if self._ending:
                 return
             if status == 0:
                 await self._until_desired(node)
                 continue
+            if killed:
+                message = "killed because the machine's memory, or its cgroup's, ran out"
             # A negative status is a signal's: somebody ended it, it did not fail.
-            await self._engine.mark_lost(self._uid, node, message, failed=status > 0)
+            await self._engine.mark_lost(self._uid, node, message, failed=status > 0, killed=killed)
             failures = 1 if self._counted(node) > counted else failures + 1
             if status == USER_MISTAKE:
                 self.mistakes[node] = message
@@ -146,6 +154,15 @@ class Agents:
         if status < 0:
             return status, f"killed by {signal.Signals(-status).name}"
         return status, last_line(_tail(log)) or f"ended with status {status}"
+
+
+def oom_kills() -> int:
+    """Return how many processes the kernel has killed for memory since it started."""
+    try:
+        counters = dict(line.split() for line in VMSTAT.read_text(encoding="ascii").splitlines())
+        return int(counters.get("oom_kill", 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def agent_command() -> list[str]:
