@@ -89,3 +89,27 @@ def test_hooks_and_workflows_are_local_and_name_no_registry() -> None:
         text = path.read_text()
         assert yaml.safe_load(text)["jobs"], path
         assert not re.search(r"ghcr|docker\.io|quay\.io|pypi\.org", text), path
+
+
+def test_the_release_builds_every_image_by_scripts_that_parse() -> None:
+    workflow = yaml.safe_load((REPOSITORY / ".github/workflows/release.yaml").read_text())
+    built = workflow["jobs"]["images"]["strategy"]["matrix"]["image"]
+    assert sorted(built) == sorted(path.parent.name for path in REPOSITORY.glob("images/*/Containerfile"))
+    for job in workflow["jobs"].values():
+        for step in job.get("steps", ()):
+            script = re.sub(r"\$\{\{.*?\}\}", "x", step.get("run", ""))
+            subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_artifact_hub_is_shown_every_resource_of_the_chart() -> None:
+    chart = yaml.safe_load((REPOSITORY / "charts/fedpipe/Chart.yaml").read_text())
+    shown = {
+        (one["name"], one["kind"], one["version"])
+        for one in yaml.safe_load(chart["annotations"]["artifacthub.io/crds"])
+    }
+    written = {
+        (crd["metadata"]["name"], crd["spec"]["names"]["kind"], version["name"])
+        for crd in map(yaml.safe_load, (path.read_text() for path in REPOSITORY.glob("crds/*.yaml")))
+        for version in crd["spec"]["versions"]
+    }
+    assert shown == written
