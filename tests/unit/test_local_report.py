@@ -37,6 +37,7 @@ from fedpipe_operator.engine.records import (
     Submitted,
     UpdateAccepted,
 )
+from fedpipe_operator.engine.status import status
 from fedpipe_operator.local.directory import RunDirectory, RunRecord
 from fedpipe_operator.local.results import write_all_results
 from fedpipe_operator.local.tracking import trackers_of
@@ -231,6 +232,35 @@ TAGS = {
 ATTRIBUTES = {
     "alt", "aria-label", "charset", "class", "content", "lang", "name", "role", "scope", "src", "style", "tabindex",
 }  # fmt: skip
+
+
+def test_a_private_run_says_what_each_node_has_spent(tmp_path, monkeypatch, capsys):
+    asked = {"privacy": {"epsilon": 8, "delta": 1e-5}, "adapter": {"selection": {"mode": "all"}}}
+    private = JOB.to_dict()
+    private["spec"] |= asked
+    monkeypatch.setattr(sys.modules[__name__], "JOB", FedPipeJob.model_validate(private))
+    plain, noise = plan_of, {"edge-a": 1.0, "edge-b": 2.0, "edge-c": 2.0, "edge-d": 2.0}
+    monkeypatch.setattr(
+        sys.modules[__name__],
+        "plan_of",
+        lambda name: plain(name).model_copy(update={"noise_multiplier": noise[name]}),
+    )
+    directory = make_run(tmp_path / "run")
+    write_all_results(directory, trackers_of(directory, directory.read_record()))
+    nodes = {node.name: node for node in status(directory.history().state, None, {}).node_table}
+    most = f"{nodes['edge-a'].epsilon:.3g}"
+    assert nodes["edge-b"].epsilon < nodes["edge-a"].epsilon
+    text = directory.report.read_text()
+    assert "ε spent</th>" in text
+    assert all(f"<td>{node.epsilon:.3g}</td>" in text for node in nodes.values())
+    assert f"ε {most} of 8 spent" in text
+    monkeypatch.setattr(sys, "argv", ["fedpipe", "report", str(directory.root)])
+    assert main() == 0
+    said = capsys.readouterr().out
+    assert f"ε {most} of 8 spent" in said
+    table = said.partition("done in")[0]
+    assert "ε spent" in table
+    assert "…" not in table
 
 
 def test_nothing_that_a_tenant_or_a_node_writes_is_markup(tmp_path, monkeypatch, capsys):

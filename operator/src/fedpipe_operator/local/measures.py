@@ -6,6 +6,8 @@ import json
 from fedpipe_api import units
 from fedpipe_api.job import Phase
 
+from ..engine.privacy import job_epsilon
+from ..engine.state import JobState
 from ..tracking.rows import RoundRow
 from .directory import History
 from .wording import called, figure, shown_metric
@@ -30,7 +32,13 @@ def outcome(history: History, rows: list[RoundRow]) -> str:
         before = f" ({start} {figure(name, series[0])})" if rows[0]["round"] == 0 else ""
         parts.append(f"{called(name)} {figure(name, series[-1])}{before}")
     parts.append(f"{units.transfer(up)} up, {units.transfer(down)} down")
-    return " · ".join(parts)
+    return " · ".join(filter(None, (*parts, budget(state))))
+
+
+def budget(state: JobState) -> str:
+    """Return the privacy that was spent, of what the job may spend; empty for a job without privacy."""
+    privacy = state.spec.privacy
+    return "" if privacy is None else f"ε {job_epsilon(state):.3g} of {privacy.epsilon:g} spent"
 
 
 def memory(size: int | None) -> str:

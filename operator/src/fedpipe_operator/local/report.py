@@ -177,7 +177,7 @@ def _metric(task: Task) -> str:
 
 
 def _node_table(nodes: tuple[NodeStatus, ...], rows: list[RoundRow], task: Task) -> str:
-    name = _metric(task)
+    name, private = _metric(task), any(node.epsilon is not None for node in nodes)
     body = []
     for node in nodes:
         parts = [row["nodes"][node.name] for row in rows if node.name in row.get("nodes", {})]
@@ -189,11 +189,13 @@ def _node_table(nodes: tuple[NodeStatus, ...], rows: list[RoundRow], task: Task)
                 _number(node.predicted_seconds, ".3f"), _number(node.measured_seconds, ".3f"),
                 f"{len(counted)}/{len(parts)}", _number(node.train_loss, ".3f"),
                 _figure_of(name, parts[-1].get(name) if parts else None),
+                *([_number(node.epsilon, ".3g")] if private else []),
             ]
         )  # fmt: skip
     header = [
         "node", "precision", "ranks", "batch", "matrices", "limited by", "memory planned", "peak memory",
         "s/step planned", "s/step", "updates", "train loss", name,
+        *(["ε spent"] if private else []),
     ]  # fmt: skip
     return _table("As planned last, and as measured in the last round it took part in", header, body)
 

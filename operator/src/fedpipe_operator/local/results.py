@@ -14,6 +14,7 @@ from rich.text import Text
 from fedpipe_api.base import UserError
 from fedpipe_api.job import FedPipeJobSpec, Phase
 from fedpipe_api.object_url import ObjectURL
+from fedpipe_api.status import NodeStatus
 
 from ..engine.state import JobState
 from ..engine.status import status
@@ -215,7 +216,9 @@ def print_summary(directory: RunDirectory, history: History) -> None:
 
 def _node_table(state: JobState, rows: list[RoundRow]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for name in ("node", "base", "ranks", "batch", "matrices", "memory", "planned", "train loss", "rounds"):
+    # Losses stay on the nodes of a private job.
+    last = "ε spent" if state.spec.privacy else "train loss"
+    for name in ("node", "base", "ranks", "batch", "matrices", "memory", "planned", last, "rounds"):
         table.add_column(
             name, justify="left" if name in ("node", "base", "ranks", "batch") else "right", no_wrap=True
         )
@@ -226,7 +229,14 @@ def _node_table(state: JobState, rows: list[RoundRow]) -> Table:
             node.name, precision or node.state, ranks, batch,
             "" if node.matrices is None else str(node.matrices),
             measures.memory(node.measured_bytes), measures.memory(node.predicted_bytes),
-            "" if node.train_loss is None else f"{node.train_loss:.3f}",
+            _last(node),
             f"{counted}/{state.done}",
         )  # fmt: skip
     return table
+
+
+def _last(node: NodeStatus) -> str:
+    """Return what a private job's node has spent, of another its train loss; empty where it is not known."""
+    if node.epsilon is not None:
+        return f"{node.epsilon:.3g}"
+    return "" if node.train_loss is None else f"{node.train_loss:.3f}"
