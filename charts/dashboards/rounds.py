@@ -134,4 +134,12 @@ PANELS = [
     Panel(
         "timeseries", "Global adapter", [(of_job("fedpipe_round_adapter_bytes"), "{{job}}")], "bytes", low=0
     ),
+    Panel(
+        "timeseries",
+        "Privacy budget spent",
+        [(of_job("fedpipe_node_epsilon"), "{{node}}")],
+        width=24,
+        text="Epsilon of each node's rows; only of jobs with spec.privacy, which end before they exceed it.",
+        low=0,
+    ),
 ]
