@@ -121,6 +121,10 @@ def llama_answers(work: Path, base: str, adapter: str) -> list[str]:
 
     options = xllamacpp.CommonParams()
     options.model.path, options.n_ctx, options.sampling.temp, options.warmup = base, 1024, 0, False
+    # By default keys and values are in half precision, also within flash attention, which decides between
+    # tokens that are all but equally likely.
+    options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     lora = xllamacpp.CommonAdapterLoraInfo()
     lora.path, lora.scale = adapter, 1.0
     options.lora_adapters = [lora]
