@@ -92,6 +92,7 @@ def run_case(family: str, task: Task, precision: Precision, work: Path) -> str:
     from fedpipe_agent.train.agent import Agent
     from fedpipe_agent.train.device import Device
     from fedpipe_agent.train.model import Source
+    from fedpipe_agent.train.site import Site
     from fedpipe_operator.aggregate import AggregationRequest, NodeUpdate, aggregate_round
     from fedpipe_operator.export import write_adapter
     from fedpipe_operator.planner import NodeFacts, PlanRequest, plan
@@ -109,7 +110,7 @@ def run_case(family: str, task: Task, precision: Precision, work: Path) -> str:
         )  # fmt: skip
         device = Device(Capacity(threads=1))
         agent = Agent(job, Source(str(base)), Script(work / node), device, work / node)  # type: ignore[arg-type]
-        agent.prepare(work / node)
+        agent.prepare(work / node, Site(job, str(base), work / "token"))
         agents[node] = agent
     shape = agents["one"]._shape
     facts = Device(Capacity(threads=1)).facts(kernels)

@@ -49,6 +49,7 @@ def train(directory: Path, node: str, url: str, model: Path, kernel: list[Kernel
     from fedpipe_agent.train.agent import Agent
     from fedpipe_agent.train.device import Device
     from fedpipe_agent.train.model import Source
+    from fedpipe_agent.train.site import Site
     from fedpipe_agent.transport import Transport
 
     data, work = directory / node, directory / f"{node}-work"
@@ -59,7 +60,7 @@ def train(directory: Path, node: str, url: str, model: Path, kernel: list[Kernel
     transport = Transport(url, data / "token", work / "blobs", give_up=30)
     device = Device(Capacity(threads=1))
     agent = Agent(transport.job(), Source(str(model)), transport, device, work)
-    agent.prepare(data)
+    agent.prepare(data, Site(transport.job(), str(model), data / "token"))
     agent.run(tuple(kernel))
 
 

@@ -32,6 +32,12 @@ def test_an_error_of_an_agent_is_not_its_silence(world: World, failed: bool, rea
     assert noted(world, record) == JobEvent(True, reason, "node-1: why")
 
 
+def test_what_a_nodes_policy_forbids_is_its_own_reason(world: World) -> None:
+    why = "PolicyForbids: /etc/fedpipe/policy.yaml: spec.jobs.names: job j may not train here"
+    record = AgentLost(sequence=world.state.sequence + 1, node="node-1", reason=why, failed=True)
+    assert noted(world, record) == JobEvent(True, Reason.POLICY_FORBIDS, f"node-1: {why}")
+
+
 def test_a_lost_agent_that_registers_again_has_returned(world: World) -> None:
     again = world.state.agents["node-1"].model_copy(update={"model": None})
     assert noted(world, again.model_copy(update={"sequence": world.state.sequence + 1})) is None

@@ -23,6 +23,7 @@ from fedpipe_agent.train.device import Device
 from fedpipe_agent.train.loop import MicroBatches, Settings, train
 from fedpipe_agent.train.packing import PACKABLE, pack
 from fedpipe_agent.train.shape import read_shape
+from fedpipe_agent.train.site import Site
 from fedpipe_api.base import UserError
 from fedpipe_api.job import Precision, Task
 from fedpipe_api.lora.methods import Start
@@ -187,12 +188,13 @@ def test_the_models_that_do_not_are_refused_in_one_line(tmp_path, capfd, monkeyp
         )
         assert refused in said
         # An agent in a cluster has no plan's look before it.
+        job = registered(Task.CAUSAL_LM, packing=True)
         agent = Agent(
-            registered(Task.CAUSAL_LM, packing=True),
+            job,
             base.Source(str(tmp_path)),
             None,
             Device(Capacity(threads=1)),
             tmp_path,
         )
         with pytest.raises(UserError, match=re.escape(refused)):
-            agent.prepare(tmp_path)
+            agent.prepare(tmp_path, Site(job, str(tmp_path), tmp_path / "token"))

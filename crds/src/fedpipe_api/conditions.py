@@ -58,6 +58,7 @@ class Reason(StrEnum):
     AGENT_LOST = "AgentLost"
     AGENT_RETURNED = "AgentReturned"
     AGENT_FAILED = "AgentFailed"
+    POLICY_FORBIDS = "PolicyForbids"
     UPDATE_FLAGGED = "UpdateFlagged"
     UPDATE_REJECTED = "UpdateRejected"
     REPLANNED = "Replanned"
@@ -141,6 +142,11 @@ ADVICE: dict[Reason, Advice] = {
         "An agent ended with an error; the message carries its last line.",
         "Fix what the message names (data file, model path, memory). The Pod is replaced by itself; one that "
         "ended with exit status 2 only after you delete it or edit the job.",
+    ),
+    Reason.POLICY_FORBIDS: Advice(
+        "The policy of a node forbids the job there, or its privacy budget is spent; the others go on.",
+        "Ask for what the field named in the message allows, or talk to the owner of the node's data; then "
+        "delete the Pod or create another job.",
     ),
     Reason.UPDATE_FLAGGED: Advice(
         "An update's norm or direction is out of line with the others; it was counted.",

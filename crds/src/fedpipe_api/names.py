@@ -31,6 +31,12 @@ TOKEN_HEADER = "FedPipe-Token"  # noqa: S105 - the header's name
 CA_CONFIGMAP = "fedpipe-ca"
 """ConfigMap in every namespace that has jobs: the coordinator's certificate authorities, and where it is."""
 
+MODEL_DIRECTORY = "/model"
+"""Where an agent's container has a base model that is a directory or claim of the cluster."""
+
+POLICY_DIRECTORY = "/etc/fedpipe"
+"""Where an agent looks for the policy.yaml of its node."""
+
 OPERATOR_KEY = "operator"
 """Its key with the operator's Service as NAMESPACE/NAME."""
 

@@ -251,6 +251,9 @@ class FleetNode(Capacity):
     data: str | None = Field(
         default=None, min_length=1, max_length=4096, description="Directory of its data."
     )
+    policy: str | None = Field(
+        default=None, min_length=1, max_length=4096, description="FedPipePolicy of its owner, a file."
+    )
 
 
 class Fleet(Model):

@@ -213,6 +213,7 @@ class AgentConfig(Model):
     optimizer: Optimizer
     adapter: Adapter
     privacy: Privacy | None = None
+    min_updates: int = Field(default=1, ge=1, le=5000)
     seed: int = Field(ge=0, le=2**31 - 1)
 
 

@@ -34,6 +34,7 @@ from .heads import head_tensors, set_head
 from .packing import check_packing
 from .private_gradients import Budget, noise_of, protectable
 from .shape import longest_input, read_shape
+from .site import Site
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +76,8 @@ class Agent:
         self._upload_seconds = 0.0
         self.current: wire.Assignment | None = None
 
-    def prepare(self, directory: Path) -> None:
-        """Read the model's configuration and the node's data.
+    def prepare(self, directory: Path, site: Site) -> None:
+        """Read the model's configuration and the node's data, as its owner allows.
 
         Raises:
             UserError: a mistake in the model directory or the data.
@@ -97,10 +98,11 @@ class Agent:
             tokenizer,
             seed=job.seed,
             longest=longest_input(self._config),
+            readable=site.fields,
         )
         if job.privacy:
             self._shape, self._notes = protectable(self._shape), wire.DataNotes()
-            self._budget = Budget(job.privacy, len(self._samples))
+            self._budget = Budget(job.privacy, len(self._samples), site.charge)
         log.info("%s: %d samples, %d held out", job.node, len(self._samples), len(self._held_out))
 
     def run(self, kernels: tuple[wire.KernelResult, ...]) -> None:

@@ -23,6 +23,7 @@ from ..errors import Stopped
 from ..heartbeat import Work, report_failure
 from ..kernels import Check
 from ..transport import Transport
+from .site import POLICY, Site
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,6 +64,8 @@ def _work(options: argparse.Namespace, capacity: Capacity, work: Path) -> None:
     job = transport.job()
     check = agent = None
     try:
+        # Before anything of the data is opened.
+        site = Site(job, options.model, options.token_file, options.policy)
         locate(options.data, job.data)
         with Work(transport, AssignmentKind.PROFILE, 0, state="importing") as starting:
             from .device import Device
@@ -76,7 +79,7 @@ def _work(options: argparse.Namespace, capacity: Capacity, work: Path) -> None:
 
             starting.report(state="reading data")
             agent = Agent(job, Source(options.model), transport, device, work)
-            agent.prepare(options.data)
+            agent.prepare(options.data, site)
             starting.report(state="checking kernels")
             kernels = check.results()
         agent.run(kernels)
@@ -108,6 +111,13 @@ def _parser() -> argparse.ArgumentParser:
         help="measured rate of the link per second, for the plan; a declared one is kept to instead",
     )
     parser.add_argument("--capacity", type=Path, help="JSON or YAML file with a declared capacity to keep to")
+    parser.add_argument(
+        "--policy",
+        type=Path,
+        action="append",
+        default=[],
+        help=f"FedPipePolicy to keep to besides the node's own, {POLICY}; repeatable",
+    )
     parser.add_argument(
         "--give-up", type=float, default=600.0, metavar="SECONDS", help="of an unreachable coordinator (600)"
     )

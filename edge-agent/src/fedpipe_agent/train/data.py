@@ -192,7 +192,14 @@ class Data(NamedTuple):
 
 
 def load(
-    directory: Path, source: DataSource, model: ModelSource, tokenizer: Any, *, seed: int, longest: int | None
+    directory: Path,
+    source: DataSource,
+    model: ModelSource,
+    tokenizer: Any,
+    *,
+    seed: int,
+    longest: int | None,
+    readable: frozenset[str] | None = None,
 ) -> Data:
     """Return the train and the held-out samples of a node.
 
@@ -206,13 +213,14 @@ def load(
         tokenizer: a transformers tokenizer.
         seed: of the job.
         longest: tokens the model can take, None where it has no limit.
+        readable: top-level fields of rows that may be read, None for all.
 
     Raises:
         UserError: a mistake in a file, named with its line, or a maximum length above the model's.
     """
     check_length(source, longest)
     train_paths, evaluation_paths = locate(directory, source)
-    found = Found(source.on_bad_row == "skip")
+    found = Found(source.on_bad_row == "skip", readable)
     train = _tokenised(train_paths, source, model, tokenizer, found)
     if evaluation_paths:
         held_out = _tokenised(evaluation_paths, source, model, tokenizer, found)

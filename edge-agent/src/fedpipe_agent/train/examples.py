@@ -36,9 +36,13 @@ class Example:
 
 @dataclass
 class Found:
-    """What was found in a node's data; `bad` decides by `onBadRow` whether one row's fault is everybody's."""
+    """What was found in a node's data; `bad` decides by `onBadRow` whether one row's fault is everybody's.
+
+    Of a row only the `readable` fields are looked at, where they are given.
+    """
 
     skip: bool
+    readable: frozenset[str] | None = None
     skipped: int = 0
     truncated: int = 0
     repeated: int = 0
@@ -51,6 +55,12 @@ class Found:
             raise error
         self.skipped += 1
         self.first = self.first or error
+
+    def only_readable(self, row: Row) -> Row:
+        """Return a row as if it had no other fields than those that may be read."""
+        if self.readable is None:
+            return row
+        return row._replace(fields={name: row.fields[name] for name in row.fields if name in self.readable})
 
     def no_rows(self, paths: Sequence[Path]) -> UserError:
         """Return what to raise where no row is left."""
@@ -78,7 +88,8 @@ def examples(
     """
     make: Callable[[Row], Example] | None = None
     empty = True
-    for row in (row for path in paths for row in read(path, source.format, source.encoding, found.bad)):
+    rows = (row for path in paths for row in read(path, source.format, source.encoding, found.bad))
+    for row in map(found.only_readable, rows):
         try:
             make = make or _maker(row, source, model, found)
             example = make(row)

@@ -59,13 +59,18 @@ def noise_of(privacy: Privacy | None, plan: NodePlan, expected_batch: float) -> 
 class Budget:
     """What this process has spent of the job's budget; it refuses a round that would exceed it."""
 
-    def __init__(self, privacy: Privacy, samples: int):
-        """Start with nothing spent; raise UserError for a delta with which a whole row may be published."""
+    def __init__(self, privacy: Privacy, samples: int, charge: Callable[[Steps], object] = lambda _: None):
+        """Start with nothing spent; `charge` also gets all steps, and may refuse them.
+
+        Raises:
+            UserError: with this delta a whole row may be published.
+        """
         if privacy.delta > 1 / samples:
             raise UserError(
                 f"spec.privacy.delta: {privacy.delta:g} is above 1/{samples}, of the node's rows; lower it"
             )
         self._privacy = privacy
+        self._charge = charge
         self._spent: tuple[Steps, ...] = ()
 
     def spend(self, steps: Steps) -> None:
@@ -80,6 +85,7 @@ class Budget:
                 f"spec.privacy.epsilon: {after:.4g} would be spent of {self._privacy.epsilon:g}; "
                 "the plan has too little noise"
             )
+        self._charge(steps)
         self._spent = (*self._spent, steps)
 
 

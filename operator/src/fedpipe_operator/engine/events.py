@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from fedpipe_api import units
 from fedpipe_api.conditions import Reason
+from fedpipe_api.policy import is_forbidden
 from fedpipe_api.status import Phase
 
 from ..planner import slow_line
@@ -54,6 +55,7 @@ def event_of(state: JobState, record: Record, before: Before) -> JobEvent | None
             return _planned(state, record)
         case AgentLost():
             reason = Reason.AGENT_FAILED if record.failed else Reason.AGENT_LOST
+            reason = Reason.POLICY_FORBIDS if is_forbidden(record.reason) else reason
             return JobEvent(True, reason, f"{record.node}: {record.reason}")
         case UpdateDropped():
             text = f"round {record.round}: the update of {record.node} was damaged and is sent again"

@@ -73,7 +73,8 @@ class Inbox:
         spec = self.job(uid).state.spec
         return AgentConfig(
             job=self.job(uid).state.name, node=node, model=spec.model, data=spec.data,
-            optimizer=spec.optimizer, adapter=spec.adapter, privacy=spec.privacy, seed=spec.seed,
+            optimizer=spec.optimizer, adapter=spec.adapter, privacy=spec.privacy,
+            min_updates=spec.rounds.min_updates, seed=spec.seed,
         )  # fmt: skip
 
     def require_registration(self, uid: str, node: str) -> None:

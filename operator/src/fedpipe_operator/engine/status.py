@@ -20,6 +20,7 @@ from fedpipe_api.conditions import (
     set_condition,
 )
 from fedpipe_api.job import Task
+from fedpipe_api.policy import is_forbidden
 from fedpipe_api.status import (
     AdapterStatus,
     FedPipeJobStatus,
@@ -203,7 +204,7 @@ def _node(state: JobState, name: str, heard: Progress | None) -> NodeStatus:
     ranks = list(plan.ranks.values()) if plan else []
     return NodeStatus(
         name=name,
-        state=_node_state(state, name, left_out is not None, heard),
+        state=_node_state(state, name, left_out is not None or is_forbidden(state.lost.get(name)), heard),
         precision=plan.precision if plan else None,
         micro_batch=plan.micro_batch if plan else None,
         accumulation=plan.accumulation if plan else None,

@@ -14,6 +14,7 @@ from fedpipe_api.names import (
     COMPONENT_LABEL,
     GROUP,
     JOB_LABEL,
+    MODEL_DIRECTORY,
     NODE_LABEL,
     VERSION,
     child_name,
@@ -43,7 +44,7 @@ GRACE_SECONDS = 60
 """An agent that is asked to end may finish the upload it is in."""
 
 IDENTITY_DIRECTORY = "/var/run/fedpipe"
-MODEL_DIRECTORY, DATA_DIRECTORY, CACHE_DIRECTORY = "/model", "/data", "/cache"
+DATA_DIRECTORY, CACHE_DIRECTORY = "/data", "/cache"
 OUTPUT_DIRECTORY, CREDENTIALS_DIRECTORY = "/output", "/var/run/credentials"
 EVENTS_DIRECTORY = "tensorboard_runs"
 """Of event files, beside adapters that replace what is in their jobs' directories: no job has such a name."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fedpipe_api.base import USER_MISTAKE, UserError
 from fedpipe_api.node import Capacity
+from fedpipe_api.policy import is_forbidden
 
 from ..coordinator import Identity, Tokens
 from ..engine import Engine
@@ -116,7 +117,7 @@ class Agents:
             # A negative status is a signal's: somebody ended it, it did not fail.
             await self._engine.mark_lost(self._uid, node, message, failed=status > 0, killed=killed)
             failures = 1 if self._counted(node) > counted else failures + 1
-            if status == USER_MISTAKE:
+            if status == USER_MISTAKE and not is_forbidden(message):
                 self.mistakes[node] = message
             if status == USER_MISTAKE or failures > RESTARTS:
                 self.failed[node] = message
@@ -145,6 +146,7 @@ class Agents:
                 *self._command, "train",
                 "--coordinator", self._url, "--model", self._model, "--data", str(member.data),
                 "--token-file", str(token), "--capacity", str(capacity),
+                *(("--policy", str(member.policy)) if member.policy else ()),
                 stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
                 env=environment(offline=self._offline, threads=member.node.threads),
                 start_new_session=True, preexec_fn=partial(_die_with, os.getpid()),

@@ -22,10 +22,11 @@ M = TypeVar("M", bound=Model)
 
 @dataclass(frozen=True)
 class Member:
-    """A node that takes part in a local run, and the directory of its data."""
+    """A node that takes part in a local run, the directory of its data, and the policy of its owner."""
 
     node: FleetNode
     data: Path
+    policy: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,14 @@ def read(job_file: Path, fleet_file: Path) -> LocalJob:
     chosen, excluded = choose(job.spec, fleet)
     _check_numbers(job.spec, len(chosen), job_file, fleet_file)
     _check_start(job.spec, job_file)
-    members = tuple(Member(node, _data(job.spec, node, job_file, fleet_file)) for node in chosen)
+    members = tuple(
+        Member(
+            node,
+            _data(job.spec, node, job_file, fleet_file),
+            fleet_file.parent.resolve() / expanded(node.policy) if node.policy else None,
+        )
+        for node in chosen
+    )
     model = model_of(job.spec, fleet, job_file, fleet_file)
     return LocalJob(job_file, fleet_file, job, fleet, members, excluded, model)
 
