@@ -64,6 +64,8 @@ BAD = [
     ({"probe": {"measureLink": "yes"}}, "/probe/measureLink"),
     ({"probe": {"tolerations": [{"effect": "Never"}]}}, "effect"),
     ({"modelCache": {"hostPath": "cache"}}, "hostPath"),
+    ({"agent": {"policyDirectory": "etc"}}, "policyDirectory"),
+    ({"agent": {"budgetDirectory": "/srv/budget"}}, "set agent.policyDirectory too"),
     ({"modelCache": {"hostPath": "/var/../etc/{x}"}}, "hostPath"),
     ({"output": {"allow": []}}, "allow"),
     ({"tracking": {"allowed": ["mlflow:5000"]}}, "/tracking/allowed/0"),

@@ -37,6 +37,9 @@ MODEL_DIRECTORY = "/model"
 POLICY_DIRECTORY = "/etc/fedpipe"
 """Where an agent looks for the policy.yaml of its node."""
 
+BUDGET_DIRECTORY = "/var/lib/fedpipe-budget"
+"""Where an agent's Pod has the directory of its node's privacy ledger, to write."""
+
 OPERATOR_KEY = "operator"
 """Its key with the operator's Service as NAMESPACE/NAME."""
 

@@ -77,6 +77,12 @@ def run(
     model_cache: Annotated[
         str | None, typer.Option(help="Directory of every node for downloaded models; default: none.")
     ] = None,
+    policy_directory: Annotated[
+        str | None, typer.Option(help="Directory of every node with its owner's policy.yaml; default: none.")
+    ] = None,
+    budget_directory: Annotated[
+        str | None, typer.Option(help="Directory of every node with its privacy ledger; default: none.")
+    ] = None,
     runtime_class: Annotated[
         str | None, typer.Option(help="RuntimeClass for GPUs that are no resource of their node.")
     ] = None,
@@ -126,6 +132,8 @@ def run(
         tls_secret=tls_secret,
         ca_config_map=ca_configmap,
         model_cache=model_cache,
+        policy_directory=policy_directory,
+        budget_directory=budget_directory,
         runtime_class=runtime_class,
         image_pull_secrets=tuple(image_pull_secret or ()),
         drop_unknown_jobs=drop_unknown_jobs,

@@ -10,12 +10,14 @@ from fedpipe_api.base import UserError
 from fedpipe_api.job import FedPipeJob
 from fedpipe_api.names import (
     AUDIENCE,
+    BUDGET_DIRECTORY,
     CA_CONFIGMAP,
     COMPONENT_LABEL,
     GROUP,
     JOB_LABEL,
     MODEL_DIRECTORY,
     NODE_LABEL,
+    POLICY_DIRECTORY,
     VERSION,
     child_name,
 )
@@ -76,6 +78,7 @@ def template_digest(job: FedPipeJob, settings: OperatorSettings) -> str:
     spec = job.spec
     parts = [spec.pod_template, spec.model.to_dict(), spec.data.to_dict()]
     installed = [settings.agent_image, settings.coordinator, settings.model_cache]
+    installed += [settings.policy_directory, settings.budget_directory]
     text = json.dumps([*parts, *installed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -277,6 +280,15 @@ def _spec(job: FedPipeJob, node: NodeView, capacity: CapacityView, settings: Ope
         "containers": [container],
         "volumes": [identity_volume(), data_volume, *model_volumes, {"name": "tmp", "emptyDir": {}}],
     }
+    # The chart's admission policy refuses a Pod from which a podTemplate takes one of these.
+    for name, path, directory in (
+        ("policy", POLICY_DIRECTORY, settings.policy_directory),
+        ("budget", BUDGET_DIRECTORY, settings.budget_directory),
+    ):
+        if directory:
+            volume, mount = _source(name, path, HostPath(path=directory), node.name)
+            spec["volumes"].append(volume)
+            container["volumeMounts"].append(mount | {"readOnly": name == "policy"})
     if settings.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
     if node.accelerator is not None and capacity.devices:

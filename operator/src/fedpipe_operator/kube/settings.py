@@ -64,6 +64,10 @@ class OperatorSettings:
     """ConfigMap of the operator's namespace from which probes and Prometheus read the CA; None: none."""
     model_cache: str | None = None
     """Directory on every node that keeps downloaded models; None: an emptyDir, gone with the Pod."""
+    policy_directory: str | None = None
+    """Directory on every node with its owner's policy.yaml, for agents to read; None: not mounted."""
+    budget_directory: str | None = None
+    """Directory on every node with the privacy ledger that its policy names; None: not mounted."""
     runtime_class: str | None = None
     """For GPU nodes whose GPUs are no resource of the Node, such as a Jetson without device plugin."""
     image_pull_secrets: tuple[str, ...] = ()
