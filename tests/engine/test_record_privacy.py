@@ -56,7 +56,12 @@ def test_only_noisy_weights_and_the_number_of_rows_leave(model, tmp_path, facts)
 
 
 @pytest.mark.parametrize(
-    ("multiplier", "text"), [(None, "the plan has no noise"), (0.2, "the plan has too little noise")]
+    ("multiplier", "text"),
+    [
+        (None, "the plan has no noise"),
+        (0.2, "the plan has too little noise"),
+        (1e-160, "the plan has too little noise"),
+    ],
 )
 def test_a_plan_with_too_little_noise_is_refused(model, tmp_path, facts, capsys, multiplier, text):
     ranks = {shape_of(model).matrices[0].name: 2}

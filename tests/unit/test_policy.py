@@ -231,6 +231,14 @@ def test_whatever_is_asked_and_wherever_it_is_cut_no_more_than_the_budget_is_gra
     assert epsilon(granted, budget.delta) <= budget.epsilon
 
 
+@pytest.mark.parametrize("noise", [0.09, 1e-12, 1e-160, 5e-324])
+def test_noise_that_floats_cannot_count_is_above_every_budget(tmp_path, noise):
+    budget = ledger(tmp_path, epsilon=1000)
+    with pytest.raises(Forbidden, match="epsilon inf would be spent"):
+        privacy_ledger.charge(budget, "job", Steps(noise, 0.3, 1))
+    assert Path(budget.file).read_bytes() == b""
+
+
 @pytest.mark.parametrize("damage", ["x\n", '{"job": "a"}\n', '{"job":"a","noiseMultiplier":1e9,"samplingRate":1,"steps":1,"at":1}\n'])  # fmt: skip
 def test_a_damaged_ledger_forbids_everything(tmp_path, damage):
     budget = ledger(tmp_path)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 NOISE_LIMIT = 64.0
 """The largest noise multiplier: beyond it a step is noise and nothing else."""
+NOISE_LEAST = 0.1
+"""The smallest noise multiplier that is counted. Far below it the library's floats overflow, to ε = 0."""
 ORDERS = (*range(2, 33), 40, 48, 64, 128, 256)
 """Orders of the Rényi divergence. Whole ones: the series of the others need not converge."""
 DIGITS = 4
@@ -31,7 +33,7 @@ def sampling_rate(batch: int, samples: int) -> float:
 
 
 def epsilon(spent: Iterable[Steps], delta: float) -> float:
-    """Return ε of all steps together, at δ; 0 for none."""
+    """Return ε of all steps together, at δ; 0 for none, infinity with noise below `NOISE_LEAST`."""
     return _epsilon(tuple(spent), delta)
 
 
@@ -41,6 +43,8 @@ def _epsilon(spent: tuple[Steps, ...], delta: float) -> float:
 
     if not any(steps for _, _, steps in spent):
         return 0.0
+    if not all(noise >= NOISE_LEAST for noise, _, _ in spent):
+        return math.inf
     # Steps compose by adding their divergences.
     total = sum(steps * divergences(noise, rate) for noise, rate, steps in spent)
     return float(compute_epsilon(ORDERS, total, delta)[0])
@@ -61,7 +65,7 @@ def noise_multiplier(
     spent: tuple[Steps, ...], rate: float, steps: int, target: float, delta: float
 ) -> float | None:
     """Return the least noise multiplier with which so many more steps keep to ε `target`; None: none does."""
-    low, high = 0.1, NOISE_LIMIT
+    low, high = NOISE_LEAST, NOISE_LIMIT
 
     def fits(noise: float) -> bool:
         return epsilon((*spent, Steps(noise, rate, steps)), delta) <= target
