@@ -222,6 +222,13 @@ def test_a_fleet_in_place_of_a_job_is_recognised_and_the_other_way_round(place):
     assert str(caught.value) == "job.yaml: this is a job, not a fleet file; write job.yaml --fleet FLEET.yaml"
 
 
+def test_a_policy_is_found_beside_the_fleet_file(place):
+    nodes = [FLEET["nodes"][0] | {"policy": "owner/policy.yaml"}, *FLEET["nodes"][1:]]
+    first, *others = write(fleet=FLEET | {"nodes": nodes}).members
+    assert first.policy == place / "owner/policy.yaml"
+    assert {other.policy for other in others} == {None}
+
+
 def test_a_volume_may_be_left_out_where_the_fleet_names_the_data(place):
     job = change(JOB, "spec.data.volume", None)
     assert [member.data for member in write(job).members] == [Path(f"data/{i}") for i in range(3)]
