@@ -33,8 +33,9 @@ def test_an_error_of_an_agent_is_not_its_silence(world: World, failed: bool, rea
 
 
 def test_what_a_nodes_policy_forbids_is_its_own_reason(world: World) -> None:
-    why = "PolicyForbids: /etc/fedpipe/policy.yaml: spec.jobs.names: job j may not train here"
-    record = AgentLost(sequence=world.state.sequence + 1, node="node-1", reason=why, failed=True)
+    why = "/etc/fedpipe/policy.yaml: spec.jobs.names: job j may not train here"
+    reason = f"PolicyForbids: {why}"
+    record = AgentLost(sequence=world.state.sequence + 1, node="node-1", reason=reason, failed=True)
     assert noted(world, record) == JobEvent(True, Reason.POLICY_FORBIDS, f"node-1: {why}")
 
 

@@ -53,9 +53,11 @@ def event_of(state: JobState, record: Record, before: Before) -> JobEvent | None
             return JobEvent(False, Reason.AGENT_RETURNED, f"{record.node} is back")
         case PlanMade():
             return _planned(state, record)
+        case AgentLost() if is_forbidden(record.reason):
+            why = record.reason.replace(f"{Reason.POLICY_FORBIDS}: ", "", 1)
+            return JobEvent(True, Reason.POLICY_FORBIDS, f"{record.node}: {why}")
         case AgentLost():
             reason = Reason.AGENT_FAILED if record.failed else Reason.AGENT_LOST
-            reason = Reason.POLICY_FORBIDS if is_forbidden(record.reason) else reason
             return JobEvent(True, reason, f"{record.node}: {record.reason}")
         case UpdateDropped():
             text = f"round {record.round}: the update of {record.node} was damaged and is sent again"
