@@ -100,6 +100,7 @@ def changed(**volumes: Any) -> dict[str, Any]:
         if volume["name"] in volumes:
             volume.pop("hostPath", None)
             volume.pop("emptyDir", None)
+            volume.pop("projected", None)
             volume.update(volumes[volume["name"]])
     return pod
 
@@ -135,6 +136,10 @@ def test_its_own_pods_are_let_in(operator: tuple[ControlPlane, str]) -> None:
         (of_agent(image="mine"), "its own images and commands alone"),
         (of_agent(command=["sh", "-c", "cat /data/*"]), "its own images and commands alone"),
         (of_agent(env=[{"name": "PYTHONPATH", "value": "/model"}]), "sets no environment"),
+        # Python imports what is in its user's directory: of a model, of the data.
+        (of_agent(env=[{"name": "HOME", "value": "/model"}]), "sets no environment"),
+        (changed(identity={"configMap": {"name": "forged"}}), "has the kubelet's token"),
+        (changed(identity={"projected": {"sources": [{"configMap": {"name": "forged"}}]}}), "has the kubelet's token"),
         (of_agent(lifecycle={"postStart": {"exec": {"command": ["sh"]}}}), "sets no environment, hooks"),
         (of_agent(volumeMounts=[{"name": "tmp", "mountPath": "/etc/fedpipe/policy.yaml"}]), "mounts nothing"),
         (of_agent(volumeMounts=[{"name": "tmp", "mountPath": "/opt/fedpipe"}]), "mounts nothing"),
